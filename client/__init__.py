@@ -1,0 +1,1 @@
+"""What runs next to the user's data: the device's history, its contribution, its private adapter."""

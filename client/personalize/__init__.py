@@ -1,0 +1,1 @@
+"""What a device does with its own history: one module a technique."""

@@ -1,0 +1,76 @@
+"""Every error that homefire raises on purpose.
+
+HomefireError
+├── ConfigError            an experiment, federation or device file is wrong
+├── DataError              a record, a user or a population file is wrong
+├── ModelError             a base model is missing, damaged or unsuitable
+├── AdapterError           an adapter does not fit its specification or its base model
+├── ProtocolError          a message between server and device is malformed
+│   └── ContributionRejected   one contribution failed the server's gate
+├── PrivacyError           a privacy parameter or claim is invalid; nothing was released
+└── FederationError        a run cannot go on
+"""
+
+
+class HomefireError(Exception):
+    """An error with a remedy.
+
+    Args:
+        message: What is wrong, naming the value.
+        hint: What to do about it; the command line prints it on a line of its own.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(HomefireError):
+    """An experiment, federation or device file is wrong."""
+
+
+class DataError(HomefireError):
+    """A record, a user or a population file is wrong.
+
+    Args:
+        message: What is wrong, naming file and line.
+        hint: The remedy.
+        reason: The kind of the problem without place or values: what may be counted and shown.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", reason: str = "wrong shape") -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+
+
+class ModelError(HomefireError):
+    """A base model is missing, damaged or unsuitable."""
+
+
+class AdapterError(HomefireError):
+    """An adapter does not fit its specification or its base model."""
+
+
+class ProtocolError(HomefireError):
+    """A message between server and device is malformed."""
+
+
+class ContributionRejected(ProtocolError):
+    """One contribution failed the server's gate; the run goes on without it.
+
+    Args:
+        reason: A short machine-readable word, counted in the operator's log.
+        message: What is wrong with the contribution.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class PrivacyError(HomefireError):
+    """A privacy parameter or claim is invalid; nothing was released."""
+
+
+class FederationError(HomefireError):
+    """A run cannot go on."""

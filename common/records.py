@@ -1,0 +1,263 @@
+"""Records and users, and the JSON Lines file that holds them.
+
+One line is one user::
+
+    {"user_id": "ann", "records": [{"text": "…", "prompt": "…", "created_at": "2025-01-31"}, …]}
+
+`prompt` and `created_at` may be absent or null; plain and gzip files are read alike. Records run
+from oldest to newest: they are sorted by date when every one of them has a date, and keep the order
+of the file otherwise.
+"""
+
+import gzip
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from homefire.common.errors import DataError
+
+OnBad = Literal["error", "skip"]
+T = TypeVar("T")
+
+_RECORD_KEYS = {"text", "prompt", "created_at", "kind"}
+_OFFSET = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One thing that a user wrote: free text, or the answer to a prompt."""
+
+    text: str
+    prompt: str | None = None
+    created_at: str | None = None
+    kind: str | None = None
+
+    def to_json(self) -> dict[str, str]:
+        """The record as a JSON object, absent fields left out."""
+        fields = {name: getattr(self, name) for name in ("created_at", "kind", "prompt", "text")}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """One person's whole history, oldest record first."""
+
+    user_id: str
+    records: tuple[Record, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The user as a JSON object: one line of a population file."""
+        return {"user_id": self.user_id, "records": [record.to_json() for record in self.records]}
+
+
+@dataclass(slots=True)
+class Skipped:
+    """What was left out while reading, counted by reason; never the text itself."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def count(self, reason: str) -> None:
+        """Count one skipped line or user."""
+        self.reasons[reason] += 1
+
+
+def parse_record(value: object, *, where: str) -> Record:
+    """Check one record.
+
+    Args:
+        value: The decoded JSON value.
+        where: File and line, for the error.
+
+    Raises:
+        DataError: A wrong type, an unknown key, an empty text or a date that is not ISO 8601.
+    """
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where}: a record must be an object, not {type(value).__name__}")
+    if unknown := sorted(set(value) - _RECORD_KEYS):
+        raise DataError(
+            f"{where}: unknown record field {unknown[0]!r}",
+            hint=f"A record may have: {', '.join(sorted(_RECORD_KEYS))}.",
+        )
+    for name, entry in value.items():
+        if entry is not None and not isinstance(entry, str):
+            raise DataError(f"{where}: {name!r} must be a string, not {type(entry).__name__}")
+    text = value.get("text")
+    if not text or not text.strip():
+        raise DataError(f"{where}: a record needs a non-empty 'text'", reason="empty text")
+    if (date := value.get("created_at")) is not None:
+        _parse_date(date, where=where)
+    return Record(text, value.get("prompt") or None, date, value.get("kind"))
+
+
+def parse_user(value: object, *, where: str) -> User:
+    """Check one user.
+
+    Raises:
+        DataError: A wrong type, an unknown key, no user id, no records, or a bad record.
+    """
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where}: a user must be an object, not {type(value).__name__}")
+    if unknown := sorted(set(value) - {"user_id", "records"}):
+        raise DataError(
+            f"{where}: unknown user field {unknown[0]!r}",
+            hint='A line is {"user_id": "…", "records": […]}.',
+        )
+    user_id, records = value.get("user_id"), value.get("records")
+    if not isinstance(user_id, str) or not user_id:
+        raise DataError(f"{where}: a user needs a non-empty string 'user_id'")
+    if not isinstance(records, list):
+        raise DataError(f"{where}: 'records' must be a list")
+    if not records:
+        raise DataError(
+            f"{where}: empty history",
+            reason="empty history",
+            hint="Remove the user, or ask to skip bad ones.",
+        )
+    parsed = [parse_record(entry, where=f"{where}, record {i}") for i, entry in enumerate(records)]
+    return User(user_id, oldest_first(parsed))
+
+
+def oldest_first(records: Iterable[Record]) -> tuple[Record, ...]:
+    """Sort by date when every record has one (stable); else keep the order.
+
+    >>> [r.text for r in oldest_first([Record("b", created_at="2025"), Record("a")])]
+    ['b', 'a']
+    """
+    listed = tuple(records)
+    if all(record.created_at for record in listed):
+        return tuple(sorted(listed, key=lambda r: _parse_date(r.created_at or "", where="record")))
+    return listed
+
+
+def read_users(
+    path: Path, *, on_bad: OnBad = "error", skipped: Skipped | None = None
+) -> Iterator[User]:
+    """Read a population file line by line.
+
+    Args:
+        path: A `.jsonl` or `.jsonl.gz` file.
+        on_bad: Stop at a bad line, or leave it out.
+        skipped: Counts what was left out, by reason.
+
+    Raises:
+        DataError: The file is missing, or a line is bad and `on_bad` is "error"; names file and
+            line.
+    """
+    skipped = skipped if skipped is not None else Skipped()
+    seen: set[str] = set()
+    for number, line in _read_lines(path):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            user = parse_user(_decode(line, where=where), where=where)
+            if user.user_id in seen:
+                raise DataError(
+                    f"{where}: duplicate user {user.user_id!r}", reason="duplicate user"
+                )
+        except DataError as error:
+            if on_bad == "error":
+                error.hint = error.hint or "Mend the line, or ask to skip bad ones."
+                raise
+            skipped.count(error.reason)
+            continue
+        seen.add(user.user_id)
+        yield user
+
+
+def write_users(path: Path, users: Iterable[User]) -> int:
+    """Write a population file and the index that `UserFile` reads; returns the number of users.
+
+    The index (`.idx` beside the file) holds the byte offset of each line, 8 bytes little-endian.
+    """
+    count = 0
+    with path.open("wb") as lines, path.with_suffix(".idx").open("wb") as index:
+        for user in users:
+            index.write(_OFFSET.pack(lines.tell()))
+            lines.write(json.dumps(user.to_json(), ensure_ascii=False).encode() + b"\n")
+            count += 1
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class UserFile:
+    """An indexed population file: any user by number, nothing kept in memory."""
+
+    path: Path
+
+    def __len__(self) -> int:
+        return self.path.with_suffix(".idx").stat().st_size // _OFFSET.size
+
+    def __getitem__(self, number: int) -> User:
+        if not 0 <= number < len(self):
+            raise IndexError(f"user {number} of {len(self)} in {self.path}")
+        with self.path.with_suffix(".idx").open("rb") as index:
+            index.seek(number * _OFFSET.size)
+            (offset,) = _OFFSET.unpack(index.read(_OFFSET.size))
+        with self.path.open("rb") as lines:
+            lines.seek(offset)
+            where = f"{self.path}, user {number}"
+            return parse_user(_decode(lines.readline(), where=where), where=where)
+
+    def __iter__(self) -> Iterator[User]:
+        return (self[number] for number in range(len(self)))
+
+
+def split_newest(records: tuple[T, ...], share: float) -> tuple[tuple[T, ...], tuple[T, ...]]:
+    """Split a history in time: (older, newest), at least one record on each side.
+
+    Args:
+        records: Oldest first.
+        share: The share of the newest part, rounded up.
+
+    Raises:
+        DataError: Fewer than two records.
+
+    >>> split_newest((1, 2, 3, 4, 5), 0.2)
+    ((1, 2, 3, 4), (5,))
+    """
+    if len(records) < 2:
+        raise DataError(f"a history of {len(records)} record(s) cannot be split in time")
+    newest = min(len(records) - 1, max(1, round(len(records) * share)))
+    return records[:-newest], records[-newest:]
+
+
+def _parse_date(date: str, *, where: str) -> datetime:
+    padded = date + "-01" * (2 - date.count("-")) if len(date) < 10 else date
+    try:
+        moment = datetime.fromisoformat(padded)
+    except ValueError as error:
+        raise DataError(
+            f"{where}: created_at {date!r} is not an ISO 8601 date", reason="bad date"
+        ) from error
+    return moment.replace(tzinfo=None) - (moment.utcoffset() or timedelta())
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file", hint="Give the path of a .jsonl or .jsonl.gz file."
+        )
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    number = 0
+    try:
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}, after line {number}: damaged gzip file ({error})") from error
+
+
+def _decode(line: bytes, *, where: str) -> object:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start})", reason="not UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})", reason="not JSON") from error

@@ -1,0 +1,1 @@
+"""Many users on one machine: populations, runtimes, evaluation, reports, experiments."""
