@@ -1,1 +1,1 @@
-"""What runs next to the user's data: the device's history, its contribution, its private adapter."""
+"""What runs next to the user's data: history, contribution and private adapter of one device."""

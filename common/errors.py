@@ -6,7 +6,7 @@ HomefireError
 ├── ModelError             a base model is missing, damaged or unsuitable
 ├── AdapterError           an adapter does not fit its specification or its base model
 ├── ProtocolError          a message between server and device is malformed
-│   └── ContributionRejected   one contribution failed the server's gate
+│   └── RejectedContributionError   one contribution failed the server's gate
 ├── PrivacyError           a privacy parameter or claim is invalid; nothing was released
 └── FederationError        a run cannot go on
 """
@@ -55,7 +55,7 @@ class ProtocolError(HomefireError):
     """A message between server and device is malformed."""
 
 
-class ContributionRejected(ProtocolError):
+class RejectedContributionError(ProtocolError):
     """One contribution failed the server's gate; the run goes on without it.
 
     Args:

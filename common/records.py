@@ -17,11 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from homefire.common.errors import DataError
 
-OnBad = Literal["error", "skip"]
 T = TypeVar("T")
 
 _RECORD_KEYS = {"text", "prompt", "created_at", "kind"}
@@ -94,8 +93,13 @@ def parse_record(value: object, *, where: str) -> Record:
     return Record(text, value.get("prompt") or None, date, value.get("kind"))
 
 
-def parse_user(value: object, *, where: str) -> User:
+def parse_user(value: object, *, where: str, skipped: Skipped | None = None) -> User:
     """Check one user.
+
+    Args:
+        value: The decoded JSON value.
+        where: File and line, for the error.
+        skipped: Bad records are left out and counted here; without it they are errors.
 
     Raises:
         DataError: A wrong type, an unknown key, no user id, no records, or a bad record.
@@ -112,13 +116,9 @@ def parse_user(value: object, *, where: str) -> User:
         raise DataError(f"{where}: a user needs a non-empty string 'user_id'")
     if not isinstance(records, list):
         raise DataError(f"{where}: 'records' must be a list")
-    if not records:
-        raise DataError(
-            f"{where}: empty history",
-            reason="empty history",
-            hint="Remove the user, or ask to skip bad ones.",
-        )
-    parsed = [parse_record(entry, where=f"{where}, record {i}") for i, entry in enumerate(records)]
+    parsed = list(_parse_records(records, where=where, skipped=skipped))
+    if not parsed:
+        raise DataError(f"{where}: empty history", reason="empty history")
     return User(user_id, oldest_first(parsed))
 
 
@@ -134,34 +134,30 @@ def oldest_first(records: Iterable[Record]) -> tuple[Record, ...]:
     return listed
 
 
-def read_users(
-    path: Path, *, on_bad: OnBad = "error", skipped: Skipped | None = None
-) -> Iterator[User]:
+def read_users(path: Path, *, skipped: Skipped | None = None) -> Iterator[User]:
     """Read a population file line by line.
 
     Args:
         path: A `.jsonl` or `.jsonl.gz` file.
-        on_bad: Stop at a bad line, or leave it out.
-        skipped: Counts what was left out, by reason.
+        skipped: Bad records, lines and duplicate users are left out and counted here; without it
+            the first one is an error.
 
     Raises:
-        DataError: The file is missing, or a line is bad and `on_bad` is "error"; names file and
-            line.
+        DataError: The file is missing or damaged, or a line is bad; names file and line.
     """
-    skipped = skipped if skipped is not None else Skipped()
     seen: set[str] = set()
     for number, line in _read_lines(path):
         where = f"{path}, line {number}"
         if not line.strip():
             continue
         try:
-            user = parse_user(_decode(line, where=where), where=where)
+            user = parse_user(_decode(line, where=where), where=where, skipped=skipped)
             if user.user_id in seen:
                 raise DataError(
                     f"{where}: duplicate user {user.user_id!r}", reason="duplicate user"
                 )
         except DataError as error:
-            if on_bad == "error":
+            if skipped is None:
                 error.hint = error.hint or "Mend the line, or ask to skip bad ones."
                 raise
             skipped.count(error.reason)
@@ -225,6 +221,18 @@ def split_newest(records: tuple[T, ...], share: float) -> tuple[tuple[T, ...], t
         raise DataError(f"a history of {len(records)} record(s) cannot be split in time")
     newest = min(len(records) - 1, max(1, round(len(records) * share)))
     return records[:-newest], records[-newest:]
+
+
+def _parse_records(
+    values: list[object], *, where: str, skipped: Skipped | None
+) -> Iterator[Record]:
+    for number, value in enumerate(values):
+        try:
+            yield parse_record(value, where=f"{where}, record {number}")
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.count(error.reason)
 
 
 def _parse_date(date: str, *, where: str) -> datetime:
