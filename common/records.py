@@ -11,7 +11,9 @@ of the file otherwise.
 
 import gzip
 import json
+import re
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ T = TypeVar("T")
 
 _RECORD_KEYS = {"text", "prompt", "created_at", "kind"}
 _OFFSET = struct.Struct("<Q")
+_SHORT_DATE = re.compile(r"[0-9]{4}(-[0-9]{2})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ def parse_record(value: object, *, where: str) -> Record:
     for name, entry in value.items():
         if entry is not None and not isinstance(entry, str):
             raise DataError(f"{where}: {name!r} must be a string, not {type(entry).__name__}")
+        _check_text(name, entry or "", where=where)
     text = value.get("text")
     if not text or not text.strip():
         raise DataError(f"{where}: a record needs a non-empty 'text'", reason="empty text")
@@ -114,6 +118,7 @@ def parse_user(value: object, *, where: str, skipped: Skipped | None = None) -> 
     user_id, records = value.get("user_id"), value.get("records")
     if not isinstance(user_id, str) or not user_id:
         raise DataError(f"{where}: a user needs a non-empty string 'user_id'")
+    _check_text("user_id", user_id, where=where)
     if not isinstance(records, list):
         raise DataError(f"{where}: 'records' must be a list")
     parsed = list(_parse_records(records, where=where, skipped=skipped))
@@ -209,7 +214,7 @@ def split_newest(records: tuple[T, ...], share: float) -> tuple[tuple[T, ...], t
 
     Args:
         records: Oldest first.
-        share: The share of the newest part, rounded up.
+        share: The share of the newest part, rounded to a whole number of records.
 
     Raises:
         DataError: Fewer than two records.
@@ -235,15 +240,26 @@ def _parse_records(
             skipped.count(error.reason)
 
 
+def _check_text(name: str, text: str, *, where: str) -> None:
+    """Half a surrogate pair is legal JSON, but no file and no tokenizer takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {name!r} is not Unicode text (character {error.start})",
+            reason="not Unicode text",
+        ) from error
+
+
 def _parse_date(date: str, *, where: str) -> datetime:
-    padded = date + "-01" * (2 - date.count("-")) if len(date) < 10 else date
+    padded = date + "-01" * (2 - date.count("-")) if _SHORT_DATE.fullmatch(date) else date
     try:
         moment = datetime.fromisoformat(padded)
-    except ValueError as error:
+        return moment.replace(tzinfo=None) - (moment.utcoffset() or timedelta())
+    except (ValueError, OverflowError) as error:
         raise DataError(
             f"{where}: created_at {date!r} is not an ISO 8601 date", reason="bad date"
         ) from error
-    return moment.replace(tzinfo=None) - (moment.utcoffset() or timedelta())
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -258,7 +274,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         with gzip.open(path, "rb") if packed else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 yield number, line
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}, after line {number}: damaged gzip file ({error})") from error
 
 
@@ -267,5 +283,5 @@ def _decode(line: bytes, *, where: str) -> object:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start})", reason="not UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})", reason="not JSON") from error

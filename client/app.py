@@ -1,0 +1,55 @@
+"""The Flower ClientApp: decode, call the device, encode.
+
+A device takes nothing from the server's run configuration. Its home folder is named by the node's
+own configuration (`--node-config 'home="…"'`) or by the environment variable `HOMEFIRE_HOME`; where
+one folder holds many simulated users, the node's `partition-id` says which one this is.
+"""
+
+import os
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from homefire.client.device import Device
+from homefire.client.home import Home
+from homefire.common.errors import ConfigError, ProtocolError
+from homefire.common.protocol import (
+    ACTION,
+    Refusal,
+    decode_plan,
+    encode_contribution,
+    encode_refusal,
+)
+
+app = ClientApp()
+
+
+@app.train(ACTION)
+def contribute(message: Message, context: Context) -> Message:
+    """Answer a round plan with a contribution or a refusal."""
+    try:
+        plan = decode_plan(message.content)
+    except ProtocolError as error:
+        refusal = Refusal(reason="malformed plan", detail=str(error)[:500])
+        return Message(encode_refusal(refusal), reply_to=message)
+    answer = open_device(context).answer(plan)
+    if isinstance(answer, Refusal):
+        return Message(encode_refusal(answer), reply_to=message)
+    return Message(encode_contribution(plan, answer), reply_to=message)
+
+
+def open_device(context: Context) -> Device:
+    """The device that this node is.
+
+    Raises:
+        ConfigError: No home folder is named, or it holds no such user.
+    """
+    folder = context.node_config.get("home") or os.environ.get("HOMEFIRE_HOME")
+    if not folder:
+        raise ConfigError(
+            "this device has no home folder",
+            hint="Start the node with --node-config 'home=\"/path\"', or set HOMEFIRE_HOME.",
+        )
+    home = Home(Path(str(folder)).expanduser())
+    return Device(home, home.user(int(context.node_config.get("partition-id", 0))))

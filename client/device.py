@@ -1,0 +1,126 @@
+"""One device: what it answers to a plan, and how it trains its private adapter."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+import numpy as np
+
+from homefire.client.home import Home
+from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.common.adapted_model import AdaptedModel
+from homefire.common.adapter import AdapterConfig, AdapterSpec, resolve_spec
+from homefire.common.base_model import load_base_model
+from homefire.common.config import BaseModelConfig, DeviceConfig
+from homefire.common.errors import AdapterError
+from homefire.common.privacy.clipping import Clipped, clip_to_grid, is_clipped
+from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal, RoundPlan
+from homefire.common.records import User, split_newest
+from homefire.common.training import Example, batch_seed, cycle_batches, encode, train
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One user's device.
+
+    Attributes:
+        home: Settings and private adapters.
+        user: The history.
+    """
+
+    home: Home
+    user: User
+
+    def answer(self, plan: RoundPlan) -> Clipped | Refusal:
+        """Check a plan, train on this user's records, clip.
+
+        Guarantees:
+            Refused before work: a plan for another base model or adapter trains nothing.
+            Own settings: nothing but the plan's local training and privacy block comes from the
+                server; base model and history are this device's own.
+        """
+        config = self.home.config
+        try:
+            model = adapted_model(config, plan.header.adapter)
+        except AdapterError as error:
+            return Refusal(reason="wrong adapter spec", detail=str(error)[:500])
+        if plan.header.base_model != model.base.fingerprint:
+            return Refusal(
+                reason="wrong base model",
+                detail=f"this device has {model.base.fingerprint}, "
+                f"the plan is for {plan.header.base_model}",
+            )
+        spec = model.specs[SHARED]
+        if plan.header.adapter_digest != spec.digest or plan.release.shape != (spec.size,):
+            return Refusal(
+                reason="wrong adapter spec",
+                detail=f"this device makes {spec.digest} of the plan's adapter",
+            )
+        if len(self.user.records) < 2:
+            return Refusal(reason="no records", detail="this device has fewer than two records")
+        examples = self.examples(model, config, plan.header.training.max_tokens)
+        return contribute(model, plan, examples.training, user_id=self.user.user_id)
+
+    def examples(self, model: AdaptedModel, config: DeviceConfig, max_tokens: int) -> "Examples":
+        """This user's records as token ids; the validation slice is the newest part."""
+        encoded = tuple(
+            encode(model.base.tokenizer, record, max_tokens) for record in self.user.records
+        )
+        return Examples(*split_newest(encoded, config.private.validation_share))
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """A history as token ids: what is trained on, and the slice that choices are made on."""
+
+    training: tuple[Example, ...]
+    validation: tuple[Example, ...]
+
+
+def contribute(
+    model: AdaptedModel, plan: RoundPlan, examples: tuple[Example, ...], *, user_id: str
+) -> Clipped:
+    """Train from the release for exactly K steps and clip the difference.
+
+    Args:
+        model: With an adapter named "shared"; private ones take no part.
+        plan: What the server asked.
+        examples: This user's records.
+        user_id: Enters only the order of the batches.
+
+    Guarantees:
+        Joint clip: update and statistics together have a norm of at most C.
+        Nothing else: no count, loss or time leaves but inside the clipped vector.
+
+    Raises:
+        PrivacyError: Training gave a value that is not finite; nothing may be sent.
+    """
+    header = plan.header
+    model.load(SHARED, plan.release)
+    parameters = model.activate(SHARED, train=SHARED)
+    seed = batch_seed("shared", user_id, header.round, header.training.seed)
+    batches = cycle_batches(examples, batch_size=header.training.batch_size, seed=seed)
+    log = train(model.network, parameters, islice(batches, header.training.steps), header.training)
+    update = model.vector(SHARED) - plan.release
+    clip_norm = header.privacy.clip_norm
+    loss = min(max(log.mean_loss, 0.0), LOSS_SCALE) / LOSS_SCALE
+    clipped = is_clipped(update, clip_norm=clip_norm, statistics=STATISTICS)
+    statistics = np.array([1.0, loss, float(clipped)])
+    return clip_to_grid(update, statistics, clip_norm=clip_norm)
+
+
+def adapted_model(config: DeviceConfig, shared: AdapterConfig) -> AdaptedModel:
+    """This device's base model with a shared and a private adapter, kept for the next call."""
+    return _adapted_model(config.base_model, shared, config.private.adapter)
+
+
+@lru_cache(maxsize=1)
+def _adapted_model(
+    base_model: BaseModelConfig, shared: AdapterConfig, private: AdapterConfig
+) -> AdaptedModel:
+    base = load_base_model(base_model.name, dtype=base_model.dtype)
+    specs: dict[str, AdapterSpec] = {
+        SHARED: resolve_spec(shared, base.model.config),
+        PRIVATE: resolve_spec(private, base.model.config),
+    }
+    return AdaptedModel(base, specs)

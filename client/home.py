@@ -1,0 +1,99 @@
+"""A device's home folder: its settings, its history, its private adapter.
+
+::
+
+    device.toml            base model and private training; see `DeviceConfig`
+    users.jsonl, .idx      one history for a person's device, many for a simulation
+    private/USER/          private adapters, one folder a user
+
+Files are plain: this is the store of simulations and try-outs.
+"""
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from homefire.common.adapter import Vector
+from homefire.common.config import DeviceConfig, load_config
+from homefire.common.errors import AdapterError, ConfigError
+from homefire.common.files import write_atomically
+from homefire.common.records import User, UserFile
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateAdapter:
+    """One user's private adapter.
+
+    Attributes:
+        vector: float32, shape (adapter parameters,).
+        about: The release it stands on, its adapter digest, and how it did on the validation slice.
+    """
+
+    vector: Vector
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The folder of one device, or of many simulated ones."""
+
+    folder: Path
+
+    @property
+    def config(self) -> DeviceConfig:
+        """The device's own settings."""
+        return load_config(DeviceConfig, self.folder / "device.toml")
+
+    @property
+    def users(self) -> UserFile:
+        """The histories."""
+        return UserFile(self.folder / "users.jsonl")
+
+    def user(self, number: int) -> User:
+        """One user's history.
+
+        Raises:
+            ConfigError: There is no such user here.
+        """
+        try:
+            return self.users[number]
+        except (IndexError, FileNotFoundError) as error:
+            raise ConfigError(
+                f"{self.folder}: no history for user {number}",
+                hint="Make the folder with `homefire prepare`.",
+            ) from error
+
+    def save_private(self, user_id: str, adapter: PrivateAdapter) -> None:
+        """Store a user's private adapter; a crash leaves the old one or the new one."""
+        payload = save(
+            {"private": adapter.vector}, metadata={"homefire": json.dumps(adapter.about)}
+        )
+        write_atomically(self._private_path(user_id), payload)
+
+    def load_private(self, user_id: str) -> PrivateAdapter:
+        """Read a user's private adapter.
+
+        Raises:
+            AdapterError: It is missing or damaged.
+        """
+        path = self._private_path(user_id)
+        try:
+            payload = path.read_bytes()
+            header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+            return PrivateAdapter(
+                load(payload)["private"], json.loads(header["__metadata__"]["homefire"])
+            )
+        except FileNotFoundError as error:
+            raise AdapterError(f"{path}: no private adapter yet") from error
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise AdapterError(f"{path}: damaged private adapter ({error})") from error
+
+    def _private_path(self, user_id: str) -> Path:
+        # User ids are data; only their hash may name a path.
+        name = sha256(user_id.encode()).hexdigest()[:32]
+        return self.folder / "private" / name / "adapter.safetensors"

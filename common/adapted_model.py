@@ -1,0 +1,119 @@
+"""A base model that wears adapters, over PEFT."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
+from torch import nn
+
+from homefire.common.adapter import AdapterSpec, Slot, Vector
+from homefire.common.base_model import BaseModel
+from homefire.common.errors import AdapterError
+
+
+class AdaptedModel:
+    """One frozen base model and its named adapters, any of which may be active at a time.
+
+    The base model's layers are wrapped in place: a base model takes one `AdaptedModel`.
+
+    Guarantees:
+        Only the trained adapter can change: after `activate(…, train=name)` exactly the trained
+        tensors of that adapter require gradients. PEFT turns them on for every active adapter;
+        they are turned off again here.
+        Adapters are added, never merged.
+
+    Args:
+        base: The frozen base model.
+        specs: The adapters by name; each starts at its `initial()` vector.
+    """
+
+    def __init__(self, base: BaseModel, specs: Mapping[str, AdapterSpec]) -> None:
+        self.base = base
+        self.specs = dict(specs)
+        names = list(self.specs)
+        if not names:
+            raise AdapterError("an adapted model needs at least one adapter")
+        self._peft: PeftModel = get_peft_model(
+            base.model, self._peft_config(names[0]), adapter_name=names[0]
+        )
+        for name in names[1:]:
+            self._peft.add_adapter(name, self._peft_config(name))
+        self._parameters: dict[str, nn.Parameter] = dict(self._peft.named_parameters())
+        for name, spec in self.specs.items():
+            if spec.config.method == "ffa":
+                self._load_frozen(name)
+            self.load(name, spec.initial())
+        self.activate()
+
+    def _peft_config(self, name: str) -> LoraConfig:
+        spec = self.specs[name]
+        return spec.config.to_peft(list(spec.targets), transposed=spec.transposed)
+
+    @property
+    def network(self) -> nn.Module:
+        """The module to call: token ids in, logits out."""
+        return self._peft.get_base_model()
+
+    def load(self, name: str, vector: Vector) -> None:
+        """Set an adapter's trained tensors.
+
+        Raises:
+            AdapterError: The vector does not fit.
+        """
+        spec = self.specs[name]
+        spec.check(vector)
+        with torch.no_grad():
+            for slot in spec.slots:
+                values = np.array(vector[slot.start : slot.stop]).reshape(slot.shape)
+                self._parameter(name, slot).copy_(torch.from_numpy(values))
+
+    def vector(self, name: str) -> Vector:
+        """An adapter's trained tensors as one flat vector, copied."""
+        spec = self.specs[name]
+        vector = np.empty(spec.size, np.float32)
+        for slot in spec.slots:
+            tensor = self._parameter(name, slot).detach().float().cpu()
+            vector[slot.start : slot.stop] = tensor.numpy().ravel()
+        return vector
+
+    def activate(self, *names: str, train: str | None = None) -> list[nn.Parameter]:
+        """Choose the adapters that take part in the forward pass; none means the bare base model.
+
+        Args:
+            names: Adapters to add up.
+            train: The one that will be trained; all others are frozen.
+
+        Returns:
+            The tensors to train, in the order of the vector.
+        """
+        tuner = cast(LoraModel, self._peft.base_model)
+        if names:
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(list(names))
+        else:
+            tuner.disable_adapter_layers()
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+        if train is None:
+            return []
+        if train not in names:
+            raise AdapterError(f"adapter {train!r} cannot be trained while it is not active")
+        trained = [self._parameter(train, slot) for slot in self.specs[train].slots]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        return trained
+
+    def _load_frozen(self, name: str) -> None:
+        spec = self.specs[name]
+        with torch.no_grad():
+            for module in spec.modules:
+                a = torch.from_numpy(spec.public_a(module.name))
+                slot = Slot(module.name, "A", (spec.config.rank, module.in_features), 0)
+                self._parameter(name, slot).copy_(a)
+
+    def _parameter(self, name: str, slot: Slot) -> nn.Parameter:
+        key = f"base_model.model.{slot.module}.lora_{slot.factor}.{name}.weight"
+        return self._parameters[key]

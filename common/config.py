@@ -1,0 +1,193 @@
+"""Frozen models of the TOML files that server and device read. Unknown keys are errors."""
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from homefire.common.adapter import AdapterConfig
+from homefire.common.errors import ConfigError
+from homefire.common.training import LocalTraining
+
+Model = TypeVar("Model", bound=BaseModel)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Frozen(BaseModel):
+    """A settings table: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelConfig(Frozen):
+    """The frozen model under the adapters: an alias, a folder, a GGUF file or a hub id."""
+
+    name: str = Field("smollm2-135m", min_length=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class OptimizerConfig(Frozen):
+    """The server's optimizer; it runs after the noise and sees nothing that is not private.
+
+    "fedavg" adds learning_rate times the average, "momentum" is FedAvgM, "adam" is FedAdam.
+    """
+
+    name: Literal["fedavg", "momentum", "adam"] = "fedavg"
+    learning_rate: Positive = 1.0
+    momentum: float = Field(0.9, ge=0, lt=1)
+    second_moment: float = Field(0.99, ge=0, lt=1)
+    adaptivity: Positive = 1e-3
+
+
+class DeploymentConfig(Frozen):
+    """A large deployment whose noise a small simulation uses (`noise_cohort`)."""
+
+    users: int = Field(ge=1)
+    cohort: int = Field(ge=1)
+    rounds: int | None = Field(None, ge=1, description="As many as the simulation, if absent.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "DeploymentConfig":
+        if self.cohort > self.users:
+            raise ValueError(f"cohort {self.cohort} is larger than users {self.users}")
+        return self
+
+
+class PrivacyConfig(Frozen):
+    """How releases are made private. There is no default: a run says what it wants.
+
+    Exactly one of `noise_multiplier` and `epsilon` goes with the mechanism "gaussian"; "none" takes
+    neither. With `deployment`, they speak for that deployment.
+    """
+
+    mechanism: Literal["gaussian", "none"]
+    clip_norm: Positive
+    noise_multiplier: Positive | None = None
+    epsilon: Positive | None = None
+    delta: float | None = Field(None, gt=0, lt=1)
+    deployment: DeploymentConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "PrivacyConfig":
+        given = [name for name in ("noise_multiplier", "epsilon") if getattr(self, name)]
+        if self.mechanism == "gaussian":
+            if len(given) != 1:
+                raise ValueError('"gaussian" needs one of noise_multiplier and epsilon')
+            if self.delta is None:
+                raise ValueError('"gaussian" needs delta')
+        elif given or self.delta is not None or self.deployment is not None:
+            raise ValueError('"none" takes no noise_multiplier, epsilon, delta or deployment')
+        return self
+
+
+class RoundsConfig(Frozen):
+    """How long the federation runs, and how many devices it expects in a round."""
+
+    rounds: int = Field(3, ge=1)
+    cohort: int = Field(8, ge=1, description="Expected cohort: the fixed denominator.")
+    deadline: float = Field(3600.0, gt=0, description="Seconds that a round may take.")
+
+
+class FederationConfig(Frozen):
+    """Everything that the server needs."""
+
+    name: str = Field("homefire", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    users: int = Field(ge=1, description="Enrolled users: the population of Poisson sampling.")
+    output: Path
+    base_model: BaseModelConfig
+    shared: AdapterConfig
+    local: LocalTraining
+    federation: RoundsConfig
+    optimizer: OptimizerConfig
+    privacy: PrivacyConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> "FederationConfig":
+        if self.federation.cohort > self.users:
+            raise ValueError(
+                f"cohort {self.federation.cohort} is larger than the {self.users} enrolled users"
+            )
+        return self
+
+
+class PrivateConfig(Frozen):
+    """How a device trains its private adapter."""
+
+    adapter: AdapterConfig = AdapterConfig(
+        method="lora", rank=8, alpha=16, targets="all-linear", seed=1
+    )
+    training: LocalTraining = LocalTraining(steps=40, batch_size=4)
+    validate_every: int = Field(10, ge=1, description="Steps between looks at the validation slice")
+    validation_share: float = Field(0.125, gt=0, lt=1)
+
+
+class DeviceConfig(Frozen):
+    """What a device decides for itself; nothing of it ever comes from a server."""
+
+    base_model: BaseModelConfig = BaseModelConfig()
+    private: PrivateConfig = PrivateConfig()
+
+
+def load_config(model: type[Model], path: Path) -> Model:
+    """Read a TOML file into its frozen model.
+
+    Raises:
+        ConfigError: The file is missing, not TOML, or does not fit the model; names the key.
+    """
+    return validate(model, read_toml(path), where=str(path))
+
+
+def validate(model: type[Model], tables: dict[str, object], *, where: str) -> Model:
+    """Check settings against a model.
+
+    Raises:
+        ConfigError: Names the first wrong key and how many more there are.
+    """
+    try:
+        return model.model_validate(tables)
+    except ValidationError as error:
+        first, *more = error.errors()
+        key = ".".join(str(part) for part in first["loc"]) or "settings"
+        known = ", ".join(sorted(model.model_fields))
+        unknown = first["type"] == "extra_forbidden" and len(first["loc"]) == 1
+        message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ConfigError(
+            f"{where}: {key}: {message}" + (f" (and {len(more)} more)" if more else ""),
+            hint=f"Known here: {known}." if unknown else "",
+        ) from error
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: Missing or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from error
+
+
+def expand(text: str) -> str:
+    """Replace `${NAME}` by environment variables.
+
+    Raises:
+        ConfigError: A variable is not set.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if (found := os.environ.get(match[1])) is None:
+            raise ConfigError(
+                f"{text}: the environment variable {match[1]} is not set",
+                hint=f"Set {match[1]} to the folder that is meant.",
+            )
+        return found
+
+    return re.sub(r"\$\{(\w+)\}", value, text)

@@ -1,0 +1,181 @@
+"""What a run's privacy costs: from noise to epsilon and back.
+
+The unit is one user's whole history, the adjacency zero-out (the user is there with an all-zero
+contribution). Three numbers are stated, never one: see `PrivacyStatement`.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from homefire.common.errors import HomefireError, PrivacyError
+
+ADJACENCY = "zero-out"
+UNIT = "one user's whole history"
+TRUST = "trusted aggregator"
+SMALLEST_PLD_NOISE = 0.2
+"""Below this noise multiplier the unamplified value is stated: an upper bound, far from private."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyStatement:
+    """What is promised to whom.
+
+    Attributes:
+        mechanism: "gaussian" or "none".
+        noise_multiplier: z, or None without noise.
+        clip_norm: C.
+        delta: The probability bound that goes with every epsilon.
+        rounds: How many releases the numbers cover.
+        expected_cohort: The fixed denominator.
+        sampling_rate: The chance of each enrolled user to take part in a round.
+        participation: The rule in words.
+        epsilon_release: Against whoever receives the releases; None means unbounded.
+        epsilon_known_cohort: Against a recipient who also knows who took part when.
+        epsilon_server: Against the server itself: None, for it sees every vector before the noise.
+    """
+
+    mechanism: str
+    noise_multiplier: float | None
+    clip_norm: float
+    delta: float | None
+    rounds: int
+    expected_cohort: int
+    sampling_rate: float
+    participation: str
+    epsilon_release: float | None
+    epsilon_known_cohort: float | None
+    epsilon_server: None = None
+    adjacency: str = ADJACENCY
+    unit: str = UNIT
+    trust: str = TRUST
+
+    def to_json(self) -> dict[str, Any]:
+        """The statement as a JSON object."""
+        return asdict(self)
+
+
+def gaussian_delta(epsilon: float, mu: float) -> float:
+    """The exact delta of a Gaussian mechanism with sensitivity / noise = mu.
+
+    Source: Balle and Wang 2018, theorem 8; Dong et al. 2019, corollary 2.13.
+    """
+    first = _log_ndtr(mu / 2 - epsilon / mu)
+    second = epsilon + _log_ndtr(-mu / 2 - epsilon / mu)
+    return max(0.0, math.exp(first) - math.exp(min(second, 0.0)))
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """The exact epsilon of a Gaussian mechanism, or of a composition that is one.
+
+    Args:
+        mu: Sensitivity divided by the noise's standard deviation; sqrt(k) / z for k releases.
+        delta: In (0, 1).
+
+    Guarantees:
+        Never below the truth: the upper end of the last bracket of the bisection is returned.
+
+    Raises:
+        PrivacyError: mu or delta out of range.
+    """
+    check_delta(delta)
+    if not (math.isfinite(mu) and mu > 0):
+        raise PrivacyError(f"mu {mu} is not a positive number")
+    if gaussian_delta(0.0, mu) <= delta:
+        return 0.0
+    low, high = 0.0, 1.0
+    while gaussian_delta(high, mu) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * max(1.0, high):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gaussian_delta(middle, mu) > delta else (low, middle)
+    return high
+
+
+def poisson_epsilon(
+    noise_multiplier: float, *, sampling_rate: float, rounds: int, delta: float, step: float = 1e-4
+) -> float:
+    """Epsilon of Poisson-sampled Gaussian rounds, by privacy loss distributions (PLD).
+
+    Args:
+        noise_multiplier: z.
+        sampling_rate: q.
+        rounds: T.
+        delta: In (0, 1).
+        step: Discretization of the privacy loss; pessimistic at any value.
+
+    Guarantees:
+        Upper bound: losses are rounded up; the value never exceeds the unamplified one.
+
+    Assumes:
+        Every enrolled user is drawn independently with probability q, the draw is secret, there is
+        no top-up, and drop-outs do not depend on data.
+
+    Source: Doroshenko et al. 2022, as implemented in dp-accounting.
+    """
+    check_delta(delta)
+    unamplified = gaussian_epsilon(math.sqrt(rounds) / noise_multiplier, delta)
+    if sampling_rate >= 1 or noise_multiplier < SMALLEST_PLD_NOISE:
+        return unamplified
+    try:
+        import dp_accounting
+        from dp_accounting.pld import PLDAccountant
+    except ImportError as error:
+        raise HomefireError(
+            "accounting for sampled cohorts needs the package dp-accounting",
+            hint="pip install 'homefire[server]'",
+        ) from error
+    relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+    event = dp_accounting.PoissonSampledDpEvent(
+        sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier)
+    )
+    accountant = PLDAccountant(relation, value_discretization_interval=step)
+    accountant.compose(event, rounds)
+    return min(float(accountant.get_epsilon(delta)), unamplified)
+
+
+def calibrate_noise(epsilon: float, *, sampling_rate: float, rounds: int, delta: float) -> float:
+    """The smallest noise multiplier (to 0.1 %) whose `poisson_epsilon` is at most `epsilon`.
+
+    Raises:
+        PrivacyError: The target is not positive or needs more noise than makes sense.
+    """
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise PrivacyError(f"epsilon {epsilon} is not a positive number")
+    measure = partial(
+        poisson_epsilon, sampling_rate=sampling_rate, rounds=rounds, delta=delta, step=1e-3
+    )
+    low, high = SMALLEST_PLD_NOISE, 1.0
+    if measure(low) <= epsilon:
+        return low
+    while measure(high) > epsilon:
+        low, high = high, 2 * high
+        if high > 2.0**12:
+            raise PrivacyError(
+                f"epsilon {epsilon} needs a noise multiplier above {high:g}",
+                hint="Ask for a larger epsilon, fewer rounds or a smaller cohort.",
+            )
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if measure(middle) > epsilon else (low, middle)
+    return high
+
+
+def check_delta(delta: float) -> None:
+    """Refuse a delta that promises nothing.
+
+    Raises:
+        PrivacyError: Not in (0, 1).
+    """
+    if not 0 < delta < 1:
+        raise PrivacyError(f"delta {delta} is not between 0 and 1")
+
+
+def _log_ndtr(x: float) -> float:
+    """Log of the standard normal distribution function, accurate in the far left tail."""
+    if x > -20:
+        return math.log(0.5 * math.erfc(-x / math.sqrt(2)))
+    square = x * x
+    series = 1 - 1 / square + 3 / square**2 - 15 / square**3 + 105 / square**4
+    return -square / 2 - math.log(-x) - 0.5 * math.log(2 * math.pi) + math.log(series)

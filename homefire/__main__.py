@@ -1,0 +1,206 @@
+"""The command line: `homefire` or `python -m homefire`."""
+
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from homefire import __version__
+from homefire.common.errors import HomefireError
+
+# No command of homefire tells anybody that it runs; Flower and Ray would.
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+app = typer.Typer(
+    name="homefire",
+    help="Personalize language models without collecting anybody's data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Base models: fetch and list.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+bench_app = typer.Typer(help="Measurements against peers, in one run.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+ExperimentFile = Annotated[
+    Path | None, typer.Argument(help="An experiment file; without it, the default experiment.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one setting, such as federation.rounds=5. May be repeated.",
+    ),
+]
+Runs = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
+Name = Annotated[str | None, typer.Option(help="Name of the run; default: the experiment's.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Personalize language models without collecting anybody's data."""
+    if version:
+        typer.echo(f"homefire {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def simulate(
+    experiment: ExperimentFile = None,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """Train a shared adapter by all users, a private one for each, and report who gained what.
+
+    Without a file: a synthetic population on SmolLM2-135M-Instruct, some minutes on two cores.
+
+    Examples:
+      homefire simulate
+      homefire simulate --set population.users=24 --set federation.rounds=5
+      homefire simulate --set privacy.mechanism=none --set privacy.epsilon=
+      homefire simulate simulations/experiments/chat/experiment.toml
+    """
+    _need("simulation", "ray", "plotly", "dp_accounting")
+    from homefire.simulations.experiment import load_experiment
+    from homefire.simulations.preparation import free_folder, prepare
+    from homefire.simulations.progress import Reporter
+    from homefire.simulations.simulate import simulate as run_simulation
+
+    settings = load_experiment(experiment, overrides or [])
+    console = Console()
+    run = prepare(settings, free_folder(runs, name or settings.name))
+    console.print(f"Run [bold]{escape(str(run.folder))}[/]")
+    report = run_simulation(run, Reporter(console))
+    _show_summary(console, report)
+    console.print(f"\nReport: {escape(str((run.folder / 'report.html').resolve()))}")
+
+
+@app.command()
+def prepare(
+    experiment: ExperimentFile = None,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """Write a run's folder (devices, server settings) without running it.
+
+    Then any Flower runtime can carry it out; the command is printed.
+    """
+    _need("simulation", "ray", "plotly", "dp_accounting")
+    from homefire.simulations.experiment import load_experiment
+    from homefire.simulations.preparation import free_folder
+    from homefire.simulations.preparation import prepare as prepare_run
+
+    settings = load_experiment(experiment, overrides or [])
+    run = prepare_run(settings, free_folder(runs, name or settings.name))
+    typer.echo(f"Prepared {run.folder}. On Flower's Ray simulation:\n")
+    typer.echo(f"  export HOMEFIRE_HOME={run.home.folder.resolve()}")
+    typer.echo("  export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1")
+    typer.echo(
+        f"  flwr run . --stream --run-config 'federation=\"{run.federation_file.resolve()}\"' "
+        f'--federation-config "num-supernodes={run.training} client-resources-num-cpus=1"'
+    )
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/default.")],
+) -> None:
+    """Rebuild a run's HTML report from its report.json."""
+    _need("simulation", "plotly")
+    from homefire.simulations.report import load_report, write_report
+
+    write_report(run, load_report(run))
+    typer.echo(f"Report: {(run / 'report.html').resolve()}")
+
+
+@models_app.command("get")
+def models_get(
+    alias: Annotated[str, typer.Argument(help="Such as smollm2-135m; see `homefire models list`.")],
+) -> None:
+    """Fetch a base model once, check its digest, and keep it in the cache folder."""
+    from homefire.common.model_cache import get_model
+
+    console = Console()
+    folder = get_model(alias, progress=lambda step: console.print(escape(step)))
+    console.print(f"{escape(alias)}: {escape(str(folder))}")
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """List the aliases and what is in the cache folder."""
+    from homefire.common.model_cache import ALIASES, resolve_alias
+
+    table = Table("alias", "licence", "folder", "note")
+    for alias, source in sorted(ALIASES.items()):
+        table.add_row(
+            alias, source.license, str(resolve_alias(alias) or "not fetched"), source.note
+        )
+    Console().print(table)
+
+
+@bench_app.command("overhead")
+def bench_overhead(
+    users: Annotated[
+        int, typer.Option(min=1, help="Trivial devices, all of them in a round.")
+    ] = 100,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds; the first is a warm-up.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What a round costs besides training: in-process against Flower's Ray simulation."""
+    _need("simulation", "ray")
+    from homefire.simulations.benchmarks.overhead import measure_overhead, show
+
+    show(measure_overhead(users=users, rounds=rounds), as_json=as_json)
+
+
+def _show_summary(console: Console, report: dict[str, object]) -> None:
+    from homefire.simulations.report_text import summary_tables
+
+    for part in summary_tables(report):
+        console.print(part)
+
+
+def _need(extra: str, *packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise HomefireError(
+                f"this command needs the package {package}",
+                hint=f"pip install 'homefire[{extra}]'",
+            )
+
+
+def main() -> NoReturn:
+    """Run the command line; an error of ours is two lines and exit code 1."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        app()
+    except HomefireError as error:
+        typer.echo(f"Error: {error}", err=True)
+        if error.hint:
+            typer.echo(f"Hint: {error.hint}", err=True)
+        sys.exit(1)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

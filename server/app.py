@@ -1,0 +1,39 @@
+"""The Flower ServerApp: reads the operator's federation file and runs the rounds.
+
+The run configuration holds one key, `federation`: the path of a TOML file on the server.
+"""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from homefire.common.adapter import resolve_spec
+from homefire.common.base_model import load_base_model
+from homefire.common.config import FederationConfig, load_config
+from homefire.common.errors import ConfigError
+from homefire.server.federation import Federation, new_run_id, run_federation
+from homefire.server.planning import plan_privacy
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a federation from first round to last."""
+    path = str(context.run_config.get("federation", ""))
+    if not path:
+        raise ConfigError(
+            "the run configuration names no federation file",
+            hint="flwr run . --run-config 'federation=\"/path/to/federation.toml\"'",
+        )
+    config = load_config(FederationConfig, Path(path))
+    run_federation(grid, open_federation(config))
+
+
+def open_federation(config: FederationConfig) -> Federation:
+    """Everything a run needs, checked before any device is asked."""
+    privacy = plan_privacy(config)
+    base = load_base_model(config.base_model.name, dtype=config.base_model.dtype)
+    spec = resolve_spec(config.shared, base.model.config)
+    return Federation(config, spec, base.fingerprint, privacy, new_run_id())

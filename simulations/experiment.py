@@ -1,0 +1,129 @@
+"""Experiments: one TOML file that says who the users are, how they train, and what is measured."""
+
+import tomllib
+from pathlib import Path
+
+from pydantic import Field
+
+from homefire.common.adapter import AdapterConfig
+from homefire.common.config import (
+    BaseModelConfig,
+    DeviceConfig,
+    FederationConfig,
+    Frozen,
+    OptimizerConfig,
+    PrivacyConfig,
+    PrivateConfig,
+    RoundsConfig,
+    read_toml,
+    validate,
+)
+from homefire.common.errors import ConfigError
+from homefire.common.training import LocalTraining
+from homefire.simulations.populations import PopulationConfig, Synthetic
+
+
+class EvaluationConfig(Frozen):
+    """What is measured on the newest records of each user."""
+
+    held_out: float = Field(0.2, gt=0, lt=1, description="Newest share of each history.")
+    max_tokens: int = Field(64, ge=4)
+    curve_users: int = Field(
+        8, ge=0, description="Users whose validation slice is scored per round"
+    )
+    generated: int = Field(2, ge=0, description="Held-out prompted records per user for ROUGE-L")
+    reply_tokens: int = Field(24, ge=1)
+
+
+class Experiment(Frozen):
+    """A whole simulation. Every table has defaults that work but `privacy`, which has none."""
+
+    name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, description="Of torch; all cores if absent.")
+    base_model: BaseModelConfig = BaseModelConfig()
+    population: PopulationConfig = Synthetic(kind="synthetic")
+    shared: AdapterConfig = AdapterConfig()
+    local: LocalTraining = LocalTraining()
+    federation: RoundsConfig = RoundsConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    privacy: PrivacyConfig
+    private: PrivateConfig = PrivateConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def for_server(self, output: Path) -> FederationConfig:
+        """The part that the server reads."""
+        names = set(FederationConfig.model_fields) - {"users", "output"}
+        tables = {name: getattr(self, name) for name in names}
+        return validate(
+            FederationConfig,
+            {**tables, "users": self.population.users, "output": output},
+            where="experiment",
+        )
+
+    def for_devices(self) -> DeviceConfig:
+        """The part that the devices read."""
+        return DeviceConfig(base_model=self.base_model, private=self.private)
+
+
+DEFAULT: dict[str, object] = {
+    "name": "default",
+    "base_model": {"name": "smollm2-135m"},
+    "population": {"kind": "synthetic", "users": 12, "unseen": 4, "records": 24},
+    "shared": {"method": "ffa", "rank": 4, "alpha": 8},
+    "local": {"steps": 4, "batch_size": 2, "max_tokens": 64, "learning_rate": 5e-3},
+    "federation": {"rounds": 3, "cohort": 6},
+    "privacy": {
+        "mechanism": "gaussian",
+        "clip_norm": 1.0,
+        "epsilon": 2.0,
+        "delta": 1e-6,
+        "deployment": {"users": 100_000, "cohort": 5_000},
+    },
+    "private": {
+        "adapter": {"method": "lora", "rank": 8, "alpha": 16, "targets": "auto", "seed": 1},
+        "training": {"steps": 20, "batch_size": 2, "max_tokens": 64, "learning_rate": 2e-3},
+        "validate_every": 10,
+    },
+}
+"""What `homefire simulate` runs without a file."""
+
+
+def load_experiment(path: Path | None, overrides: list[str]) -> Experiment:
+    """Read an experiment and apply `key=value` overrides.
+
+    Args:
+        path: A TOML file; None means `DEFAULT`.
+        overrides: Such as "federation.rounds=5"; the value is TOML, or else a plain string.
+
+    Raises:
+        ConfigError: Names file and key.
+    """
+    tables = _copy(DEFAULT) if path is None else read_toml(path)
+    where = "default experiment" if path is None else str(path)
+    for override in overrides:
+        _apply(tables, override)
+    if path is not None:
+        tables.setdefault("name", path.stem)
+    return validate(Experiment, tables, where=where)
+
+
+def _apply(tables: dict[str, object], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected key=value")
+    *parents, last = key.strip().split(".")
+    table = tables
+    for parent in parents:
+        inner = table.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {parent!r} is a value, not a table")
+        table = inner
+    try:
+        table[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = text
+
+
+def _copy(table: dict[str, object]) -> dict[str, object]:
+    return {k: _copy(v) if isinstance(v, dict) else v for k, v in table.items()}

@@ -1,0 +1,262 @@
+"""Where a simulation's users come from, and who of them is trained on.
+
+Four kinds of population, one function: `load_population`. Paths may hold `${NAME}`, which stands
+for an environment variable, so that an experiment's file need not know the machine it runs on.
+"""
+
+import os
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+from homefire.common.errors import ConfigError, DataError
+from homefire.common.records import Skipped, User, read_users
+from homefire.simulations.hf_datasets import Columns, read_dataset
+from homefire.simulations.lamp import read_lamp
+from homefire.simulations.synthetic import synthetic_id, synthetic_user
+
+__all__ = [
+    "Columns",
+    "HuggingFace",
+    "Jsonl",
+    "Lamp",
+    "Population",
+    "PopulationConfig",
+    "Synthetic",
+    "load_population",
+]
+
+OnBad: TypeAlias = Literal["error", "skip"]
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+class _Config(BaseModel):
+    """What every kind of population has.
+
+    Args:
+        users: How many are trained on.
+        unseen: How many more are kept out of all training, to be evaluated only.
+        min_records: A user with fewer is a bad one.
+        max_records: Of longer histories only the newest records are kept.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    users: PositiveInt
+    unseen: NonNegativeInt
+    min_records: int = Field(default=5, ge=2)  # a history must be divisible in time
+    max_records: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _enough_records(self) -> Self:
+        if self.max_records is not None and self.max_records < self.min_records:
+            raise ValueError(
+                f"max_records = {self.max_records} is less than min_records = {self.min_records}"
+            )
+        return self
+
+
+class _Stored(_Config):
+    """A population that lies in files.
+
+    Args:
+        on_bad: Whether bad records and users end the run ("error") or are left out and counted.
+    """
+
+    on_bad: OnBad = "error"
+
+
+class Synthetic(_Config):
+    """Made users with hidden traits; see `homefire.simulations.synthetic`.
+
+    Args:
+        records: For each user.
+        heterogeneity: 0: all users are alike (the negative control); 1: each has a manner.
+    """
+
+    kind: Literal["synthetic"] = "synthetic"
+    users: PositiveInt = 12
+    unseen: NonNegativeInt = 4
+    records: PositiveInt = 24
+    heterogeneity: float = Field(default=1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> Self:
+        if self.records < self.min_records:
+            raise ValueError(
+                f"records = {self.records} is less than min_records = {self.min_records}"
+            )
+        return self
+
+
+class Jsonl(_Stored):
+    """A population file: one user a line; see `homefire.common.records`.
+
+    Args:
+        path: A `.jsonl` or `.jsonl.gz` file.
+    """
+
+    kind: Literal["jsonl"] = "jsonl"
+    path: Path
+
+
+class Lamp(_Stored):
+    """A folder in the shape of the LaMP benchmark; see `homefire.simulations.lamp`.
+
+    Args:
+        path: Holds `{split}_questions.json` and `{split}_outputs.json`.
+        split: "train", "dev" or "test".
+    """
+
+    kind: Literal["lamp"] = "lamp"
+    path: Path
+    split: str = Field(default="dev", pattern=r"^[\w-]+$")
+
+
+class HuggingFace(_Stored):
+    """A dataset of the `datasets` library; see `homefire.simulations.hf_datasets`.
+
+    Args:
+        path: A folder written by `save_to_disk`, a folder of data files, or a hub id.
+        split: The split's name.
+        columns: Which column holds what.
+    """
+
+    kind: Literal["hf"] = "hf"
+    path: str = Field(min_length=1)
+    split: str = Field(default="train", min_length=1)
+    columns: Columns
+
+
+PopulationConfig: TypeAlias = Annotated[
+    Synthetic | Jsonl | Lamp | HuggingFace, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Population:
+    """The chosen users.
+
+    Args:
+        training: Take part in the federation.
+        unseen: Take no part in any training of shared weights.
+        skipped: What was left out of the source, by reason.
+    """
+
+    training: tuple[User, ...]
+    unseen: tuple[User, ...]
+    skipped: Skipped
+
+
+def load_population(config: PopulationConfig, *, seed: int) -> Population:
+    """Choose users at random and load them, and only them.
+
+    Stored populations are read twice: once for the names of all good users, once for the chosen
+    users' records.
+
+    Guarantees:
+        by user: nobody is both trained on and unseen.
+        by name: the choice depends on the set of user ids and the seed, not on the order of the
+            source; of a stored population, asking for more training users keeps the unseen ones
+            and adds to the others.
+
+    Args:
+        config: The population.
+        seed: Of the choice, and of synthetic users.
+
+    Raises:
+        ConfigError: A path names an environment variable that is not set, or a dataset, split or
+            column that does not exist.
+        DataError: The source is damaged, a user is bad and `on_bad` is "error", or there are fewer
+            good users than asked for.
+    """
+    skipped = Skipped()
+    ids = sorted(_user_ids(config, skipped))
+    wanted = config.users + config.unseen
+    if len(ids) < wanted:
+        raise DataError(
+            f"the population has {len(ids)} users with at least {config.min_records} records; "
+            f"{wanted} were asked for ({config.users} to train on, {config.unseen} unseen)",
+            hint="Ask for fewer users, or lower min_records.",
+        )
+    random.Random(seed).shuffle(ids)  # noqa: S311 - no secret
+    unseen, training = ids[: config.unseen], ids[config.unseen : wanted]
+    users = _load(config, seed, set(ids[:wanted]))
+    return Population(
+        training=tuple(users[user_id] for user_id in training),
+        unseen=tuple(users[user_id] for user_id in unseen),
+        skipped=skipped,
+    )
+
+
+def _user_ids(config: PopulationConfig, skipped: Skipped) -> Iterator[str]:
+    """The names of all users that can be chosen."""
+    if isinstance(config, Synthetic):
+        yield from map(synthetic_id, range(config.users + config.unseen))
+        return
+    for user in _read(config, skipped if config.on_bad == "skip" else None):
+        if len(user.records) >= config.min_records:
+            yield user.user_id
+        elif config.on_bad == "skip":
+            skipped.count("too few records")
+        else:
+            raise DataError(
+                f"user {user.user_id!r} has {len(user.records)} record(s); "
+                f"at least {config.min_records} are needed",
+                hint='Lower min_records, or set on_bad = "skip".',
+                reason="too few records",
+            )
+
+
+def _load(config: PopulationConfig, seed: int, chosen: set[str]) -> dict[str, User]:
+    if isinstance(config, Synthetic):
+        users = _made(config, seed)
+    else:
+        users = _read(config, Skipped() if config.on_bad == "skip" else None)
+    found: dict[str, User] = {}
+    for user in users:
+        if user.user_id in chosen:
+            newest = user.records[-(config.max_records or len(user.records)) :]
+            found[user.user_id] = replace(user, records=newest)
+            if len(found) == len(chosen):
+                break
+    return found
+
+
+def _made(config: Synthetic, seed: int) -> Iterator[User]:
+    for number in range(config.users + config.unseen):
+        yield synthetic_user(
+            number, seed=seed, heterogeneity=config.heterogeneity, records=config.records
+        )
+
+
+def _read(config: Jsonl | Lamp | HuggingFace, skipped: Skipped | None) -> Iterator[User]:
+    path = _expand(str(config.path))
+    match config:
+        case Jsonl():
+            return read_users(Path(path), skipped=skipped)
+        case Lamp():
+            return read_lamp(Path(path), split=config.split, skipped=skipped)
+        case HuggingFace():
+            return read_dataset(path, split=config.split, columns=config.columns, skipped=skipped)
+
+
+def _expand(path: str) -> str:
+    """Put the values of environment variables in place of `${NAME}`."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if not os.environ.get(name):
+            raise ConfigError(
+                f"{path}: the environment variable {name} is not set",
+                hint=f"Set {name} to the folder with the data.",
+            )
+        return os.environ[name]
+
+    return os.path.expanduser(_VARIABLE.sub(value, path))

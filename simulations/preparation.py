@@ -1,0 +1,119 @@
+"""A run's folder before anything runs: devices with their older records, the server's settings.
+
+::
+
+    runs/NAME/
+        experiment.toml     the experiment with every default filled in
+        devices/            the home folder of all simulated devices: the older 80 % of histories
+        held_out.jsonl      the newest records, which no device and no server ever reads
+        server/             federation.toml; later releases/ and rounds.jsonl
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from homefire.client.home import Home
+from homefire.common.errors import HomefireError
+from homefire.common.files import write_atomically
+from homefire.common.records import User, UserFile, split_newest, write_users
+from homefire.simulations.experiment import Experiment
+from homefire.simulations.populations import load_population
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A prepared run.
+
+    Attributes:
+        folder: Everything lies below it.
+        experiment: What it is about.
+        training: How many users take part in the shared training: the first ones.
+        unseen: How many do not: the last ones.
+        skipped: What was left out while reading the population, by reason.
+    """
+
+    folder: Path
+    experiment: Experiment
+    training: int
+    unseen: int
+    skipped: dict[str, int]
+
+    @property
+    def home(self) -> Home:
+        """The simulated devices."""
+        return Home(self.folder / "devices")
+
+    @property
+    def held_out(self) -> UserFile:
+        """The newest records of the same users, in the same order."""
+        return UserFile(self.folder / "held_out.jsonl")
+
+    @property
+    def federation_file(self) -> Path:
+        """What the server reads."""
+        return self.folder / "server" / "federation.toml"
+
+
+def prepare(experiment: Experiment, folder: Path) -> Run:
+    """Load the population, split every history in time, and write the folder.
+
+    Args:
+        experiment: The settings.
+        folder: Made here; must not exist.
+
+    Guarantees:
+        Held out: no record of `held_out.jsonl` is in `devices/`.
+
+    Raises:
+        DataError: The population is wrong.
+        HomefireError: The folder exists.
+    """
+    server = experiment.for_server(folder.resolve() / "server")
+    population = load_population(experiment.population, seed=experiment.seed)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise HomefireError(f"{folder} exists", hint="Choose another name or remove it.") from error
+    users = (*population.training, *population.unseen)
+    share = experiment.evaluation.held_out
+    (folder / "devices").mkdir()
+    run = Run(
+        folder,
+        experiment,
+        len(population.training),
+        len(population.unseen),
+        dict(population.skipped.reasons),
+    )
+    write_users(run.home.folder / "users.jsonl", _part(users, share, newest=False))
+    write_users(run.held_out.path, _part(users, share, newest=True))
+    write_toml(run.home.folder / "device.toml", experiment.for_devices())
+    write_toml(run.federation_file, server)
+    write_toml(folder / "experiment.toml", experiment)
+    return run
+
+
+def free_folder(parent: Path, name: str) -> Path:
+    """The first of `name`, `name-2`, `name-3`, … that does not exist."""
+    candidate, number = parent / name, 1
+    while candidate.exists():
+        number += 1
+        candidate = parent / f"{name}-{number}"
+    return candidate
+
+
+def write_toml(path: Path, settings: BaseModel) -> None:
+    """Write settings so that reading them back gives the same ones."""
+    import tomli_w
+
+    tables: dict[str, Any] = settings.model_dump(mode="json", exclude_none=True)
+    write_atomically(path, tomli_w.dumps(tables).encode())
+
+
+def _part(users: tuple[User, ...], share: float, *, newest: bool) -> Iterator[User]:
+    for user in users:
+        older, held_out = split_newest(user.records, share)
+        yield User(user.user_id, held_out if newest else older)

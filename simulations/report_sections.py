@@ -1,0 +1,243 @@
+"""The sections of a report's page that hold its tables and plots."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from homefire.simulations import report_html as h
+from homefire.simulations.report_html import UNIT, Markup, join, section, tag
+from homefire.simulations.report_plots import (
+    GROUPS,
+    VARIANTS,
+    Plot,
+    ordered_comparisons,
+    variant_label,
+)
+
+_VARIANT_NOTES = {
+    "base": "no adapter",
+    "shared": "what all users trained together",
+    "private_only": "the user's own adapter alone",
+    "shared_private": "both together",
+    "other_private": "control: a different user's private adapter",
+}
+_GROUP_NOTES = {
+    "training_users": "They could be drawn into the cohorts that trained the shared adapter."
+    " Measured on their newest records, which no training saw.",
+    "unseen_users": "They had no part in training the shared adapter: this is what it is worth to"
+    " somebody new. Measured on their newest records, which no training saw.",
+}
+
+
+def utility(report: Mapping[str, Any], forest: Plot | None, gains: Mapping[str, Plot]) -> Markup:
+    """What each part gains, then each group with its tables and its users' gains."""
+    groups = [(key, report["utility"][key]) for key in GROUPS if report["utility"].get(key)]
+    if not groups:
+        return section("Utility", tag("p", "Nothing was evaluated in this run."), id_="utility")
+    return section(
+        "Utility",
+        _figure(forest),
+        *(_group(key, group, gains.get(key)) for key, group in groups),
+        id_="utility",
+    )
+
+
+def training(rounds: Sequence[Mapping[str, Any]], plot: Plot | None) -> Markup:
+    """Loss by round, and the table behind it."""
+    if not rounds:
+        return section("Training", tag("p", "No round was run."), id_="training")
+    head = [
+        "Round",
+        "Cohort",
+        "Accepted",
+        "Dropped",
+        "Train loss",
+        "Clipped",
+        "Validation loss",
+        "Time",
+    ]
+    return section(
+        "Training of the shared adapter",
+        _figure(plot),
+        tag(
+            "details",
+            tag("summary", f"All {len(rounds)} rounds as a table"),
+            h.table("Rounds", head, (_round(entry) for entry in rounds)),
+            tag(
+                "p",
+                "Exact counts are shown because the users are simulated; a real federation keeps"
+                " them to its operator.",
+                class_="note",
+            ),
+        ),
+        id_="training",
+    )
+
+
+def efficiency(figures: Mapping[str, Any]) -> Markup:
+    """Traffic, time and memory."""
+    up, down = figures["bytes_up_per_contribution"], figures["bytes_down_per_contribution"]
+    rows: list[tuple[object, ...]] = [
+        ("Sent up, per contribution", f"{h.size(up)} ({up:,} bytes)"),
+        ("Sent down, per contribution", f"{h.size(down)} ({down:,} bytes)"),
+        _seconds("Device time, per contribution", figures["device_seconds_per_contribution"]),
+        _seconds("Private adapter, per user", figures["private_seconds_per_user"]),
+        ("Training speed", f"{figures['training_tokens_per_second']:,.0f} tokens/s"),
+        ("Peak memory of the whole simulation", f"{figures['peak_memory_mib']:,.0f} MiB"),
+        _seconds("Whole run", figures["total_seconds"]),
+    ]
+    total = sum(figures["phases"].values())
+    phases = [
+        (name, h.duration(spent), _share(spent / total if total else 0.0))
+        for name, spent in sorted(figures["phases"].items(), key=lambda phase: -phase[1])
+    ]
+    return section(
+        "Efficiency",
+        tag(
+            "div",
+            h.table("Cost, measured on this machine", ["What", "Cost"], rows),
+            h.table("Where the time went", ["Phase", "Time", "Share"], phases) if phases else "",
+            class_="columns",
+        ),
+        id_="efficiency",
+    )
+
+
+def settings(report: Mapping[str, Any]) -> Markup:
+    """What was run: model, users and adapters in the open, the whole experiment folded."""
+    parts = [
+        ("Base model", report["base_model"]),
+        ("Users", report["population"]),
+        ("Shared adapter", report["adapters"]["shared"]),
+        ("Private adapters", report["adapters"]["private"]),
+    ]
+    boxes = [
+        tag("div", tag("h3", title), h.facts(_named(h.flatten(part))), class_="box")
+        for title, part in parts
+    ]
+    experiment = h.table("Resolved settings", ["Setting", "Value"], h.flatten(report["experiment"]))
+    return section(
+        "What was run",
+        tag("div", *boxes, class_="columns"),
+        tag("details", tag("summary", "All settings of the experiment"), experiment),
+        id_="settings",
+    )
+
+
+def _group(key: str, group: Mapping[str, Any], gains: Plot | None) -> Markup:
+    title = GROUPS[key].capitalize()
+    lowest = min((v["loss"] for v in group["variants"].values()), default=math.nan)
+    known = [name for name in VARIANTS if name in group["variants"]]
+    order = known + sorted(set(group["variants"]) - set(known))
+    rows = [_variant(name, group["variants"][name], lowest=lowest) for name in order]
+    comparisons = [_comparison(entry) for entry in ordered_comparisons(group).values()]
+    paired = ["Variant over variant", "Mean gain", "95 % interval", "Wins / ties / losses"]
+    return tag(
+        "div",
+        tag("h3", title),
+        tag("p", f"{group['users']:,} users, {group['tokens']:,} tokens. {_GROUP_NOTES[key]}"),
+        tag(
+            "div",
+            h.table(
+                f"{title}: loss ({UNIT}), perplexity, ROUGE-L",
+                ["Variant", "Loss", "Perplexity", "ROUGE-L"],
+                rows,
+            ),
+            _figure(gains),
+            class_="columns",
+        ),
+        h.table(
+            f"{title}: paired gains in {UNIT}, positive is better",
+            [*paired, "Worst tenth", "Users"],
+            comparisons,
+        ),
+        class_="group",
+    )
+
+
+def _variant(name: str, figures: Mapping[str, Any], *, lowest: float) -> tuple[object, ...]:
+    loss: object = h.number(figures["loss"])
+    if figures["loss"] == lowest:
+        loss = tag("b", loss, title="lowest")
+    return (
+        join(variant_label(name), tag("small", _VARIANT_NOTES.get(name, ""))),
+        loss,
+        h.perplexity(figures["perplexity"]),
+        h.number(figures["rouge_l"]),
+    )
+
+
+def _comparison(entry: Mapping[str, Any]) -> tuple[object, ...]:
+    low, high = entry["interval"]
+    return (
+        join(
+            variant_label(entry["better"]),
+            tag("span", " over ", class_="note"),
+            variant_label(entry["worse"]),
+        ),
+        tag("b", h.signed(entry["mean_gain"])),
+        f"{h.signed(low)} to {h.signed(high)}",
+        _record(entry["wins"], entry["ties"], entry["losses"]),
+        h.signed(entry["worst_decile"]),
+        f"{entry['users']:,}",
+    )
+
+
+def _record(wins: int, ties: int, losses: int) -> Markup:
+    counts = (("win", wins), ("tie", ties), ("loss", losses))
+    bar = [tag("i", class_=kind, style=f"flex:{count}") for kind, count in counts if count]
+    return join(
+        f"{wins:,} / {ties:,} / {losses:,}",
+        tag("span", *bar, class_="record", aria_hidden="true"),
+    )
+
+
+def _round(entry: Mapping[str, Any]) -> tuple[object, ...]:
+    clipped = entry["clipped_share"]
+    return (
+        entry["round"],
+        f"{entry['cohort']:,}",
+        f"{entry['accepted']:,}",
+        h.plain(entry["dropped"]),
+        h.number(entry["train_loss"]),
+        h.NOTHING if clipped is None else f"{100 * clipped:.0f} %",
+        h.number(entry["validation_loss"]),
+        h.duration(entry["seconds"]),
+    )
+
+
+def _seconds(name: str, seconds: float) -> tuple[object, ...]:
+    return (
+        name,
+        f"{h.duration(seconds)} ({seconds:,.3f} s)" if seconds > 60 else h.duration(seconds),
+    )
+
+
+def _share(share: float) -> Markup:
+    bar = tag("i", class_="tie", style=f"flex:0 0 {100 * share:.1f}%")
+    return join(f"{100 * share:.0f} %", tag("span", bar, class_="record wide", aria_hidden="true"))
+
+
+def _named(pairs: Iterable[tuple[str, str]]) -> Iterable[tuple[str, object]]:
+    for name, value in pairs:
+        yield name.replace("_", " ").replace(".", ": "), value
+
+
+def _figure(plot: Plot | None) -> Markup:
+    if plot is None:
+        return Markup()
+    height = f"height:{plot.figure.layout.height}px"
+    return tag(
+        "figure",
+        tag("h3", plot.title),
+        tag(
+            "div",
+            tag("noscript", "This plot needs JavaScript."),
+            id=plot.name,
+            class_="plot",
+            style=height,
+            role="img",
+            aria_label=plot.description,
+        ),
+        tag("figcaption", plot.note),
+    )

@@ -1,0 +1,247 @@
+"""The main job: federated training, private adapters, evaluation, report."""
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, RecordDict
+
+from homefire import __version__
+from homefire.client.app import app as client_app
+from homefire.client.device import Device, Examples, adapted_model
+from homefire.client.home import Home, PrivateAdapter
+from homefire.client.personalize.private import SHARED, PrivateResult, train_private
+from homefire.common.adapted_model import AdaptedModel
+from homefire.common.adapter import Vector
+from homefire.common.training import batch_seed, mean_loss
+from homefire.server.app import app as server_app
+from homefire.server.planning import PrivacyPlan, plan_privacy
+from homefire.server.releases import ReleaseStore
+from homefire.simulations.evaluation import PrivateVectors, UserScores, score_user, summarize
+from homefire.simulations.grid import InProcessGrid, Traffic
+from homefire.simulations.preparation import Run
+from homefire.simulations.progress import Reporter
+from homefire.simulations.report import write_report
+
+ROUNDS, PRIVATE_PHASE, EVALUATION = "Shared adapter", "Private adapters", "Evaluation"
+
+
+@dataclass(slots=True)
+class Measured:
+    """What the phases gave, on the way to the report."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    private_tokens: int = 0
+    scores: list[UserScores] = field(default_factory=list)
+
+
+def simulate(run: Run, reporter: Reporter) -> dict[str, Any]:
+    """Carry out a prepared run.
+
+    Args:
+        run: From `prepare`.
+        reporter: Shows progress, keeps times.
+
+    Returns:
+        The report; `report.json`, `report.html` and the exported shared adapter lie in the run's
+        folder.
+    """
+    torch.set_num_threads(run.experiment.threads or os.cpu_count() or 1)
+    privacy = plan_privacy(run.experiment.for_server(run.folder))
+    measured = Measured()
+    _run_rounds(run, reporter, measured)
+    experiment = run.experiment
+    model = adapted_model(experiment.for_devices(), experiment.shared)
+    store = ReleaseStore(run.folder / "server" / "releases")
+    _draw_curve(run, model, store, measured)
+    model.load(SHARED, store.latest().vector)
+    store.export(
+        model.specs[SHARED], run.folder / "shared_adapter", base_model=experiment.base_model.name
+    )
+    _train_private_adapters(run, model, reporter, measured)
+    _evaluate(run, model, reporter, measured)
+    report = _report(run, model, privacy, reporter, measured)
+    write_report(run.folder, report)
+    return report
+
+
+def _run_rounds(run: Run, reporter: Reporter, measured: Measured) -> None:
+    settings = run.experiment.federation
+    with reporter.phase(ROUNDS, settings.rounds * settings.cohort) as advance:
+        grid = InProcessGrid(client_app, run.home.folder, run.training, advance)
+        context = Context(
+            run_id=grid.run.run_id,
+            node_id=0,
+            node_config={},
+            state=RecordDict(),
+            run_config={"federation": str(run.federation_file)},
+        )
+        server_app(grid, context)
+    measured.traffic = grid.traffic
+    lines = (run.folder / "server" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    start = {"round": 0, "cohort": 0, "accepted": 0, "dropped": {}, "refused": {}}
+    measured.rounds = [
+        {**start, "train_loss": None, "clipped_share": None, "seconds": 0.0},
+        *(json.loads(line) for line in lines),
+    ]
+
+
+def _draw_curve(run: Run, model: AdaptedModel, store: ReleaseStore, measured: Measured) -> None:
+    """Score every release on the validation slices of a few users: only a simulator can."""
+    count = min(run.experiment.evaluation.curve_users, run.training)
+    slices = [_examples(run, model, number)[1].validation for number in range(count)]
+    examples = [example for part in slices for example in part]
+    for entry in measured.rounds:
+        entry["validation_loss"] = None
+        if examples:
+            model.load(SHARED, store.read(entry["round"]).vector)
+            model.activate(SHARED)
+            entry["validation_loss"], _ = mean_loss(model.network, examples)
+
+
+def _train_private_adapters(
+    run: Run, model: AdaptedModel, reporter: Reporter, measured: Measured
+) -> None:
+    """Each user's adapter on top of the release, and the control on the bare base model."""
+    users = run.training + run.unseen
+    with reporter.phase(PRIVATE_PHASE, 2 * users) as advance:
+        for number in range(users):
+            user_id, examples = _examples(run, model, number)
+            for home, on in ((run.home, (SHARED,)), (_controls(run), ())):
+                seed = batch_seed("private", user_id, run.experiment.seed)
+                result = train_private(
+                    model,
+                    examples.training,
+                    examples.validation,
+                    run.experiment.private,
+                    seed=seed,
+                    on=on,
+                )
+                home.save_private(user_id, _private_adapter(result, model, run))
+                measured.private_tokens += result.tokens
+                advance()
+
+
+def _evaluate(run: Run, model: AdaptedModel, reporter: Reporter, measured: Measured) -> None:
+    users = run.training + run.unseen
+    with reporter.phase(EVALUATION, users) as advance:
+        for number in range(users):
+            held_out = run.held_out[number]
+            other = run.held_out[_other(number, run.training, run.unseen)]
+            vectors = PrivateVectors(
+                own=_reader(run.home, held_out.user_id),
+                alone=_reader(_controls(run), held_out.user_id),
+                other=_reader(run.home, other.user_id),
+            )
+            config = run.experiment.evaluation
+            measured.scores.append(score_user(model, held_out.records, vectors, config))
+            advance()
+
+
+def _other(number: int, training: int, unseen: int) -> int:
+    """The next user of the same group, for the control."""
+    if number < training:
+        return (number + 1) % training
+    return training + (number - training + 1) % unseen
+
+
+def _reader(home: Home, user_id: str) -> Callable[[], Vector]:
+    return lambda: home.load_private(user_id).vector
+
+
+def _controls(run: Run) -> Home:
+    return Home(run.folder / "controls")
+
+
+def _examples(run: Run, model: AdaptedModel, number: int) -> tuple[str, Examples]:
+    device = Device(run.home, run.home.user(number))
+    tokens = run.experiment.private.training.max_tokens
+    return device.user.user_id, device.examples(model, run.experiment.for_devices(), tokens)
+
+
+def _private_adapter(result: PrivateResult, model: AdaptedModel, run: Run) -> PrivateAdapter:
+    about = {
+        "base_model": model.base.fingerprint,
+        "adapter_digest": model.specs["private"].digest,
+        "best_step": result.best_step,
+        "validation_before": result.validation_before,
+        "validation_after": result.validation_after,
+        "rounds": run.experiment.federation.rounds,
+    }
+    return PrivateAdapter(result.vector, about)
+
+
+def _report(
+    run: Run, model: AdaptedModel, privacy: PrivacyPlan, reporter: Reporter, measured: Measured
+) -> dict[str, Any]:
+    experiment, base = run.experiment, model.base
+    seen, unseen = measured.scores[: run.training], measured.scores[run.training :]
+    return {
+        "format": 1,
+        "name": run.folder.name,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "homefire_version": __version__,
+        "seed": experiment.seed,
+        "experiment": experiment.model_dump(mode="json"),
+        "base_model": {
+            "name": base.name,
+            "fingerprint": base.fingerprint,
+            "dtype": base.dtype,
+            "parameters": base.parameters,
+            "note": base.note,
+        },
+        "population": {
+            "kind": experiment.population.kind,
+            "training_users": run.training,
+            "unseen_users": run.unseen,
+            "records": sum(len(user.records) for user in run.home.users)
+            + sum(len(user.records) for user in run.held_out),
+            "skipped": run.skipped,
+        },
+        "adapters": {
+            name: {
+                "method": spec.config.method,
+                "rank": spec.config.rank,
+                "parameters": spec.size,
+                "targets": list(spec.targets),
+            }
+            for name, spec in model.specs.items()
+        },
+        "privacy": privacy.statement.to_json(),
+        "deployment": _deployment(privacy),
+        "rounds": measured.rounds,
+        "utility": {
+            "training_users": summarize(seen, seed=experiment.seed),
+            "unseen_users": summarize(unseen, seed=experiment.seed),
+        },
+        "efficiency": _efficiency(run, reporter, measured),
+    }
+
+
+def _deployment(privacy: PrivacyPlan) -> dict[str, Any] | None:
+    if (large := privacy.deployment) is None:
+        return None
+    return {**large.statement.to_json(), "users": large.users, "cohort": large.cohort}
+
+
+def _efficiency(run: Run, reporter: Reporter, measured: Measured) -> dict[str, Any]:
+    messages = max(1, measured.traffic.messages)
+    seconds = reporter.seconds
+    trained = 2 * (run.training + run.unseen)
+    return {
+        "bytes_up_per_contribution": round(measured.traffic.up / messages),
+        "bytes_down_per_contribution": round(measured.traffic.down / messages),
+        "device_seconds_per_contribution": seconds[ROUNDS] / messages,
+        "private_seconds_per_user": seconds[PRIVATE_PHASE] / trained,
+        "training_tokens_per_second": measured.private_tokens / seconds[PRIVATE_PHASE],
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "total_seconds": sum(seconds.values()),
+        "phases": dict(seconds),
+    }

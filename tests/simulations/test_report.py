@@ -1,0 +1,578 @@
+"""The report's file and page, on made-up figures that belong to no run."""
+
+import copy
+import json
+import math
+import re
+import sys
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from homefire.common.errors import DataError, HomefireError
+from homefire.simulations.metrics import compare
+from homefire.simulations.report import load_report, render, write_report
+from homefire.simulations.report_html import flatten
+
+VARIANTS = ("base", "shared", "private_only", "shared_private", "other_private")
+COMPARISONS = {
+    "shared_vs_base": ("shared", "base"),
+    "shared_private_vs_base": ("shared_private", "base"),
+    "shared_private_vs_shared": ("shared_private", "shared"),
+    "shared_private_vs_other_private": ("shared_private", "other_private"),
+    "shared_private_vs_private_only": ("shared_private", "private_only"),
+}
+
+
+def made_up_group(users: int, *, seed: int, rouge: bool = True) -> dict[str, Any]:
+    """A group whose tables follow from made-up losses of made-up users."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(5.5, 0.5, users)
+    gains = {"base": 0.0, "shared": 0.7, "private_only": 0.8, "shared_private": 0.95}
+    losses = {
+        name: base - gains.get(name, 0.6) + rng.normal(0, 0.12, users) * (name != "base")
+        for name in VARIANTS
+    }
+    scores = {name: 0.1 + 0.02 * place for place, name in enumerate(VARIANTS)}
+    return {
+        "users": users,
+        "tokens": users * 311,
+        "variants": {
+            name: {
+                "loss": float(loss.mean()),
+                "perplexity": math.exp(loss.mean()),
+                "rouge_l": scores[name] if rouge else None,
+            }
+            for name, loss in losses.items()
+        },
+        "comparisons": {
+            name: {"better": better, "worse": worse}
+            | asdict(compare((losses[worse] - losses[better]).tolist(), seed=seed))
+            for name, (better, worse) in COMPARISONS.items()
+        },
+        "per_user": [
+            {
+                "loss": {name: float(loss[user]) for name, loss in losses.items()},
+                "rouge_l": {name: scores[name] if rouge else None for name in VARIANTS},
+            }
+            for user in range(users)
+        ],
+    }
+
+
+def made_up_rounds(count: int) -> list[dict[str, Any]]:
+    """Rounds with a falling loss, validation every other round, one drop reason."""
+    return [
+        {
+            "round": number,
+            "cohort": 12 + number % 3,
+            "accepted": 11 + number % 3,
+            "dropped": {"norm too large": 1} if number % 4 == 0 else {},
+            "train_loss": 5.4 - 0.8 * number / count + 0.05 * math.sin(5 * number),
+            "clipped_share": 0.4 + 0.01 * number,
+            "validation_loss": 5.45 - 0.75 * number / count if number % 2 == 0 else None,
+            "seconds": 1.25,
+        }
+        for number in range(count)
+    ]
+
+
+MADE_UP: dict[str, Any] = {
+    "format": 1,
+    "name": "made-up figures",
+    "created_at": "2000-01-02T03:04:05+00:00",
+    "homefire_version": "0.0.0-test",
+    "seed": 4711,
+    "experiment": {
+        "name": "made-up figures",
+        "training": {"rounds": 20, "learning_rate": 0.002, "targets": ["q_proj", "v_proj"]},
+        "privacy": {"mechanism": "gaussian", "noise_cohort": None},
+    },
+    "base_model": {
+        "name": "made-up-12m",
+        "fingerprint": "0123456789abcdef" * 4,
+        "dtype": "float32",
+        "parameters": 12_345_678,
+        "note": "exists in this test only",
+    },
+    "population": {
+        "kind": "synthetic",
+        "training_users": 120,
+        "unseen_users": 40,
+        "records": 9_876,
+        "skipped": {"empty text": 3},
+    },
+    "adapters": {
+        "shared": {"method": "ffa", "rank": 4, "parameters": 20_480, "targets": ["q_proj"]},
+        "private": {"method": "lora", "rank": 8, "parameters": 81_920, "targets": ["q_proj"]},
+    },
+    "privacy": {
+        "mechanism": "gaussian",
+        "noise_multiplier": 1.125,
+        "clip_norm": 0.7,
+        "delta": 1e-5,
+        "adjacency": "zero-out",
+        "unit": "one user's whole history",
+        "participation": "each round drawn independently with probability q",
+        "expected_cohort": 12,
+        "sampling_rate": 0.1,
+        "rounds": 20,
+        "epsilon_release": 7.9231,
+        "epsilon_known_cohort": 17.4412,
+        "epsilon_server": None,
+        "trust": "trusted aggregator",
+    },
+    "deployment": None,
+    "rounds": made_up_rounds(20),
+    "utility": {
+        "training_users": made_up_group(60, seed=1),
+        "unseen_users": made_up_group(40, seed=2),
+    },
+    "efficiency": {
+        "bytes_up_per_contribution": 82_176,
+        "bytes_down_per_contribution": 83_968,
+        "device_seconds_per_contribution": 0.4567,
+        "private_seconds_per_user": 2.3456,
+        "training_tokens_per_second": 12_345.6,
+        "peak_memory_mib": 1_843.2,
+        "total_seconds": 754.3,
+        "phases": {"load": 12.5, "rounds": 301.25, "private adapters": 340.0, "evaluation": 100.55},
+    },
+}
+DEPLOYMENT = {
+    "users": 100_000,
+    "cohort": 5_000,
+    "rounds": 20,
+    "noise_multiplier": 0.9876,
+    "delta": 1e-6,
+    "epsilon_release": 1.9876,
+    "epsilon_known_cohort": 9.1234,
+    "epsilon_server": None,
+    "trust": "trusted aggregator",
+}
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    return copy.deepcopy(MADE_UP)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: elements, their attributes, the text to be read."""
+
+    VOID = frozenset({"meta", "br", "img", "input", "link", "hr"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(f" {text}" for text in self.texts))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def test_every_number_of_the_utility_tables_appears(report: dict[str, Any]) -> None:
+    text = Page(render(report)).text
+    for group in report["utility"].values():
+        assert f"{group['users']:,} users, {group['tokens']:,} tokens" in text
+        for figures in group["variants"].values():
+            perplexity = f"{figures['perplexity']:.{1 if figures['perplexity'] >= 100 else 2}f}"
+            assert f" {figures['loss']:.3f} {perplexity} {figures['rouge_l']:.3f} " in text
+        for figures in group["comparisons"].values():
+            low, high = figures["interval"]
+            counts = f"{figures['wins']} / {figures['ties']} / {figures['losses']}"
+            for expected in (
+                minus(f"{figures['mean_gain']:+.3f}"),
+                minus(f"{low:+.3f} to {high:+.3f}"),
+                counts,
+                minus(f"{figures['worst_decile']:+.3f}"),
+            ):
+                assert f" {expected} " in text
+
+
+def test_privacy_box_states_the_three_epsilons_and_their_premises(report: dict[str, Any]) -> None:
+    text = Page(render(report)).text
+    for expected in (
+        "ε release 7.93 against whoever receives the releases: reasonable",
+        "ε known cohort 17.45 against a recipient who also knows who took part when: weak",
+        "ε server ∞ — trusted aggregator",
+        "mechanism gaussian",
+        "δ 10⁻⁵",
+        "noise multiplier 1.125",
+        "clip norm 0.7",
+        "unit one user's whole history",
+        "adjacency zero-out",
+        "participation each round drawn independently with probability q",
+        "expected cohort 12",
+        "sampling rate 0.1",
+    ):
+        assert expected in text
+    assert "OFF" not in text
+    assert "Noise of a deployment" not in text
+
+
+def test_efficiency_rounds_and_settings_appear(report: dict[str, Any]) -> None:
+    text = Page(render(report)).text
+    for expected in (
+        "80.2 KiB (82,176 bytes)",
+        "82.0 KiB (83,968 bytes)",
+        "Device time, per contribution 457 ms",
+        "Private adapter, per user 2.3 s",
+        "12,346 tokens/s",
+        "1,843 MiB",
+        "12 min 34 s (754.300 s)",
+        "private adapters 5 min 40 s 45 %",
+        "training.learning_rate 0.002",
+        "training.targets q_proj, v_proj",
+        "privacy.noise_cohort –",
+        "12,345,678",
+        "20,480",
+        "exists in this test only",
+        "skipped: empty text 3",
+        "seed 4711",
+    ):
+        assert expected in text
+    for entry in report["rounds"]:
+        dropped = "norm too large: 1" if entry["dropped"] else "–"
+        assert (
+            f" {entry['cohort']} {entry['accepted']} {dropped} {entry['train_loss']:.3f} " in text
+        )
+
+
+def test_headline_says_in_words_what_was_gained(report: dict[str, Any]) -> None:
+    text = Page(render(report)).text
+    for name in ("training_users", "unseen_users"):
+        group = report["utility"][name]
+        shared = group["comparisons"]["shared_vs_base"]
+        both = group["comparisons"]["shared_private_vs_base"]
+        assert f"For {group['users']} {name.replace('_', ' ')}, the shared adapter" in text
+        assert f"lowered the loss by {shared['mean_gain']:.3f} nats per token" in text
+        assert f"better for {both['wins']} of {both['users']}" in text
+    assert "that part of the gain is personal" in text
+    assert "ε = 7.93 at δ = 10⁻⁵ against whoever receives the releases" in text
+
+
+@pytest.mark.parametrize(
+    ("gain", "interval", "words"),
+    [
+        (-0.25, [-0.375, -0.125], "raised the loss by 0.250 nats per token"),
+        (0.01, [-0.02, 0.04], "made no clear difference (+0.010 nats per token; −0.020 to +0.040)"),
+    ],
+)
+def test_headline_does_not_sell_a_loss_as_a_gain(
+    report: dict[str, Any], gain: float, interval: list[float], words: str
+) -> None:
+    change = {"mean_gain": gain, "interval": interval}
+    group = report["utility"]["unseen_users"]
+    for name in ("shared_vs_base", "shared_private_vs_other_private"):
+        group["comparisons"][name] |= change
+    text = Page(render(report)).text
+    assert f"For 40 unseen users, the shared adapter {words}" in text
+    assert "that part of the gain is personal" not in text
+    if gain < 0:
+        assert "(95 % interval 0.125 to 0.375)" in text
+
+
+def test_no_mechanism_raises_a_red_banner(report: dict[str, Any]) -> None:
+    report["privacy"] |= {
+        "mechanism": "none",
+        "noise_multiplier": None,
+        "delta": None,
+        "epsilon_release": None,
+        "epsilon_known_cohort": None,
+    }
+    page = Page(render(report))
+    assert {"class": "banner off", "role": "alert"} in page.all("div")
+    assert "Differential privacy was OFF in this run" in page.text
+    assert "ε release ∞ against whoever receives the releases: no differential privacy" in page.text
+    assert "Privacy: none . Differential privacy was off." in page.text
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "shown"),
+    [
+        (10_000.0, "10,000"),
+        (20.5, "20.50"),
+        (math.inf, "∞"),
+    ],
+)
+def test_a_huge_epsilon_is_called_no_protection(
+    report: dict[str, Any], epsilon: float, shown: str
+) -> None:
+    report["privacy"]["epsilon_release"] = epsilon
+    text = Page(render(report)).text
+    card = f"ε release {shown} against whoever receives the releases: no meaningful protection"
+    assert card in text
+    assert f"ε = {shown} (no meaningful protection) at δ" in text
+
+
+def test_an_unstated_epsilon_is_not_shown_as_protection(report: dict[str, Any]) -> None:
+    report["privacy"]["epsilon_release"] = None
+    text = Page(render(report)).text
+    assert "ε release – against whoever receives the releases: not stated" in text
+
+
+def test_deployment_figures_stand_apart(report: dict[str, Any]) -> None:
+    report["deployment"] = DEPLOYMENT
+    text = Page(render(report)).text
+    title = text.index("Noise of a deployment of 100,000 users")
+    section = text[title : text.index(" Utility ", title)]
+    assert "speak for that deployment, not for this run" in section
+    for expected in ("1.99", "9.13", "10⁻⁶", "0.9876", "5,000", "∞ — trusted aggregator"):
+        assert expected in section
+    assert "7.93" not in section
+    assert "ε release 7.93" in text
+
+
+@pytest.mark.parametrize("absent", ["training_users", "unseen_users"])
+def test_a_group_may_be_absent(report: dict[str, Any], absent: str) -> None:
+    report["utility"][absent] = None
+    page = Page(render(report))
+    name = absent.replace("_", " ")
+    assert f"{name.capitalize()}: loss" not in page.text
+    assert f"Gain of each user: {name}" not in page.text
+    assert page.text.count("paired gains") == 2  # caption and label of one table
+
+
+def test_a_run_without_rounds_and_evaluation(report: dict[str, Any]) -> None:
+    report |= {"rounds": [], "utility": {"training_users": None, "unseen_users": None}}
+    page = Page(render(report))
+    assert "Nothing was evaluated" in page.text
+    assert "No round was run" in page.text
+    assert page.scripts == []
+
+
+def test_missing_figures_are_dashes(report: dict[str, Any]) -> None:
+    report["utility"]["unseen_users"] = made_up_group(1, seed=3, rouge=False)
+    report["utility"]["training_users"] = None
+    for entry in report["rounds"]:
+        entry |= {"train_loss": None, "clipped_share": None, "validation_loss": None}
+    page = Page(render(report))
+    loss = report["utility"]["unseen_users"]["variants"]["base"]
+    assert f"base model no adapter {loss['loss']:.3f} {loss['perplexity']:.1f} –" in page.text
+    assert "plot-rounds" not in "".join(page.scripts)
+    assert "None" not in page.text
+    assert "nan" not in page.text
+
+
+def test_text_is_escaped_wherever_it_stands(report: dict[str, Any]) -> None:
+    hostile = "</script></title><img src=x onerror=alert(1)>\"'&amp;<!--"
+
+    def poison(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: poison(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [poison(entry) for entry in value]
+        return value + hostile if isinstance(value, str) else value
+
+    mechanism = report["privacy"]["mechanism"]
+    report = poison(report)
+    report["privacy"]["mechanism"] = mechanism
+    report["population"]["skipped"] = {hostile: 1}
+    report["rounds"][0]["dropped"] = {hostile: 1}
+    report["efficiency"]["phases"] = {hostile: 1.0}
+    report["experiment"][hostile] = {hostile: hostile}
+    for group in report["utility"].values():
+        group["variants"][hostile] = group["variants"]["base"]
+        group["comparisons"][hostile] = group["comparisons"]["shared_vs_base"]
+    page = Page(render(report))
+    assert page.all("img") == []
+    assert len(page.scripts) == len(page.all("script")) == 2
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+    assert page.text.count(hostile) > 30
+    assert hostile not in "".join(page.scripts)
+
+
+def test_the_page_asks_nobody_for_anything(report: dict[str, Any]) -> None:
+    text = render(report)
+    page = Page(text)
+    for _, attributes in page.elements:
+        assert not {"src", "href", "srcset", "action", "data"} & set(attributes)
+    assert page.all("link") == page.all("iframe") == page.all("object") == []
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(m for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert (policy["content"] or "").startswith("default-src 'none';")
+    assert "http" not in (policy["content"] or "")
+    ours = text.replace(page.scripts[0], "")
+    assert "Plotly.newPlot" in ours
+    assert not re.search(r"https?:", ours)
+
+
+def test_plotly_lies_inside_once(report: dict[str, Any]) -> None:
+    page = Page(render(report))
+    assert len(page.scripts[0]) > 1_000_000 > len(page.scripts[1])
+
+
+def test_nobody_can_be_picked_out(report: dict[str, Any]) -> None:
+    """The page takes losses from a user's entry, whatever else stands there."""
+    for group in report["utility"].values():
+        for number, user in enumerate(group["per_user"]):
+            user |= {"user_id": f"somebody-{number}", "text": "something private"}
+    text = render(report)
+    assert "somebody-" not in text
+    assert "something private" not in text
+
+
+def test_structure_serves_those_who_cannot_see_it(report: dict[str, Any]) -> None:
+    page = Page(render(report))
+    names = [name for name, _ in page.elements]
+    assert names.count("h1") == names.count("main") == names.count("header") == 1
+    assert names.count("table") == names.count("caption") > 5
+    assert {"lang": "en"} in page.all("html")
+    assert all(cell.get("scope") in {"row", "col"} for cell in page.all("th"))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for attributes in page.all("section"):
+        assert attributes.get("aria-label") or attributes["aria-labelledby"] in ids
+    plots = [div for div in page.all("div") if div.get("class") == "plot"]
+    assert len(plots) == 4
+    for plot in plots:
+        assert plot["role"] == "img"
+        assert re.search(r"\d", plot["aria-label"] or "")
+        assert f'"{plot["id"]}":' in page.scripts[1]
+
+
+def figures_of(page: Page) -> dict[str, Any]:
+    start = page.scripts[1].index("const figures = ") + len("const figures = ")
+    decoded, _ = json.JSONDecoder().raw_decode(page.scripts[1][start:])
+    assert isinstance(decoded, dict)
+    return decoded
+
+
+def test_plots_show_the_report(report: dict[str, Any]) -> None:
+    figures = figures_of(Page(render(report)))
+    train, validation = figures["plot-rounds"]["data"]
+    assert train["y"] == [entry["train_loss"] for entry in report["rounds"]]
+    assert validation["x"] == [entry["round"] for entry in report["rounds"]][::2]
+    for name in ("training", "unseen"):
+        losses = [user["loss"] for user in report["utility"][f"{name}_users"]["per_user"]]
+        over_base, over_other = figures[f"plot-gains-{name}-users"]["data"]
+        for curve, rival in ((over_base, "base"), (over_other, "other_private")):
+            expected = sorted(loss[rival] - loss["shared_private"] for loss in losses)
+            assert curve["y"] == pytest.approx(expected, abs=1e-4)
+    traces = figures["plot-comparisons"]["data"]
+    for trace, group in zip(traces, report["utility"].values(), strict=True):
+        assert trace["customdata"] == [list(c["interval"]) for c in group["comparisons"].values()]
+
+
+def test_a_crowd_does_not_swell_the_page(report: dict[str, Any]) -> None:
+    report["utility"]["unseen_users"]["per_user"] *= 500
+    curve = figures_of(Page(render(report)))["plot-gains-unseen-users"]["data"][0]
+    assert len(curve["y"]) == 1000
+    assert curve["y"] == sorted(curve["y"])
+
+
+def test_what_is_written_can_be_read(report: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "made-up"
+    write_report(run, report)
+    assert load_report(run) == json.loads(json.dumps(report))
+    assert sorted(path.name for path in run.iterdir()) == ["report.html", "report.json"]
+    text = (run / "report.json").read_text(encoding="utf-8")
+    assert list(json.loads(text)) == sorted(report)
+    assert '\n "adapters": {\n' in text
+    assert (run / "report.html").read_text(encoding="utf-8") == render(load_report(run))
+
+
+def test_writing_replaces_an_older_report(report: dict[str, Any], tmp_path: Path) -> None:
+    write_report(tmp_path, report)
+    write_report(tmp_path, report | {"name": "second"})
+    assert load_report(tmp_path)["name"] == "second"
+    assert "<h1>second</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_json_cannot_hold_writes_nothing(
+    report: dict[str, Any], tmp_path: Path, bad: float
+) -> None:
+    report["rounds"][3]["train_loss"] = bad
+    with pytest.raises(DataError, match=rf"rounds\[3\]\.train_loss is {bad}"):
+        write_report(tmp_path, report)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_write_leaves_the_older_report(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(tmp_path, report)
+
+    def fails(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(tmp_path, report | {"name": "second"})
+    assert load_report(tmp_path)["name"] == "made-up figures"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_without_plotly_the_figures_are_kept(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(HomefireError, match="plotly") as caught:
+        write_report(tmp_path, report)
+    assert "homefire[simulation]" in caught.value.hint
+    assert load_report(tmp_path)["name"] == "made-up figures"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"format": 1, "na', "damaged"),
+        (b"\xff\xfe", "damaged"),
+        (b"[" * 100_000, "damaged"),
+        (b"[]", "must be an object, not list"),
+        (b'{"format": 2}', "report format 2, not 1"),
+        (b'{"name": "made-up"}', "report format None, not 1"),
+        (b'{"format": 1}', "damaged, 'adapters' is missing"),
+    ],
+)
+def test_a_damaged_report_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        load_report(tmp_path)
+    assert str(tmp_path / "report.json") in str(caught.value)
+
+
+def test_a_missing_report_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file") as caught:
+        load_report(tmp_path / "nowhere")
+    assert caught.value.hint
+
+
+def test_flatten_keeps_every_leaf() -> None:
+    nested = {"a": {"b": 1, "c": {"d": None}}, "e": [], "f": False}
+    assert list(flatten(nested)) == [("a.b", "1"), ("a.c.d", "–"), ("e", "–"), ("f", "no")]
