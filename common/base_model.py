@@ -25,6 +25,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from homefire.common import model_cache
 from homefire.common.errors import ModelError
+from homefire.common.files import expand
 from homefire.common.fingerprint import fingerprint, stored_tensors
 from homefire.common.gguf import quiet_transformers
 
@@ -144,7 +145,7 @@ def _find(name: str) -> str:
         raise ModelError(
             f"base model {name!r} is not fetched yet", hint=f"Run: homefire models get {name}"
         )
-    path = Path(name).expanduser()
+    path = Path(expand(name))
     if name and path.is_dir():
         return str(path)
     if path.is_file() and path.suffix == ".gguf":

@@ -1,7 +1,5 @@
 """Frozen models of the TOML files that server and device read. Unknown keys are errors."""
 
-import os
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -173,21 +171,3 @@ def read_toml(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: no such file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from error
-
-
-def expand(text: str) -> str:
-    """Replace `${NAME}` by environment variables.
-
-    Raises:
-        ConfigError: A variable is not set.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        if (found := os.environ.get(match[1])) is None:
-            raise ConfigError(
-                f"{text}: the environment variable {match[1]} is not set",
-                hint=f"Set {match[1]} to the folder that is meant.",
-            )
-        return found
-
-    return re.sub(r"\$\{(\w+)\}", value, text)

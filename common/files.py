@@ -1,7 +1,10 @@
 """Files that are whole or absent, whatever happens while they are written."""
 
 import os
+import re
 from pathlib import Path
+
+from homefire.common.errors import ConfigError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -22,3 +25,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def expand(path: str) -> str:
+    """Put environment variables in place of `${NAME}`, and the home folder in place of `~`.
+
+    Raises:
+        ConfigError: A variable is not set.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if found := os.environ.get(match[1]):
+            return found
+        raise ConfigError(
+            f"{path}: the environment variable {match[1]} is not set",
+            hint=f"Set {match[1]} to the folder that is meant.",
+        )
+
+    return os.path.expanduser(re.sub(r"\$\{(\w+)\}", value, path))

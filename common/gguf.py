@@ -25,6 +25,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from homefire.common.errors import ModelError
+from homefire.common.fingerprint import stored_tensors
 
 _LOGGERS = ("transformers", "huggingface_hub")
 _NOT_ARCHITECTURE = ("quantization_config", "_name_or_path", "_model_name_or_path")
@@ -73,7 +74,8 @@ def save_plain(
     folder.mkdir(parents=True, exist_ok=True)
     model, target = content.model, getattr(torch, dtype)
     weights = {
-        name: weight.detach().to(target).contiguous() for name, weight in model.named_parameters()
+        name: (tensor.to(target) if tensor.is_floating_point() else tensor).detach().contiguous()
+        for name, tensor in stored_tensors(model).items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     fields = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_ARCHITECTURE}

@@ -94,7 +94,8 @@ def load_experiment(path: Path | None, overrides: list[str]) -> Experiment:
 
     Args:
         path: A TOML file; None means `DEFAULT`.
-        overrides: Such as "federation.rounds=5"; the value is TOML, or else a plain string.
+        overrides: Such as "federation.rounds=5"; the value is TOML, or else a plain string; without
+            a value the setting is taken out, and its default holds.
 
     Raises:
         ConfigError: Names file and key.
@@ -119,6 +120,9 @@ def _apply(tables: dict[str, object], override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {override}: {parent!r} is a value, not a table")
         table = inner
+    if not text:
+        table.pop(last, None)
+        return
     try:
         table[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

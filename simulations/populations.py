@@ -4,9 +4,7 @@ Four kinds of population, one function: `load_population`. Paths may hold `${NAM
 for an environment variable, so that an experiment's file need not know the machine it runs on.
 """
 
-import os
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
-from homefire.common.errors import ConfigError, DataError
+from homefire.common.errors import DataError
+from homefire.common.files import expand
 from homefire.common.records import Skipped, User, read_users
 from homefire.simulations.hf_datasets import Columns, read_dataset
 from homefire.simulations.lamp import read_lamp
@@ -32,8 +31,6 @@ __all__ = [
 ]
 
 OnBad: TypeAlias = Literal["error", "skip"]
-
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class _Config(BaseModel):
@@ -237,7 +234,7 @@ def _made(config: Synthetic, seed: int) -> Iterator[User]:
 
 
 def _read(config: Jsonl | Lamp | HuggingFace, skipped: Skipped | None) -> Iterator[User]:
-    path = _expand(str(config.path))
+    path = expand(str(config.path))
     match config:
         case Jsonl():
             return read_users(Path(path), skipped=skipped)
@@ -245,18 +242,3 @@ def _read(config: Jsonl | Lamp | HuggingFace, skipped: Skipped | None) -> Iterat
             return read_lamp(Path(path), split=config.split, skipped=skipped)
         case HuggingFace():
             return read_dataset(path, split=config.split, columns=config.columns, skipped=skipped)
-
-
-def _expand(path: str) -> str:
-    """Put the values of environment variables in place of `${NAME}`."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1]
-        if not os.environ.get(name):
-            raise ConfigError(
-                f"{path}: the environment variable {name} is not set",
-                hint=f"Set {name} to the folder with the data.",
-            )
-        return os.environ[name]
-
-    return os.path.expanduser(_VARIABLE.sub(value, path))

@@ -7,12 +7,12 @@ security policy forbids every request.
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from homefire.common.errors import DataError, HomefireError
+from homefire.common.files import write_atomically
 from homefire.simulations.report_html import Markup, join, tag
 from homefire.simulations.report_style import DRAW, POLICY, STYLE
 
@@ -67,9 +67,8 @@ def write_report(run: Path, report: Mapping[str, Any]) -> None:
     for name, value in _not_finite(report):
         raise DataError(f"report value {name} is {value}", hint="Report an unknown number as null.")
     text = json.dumps(report, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
-    run.mkdir(parents=True, exist_ok=True)
-    _write(run / "report.json", text + "\n")
-    _write(run / "report.html", render(json.loads(text)))
+    write_atomically(run / "report.json", f"{text}\n".encode())
+    write_atomically(run / "report.html", render(json.loads(text)).encode())
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -112,8 +111,8 @@ def render(report: Mapping[str, Any]) -> str:
     )
     drawn = [plot for plot in (forest, *gains.values(), rounds) if plot]
     figures = ",".join(f"{json.dumps(plot.name)}:{plot.figure.to_json()}" for plot in drawn)
-    scripts = (get_plotlyjs(), DRAW.replace("FIGURES", "{" + figures.replace("<", "\\u003c") + "}"))
-    return _page(report["name"], body, scripts if drawn else ())
+    draw = DRAW.replace("FIGURES", "{" + figures.replace("<", "\\u003c") + "}")
+    return _page(report["name"], body, (get_plotlyjs(), draw) if drawn else ())
 
 
 def _header(report: Mapping[str, Any]) -> Markup:
@@ -150,16 +149,3 @@ def _not_finite(value: object, name: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(value, list | tuple):
         for index, entry in enumerate(value):
             yield from _not_finite(entry, f"{name}[{index}]")
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step: a crash leaves the old one or the new one."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

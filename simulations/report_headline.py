@@ -1,5 +1,6 @@
 """The top of a report's page: what was gained, and at which privacy."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,20 +49,7 @@ def privacy_box(privacy: Mapping[str, Any]) -> Markup:
             _server_card(privacy),
             class_="cards",
         ),
-        h.facts(
-            [
-                ("mechanism", privacy["mechanism"]),
-                ("δ", h.power(privacy["delta"])),
-                ("noise multiplier", h.plain(privacy["noise_multiplier"])),
-                ("clip norm", h.plain(privacy["clip_norm"])),
-                ("unit", privacy["unit"]),
-                ("adjacency", privacy["adjacency"]),
-                ("participation", privacy["participation"]),
-                ("expected cohort", h.plain(privacy["expected_cohort"])),
-                ("sampling rate", h.plain(privacy["sampling_rate"])),
-                ("rounds", h.plain(privacy["rounds"])),
-            ]
-        ),
+        h.facts(_premises(privacy)),
         tag(
             "p",
             "ε bounds what an observer can learn about whether one user took part: it can shift the"
@@ -74,6 +62,21 @@ def privacy_box(privacy: Mapping[str, Any]) -> Markup:
         ),
         id_="privacy",
     )
+
+
+def _premises(privacy: Mapping[str, Any]) -> list[tuple[str, object]]:
+    return [
+        ("mechanism", privacy["mechanism"]),
+        ("δ", h.power(privacy["delta"])),
+        ("noise multiplier", h.plain(privacy["noise_multiplier"])),
+        ("clip norm", h.plain(privacy["clip_norm"])),
+        ("unit", privacy["unit"]),
+        ("adjacency", privacy["adjacency"]),
+        ("participation", privacy["participation"]),
+        ("expected cohort", h.plain(privacy["expected_cohort"])),
+        ("sampling rate", h.plain(privacy["sampling_rate"])),
+        ("rounds", h.plain(privacy["rounds"])),
+    ]
 
 
 def deployment_box(deployment: Mapping[str, Any] | None) -> Markup:
@@ -126,8 +129,8 @@ def _gained(key: str, group: Mapping[str, Any]) -> Markup:
         said.append(join("the shared adapter ", _verdict(shared)))
     if both:
         before, after = (
-            h.perplexity(group["variants"][both[side]]["perplexity"])
-            for side in ("worse", "better")
+            h.perplexity(group["variants"][name]["perplexity"])
+            for name in ("base", "shared_private")
         )
         said.append(
             join(
@@ -143,7 +146,7 @@ def _gained(key: str, group: Mapping[str, Any]) -> Markup:
     return join(users, said[0], *(join("; ", more) for more in said[1:]), ".")
 
 
-def _verdict(comparison: Mapping[str, Any], *, what: str = "95 % interval ") -> Markup:
+def _verdict(comparison: Mapping[str, Any], *, what: str = "95\u00a0% interval ") -> Markup:
     """A gain, a loss, or no clear difference; negative figures are said as a loss."""
     mean, (low, high) = comparison["mean_gain"], comparison["interval"]
     if low > 0 or high < 0:
@@ -182,7 +185,7 @@ def _protected(privacy: Mapping[str, Any], deployment: Mapping[str, Any] | None)
     )
     if deployment is None:
         return said
-    there = h.epsilon(deployment["epsilon_release"])
+    there = _graded(deployment["epsilon_release"])
     return join(
         said,
         f" The noise is that of a deployment of {deployment['users']:,} users, where ε would be"
@@ -203,7 +206,7 @@ def _cards(report: Mapping[str, Any], groups: Sequence[tuple[str, Mapping[str, A
             cards.append(_card(title, h.signed(comparison["mean_gain"]), note))
     cards.append(_release_card(report["privacy"]))
     up = report["efficiency"]["bytes_up_per_contribution"]
-    whole = h.duration(report["efficiency"]["total_seconds"])
+    whole = h.duration(report["efficiency"]["total_seconds"]).replace(" ", "\u00a0")
     cards.append(_card("Upload", h.size(up), f"per contribution; whole run: {whole}"))
     return tag("div", *cards, class_="cards")
 
@@ -219,10 +222,10 @@ def _card(title: str, value: str, note: object, *, kind: str = "") -> Markup:
 
 
 def _epsilon_card(title: str, value: float | None, against: str, *, off: bool) -> Markup:
+    """An ε with what it protects against; none means that there is no bound."""
     if off:
         return _card(title, "∞", f"against {against}: no differential privacy", kind="bad")
-    if value is None:
-        return _card(title, h.NOTHING, f"against {against}: not stated", kind="bad")
+    value = math.inf if value is None else value
     words = protection(value)
     kind = {"strong": "good", "reasonable": "good", "weak": "fair"}.get(words, "bad")
     return _card(title, h.epsilon(value), join(f"against {against}: ", tag("b", words)), kind=kind)
@@ -242,7 +245,7 @@ def _server_card(privacy: Mapping[str, Any]) -> Markup:
 
 
 def _graded(value: float | None) -> str:
-    if value is None:
-        return h.NOTHING
+    """An ε in one line; none means that there is no bound."""
+    value = math.inf if value is None else value
     words = protection(value)
     return f"{h.epsilon(value)} ({words})" if words == _NO_PROTECTION else h.epsilon(value)

@@ -71,7 +71,7 @@ def flatten(value: object, *, prefix: str = "") -> Iterable[tuple[str, str]]:
     >>> list(flatten({"a": {"b": 1, "c": [2, 3]}, "d": None}))
     [('a.b', '1'), ('a.c', '2, 3'), ('d', '–')]
     """
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
         for key, entry in value.items():
             yield from flatten(entry, prefix=f"{prefix}.{key}" if prefix else str(key))
     else:
@@ -81,11 +81,11 @@ def flatten(value: object, *, prefix: str = "") -> Iterable[tuple[str, str]]:
 def plain(value: object) -> str:
     """Any JSON value as short text.
 
-    >>> [plain(value) for value in (None, True, 12345, 0.5, ["a", "b"], [])]
-    ['–', 'yes', '12,345', '0.5', 'a, b', '–']
+    >>> [plain(value) for value in (None, True, 12345, 0.5, ["a", "b"], [], {"c": 2})]
+    ['–', 'yes', '12,345', '0.5', 'a, b', '–', 'c: 2']
     """
     match value:
-        case None | [] | {}:
+        case None:
             return NOTHING
         case bool():
             return "yes" if value else "no"
@@ -94,9 +94,9 @@ def plain(value: object) -> str:
         case float():
             return f"{value:.6g}" if math.isfinite(value) else number(value)
         case list() | tuple():
-            return ", ".join(plain(entry) for entry in value)
+            return ", ".join(plain(entry) for entry in value) or NOTHING
         case Mapping():
-            return ", ".join(f"{key}: {plain(entry)}" for key, entry in value.items())
+            return ", ".join(f"{key}: {plain(entry)}" for key, entry in value.items()) or NOTHING
     return str(value)
 
 

@@ -1,5 +1,7 @@
 """The plots of a report, as Plotly figures that hold numbers and nothing about single people."""
 
+import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,8 +97,9 @@ def loss_by_round(rounds: Sequence[Mapping[str, Any]]) -> Plot | None:
         "plot-rounds",
         "Loss by round",
         f"Line chart of the loss by round; {'; '.join(said)}.",
-        "The cohort's statistic reaches the server inside the contributions, with their clipping"
-        " and noise; the validation loss is measured on held-out text.",
+        "The cohort's statistic reaches the server inside the contributions, under the same noise,"
+        " and is left out where that hides it. The validation loss is measured on held-out text;"
+        " only a simulator can.",
         figure,
     )
 
@@ -104,34 +107,23 @@ def loss_by_round(rounds: Sequence[Mapping[str, Any]]) -> Plot | None:
 def gains_forest(utility: Mapping[str, Any]) -> Plot | None:
     """Mean gain of every comparison with its interval, both groups side by side."""
     groups = [(key, ordered_comparisons(utility[key])) for key in GROUPS if utility.get(key)]
+    groups = [(key, group) for key, group in groups if group]
     names = list(dict.fromkeys(name for _, group in groups for name in group))
     if not names:
         return None
     figure = go.Figure()
-    said = []
     for index, (key, group) in enumerate(groups):
-        found = [(names.index(name), c) for name, c in group.items()]
-        means = np.array([c["mean_gain"] for _, c in found])
-        low, high = np.array([c["interval"] for _, c in found]).T
-        said += [f"{_pair(c)}, {GROUPS[key]}: {c['mean_gain']:+.3f}" for _, c in found]
-        figure.add_scatter(
-            x=means,
-            y=[place + (index - (len(groups) - 1) / 2) * 0.26 for place, _ in found],
-            error_x={
-                "array": high - means,
-                "arrayminus": means - low,
-                "thickness": 2,
-                "width": 5,
-            },
-            customdata=np.stack([low, high], axis=1).tolist(),
-            name=GROUPS[key],
-            mode="markers",
-            marker={"color": _COLOURS[key], "size": 11, "symbol": ("circle", "diamond")[index]},
-            hovertemplate="%{x:+.3f} (%{customdata[0]:+.3f} to %{customdata[1]:+.3f})",
-        )
+        shift = (index - (len(groups) - 1) / 2) * 0.26
+        places = [names.index(name) + shift for name in group]
+        figure.add_scatter(**_dots(key, list(group.values())), y=places)
+    said = [
+        f"{_pair(c)}, {GROUPS[key]}: {c['mean_gain']:+.3f}"
+        for key, group in groups
+        for c in group.values()
+    ]
     pairs = {name: c for _, group in groups for name, c in group.items()}
-    labels = [_pair(pairs[name], gap="<br>over ") for name in names]
-    _style(figure, x_title="mean gain (nats per token; right of 0 is better)", y_title="")
+    labels = [_tick(pairs[name]) for name in names]
+    _style(figure, x_title="mean gain (nats per token)", y_title="")
     figure.update_yaxes(
         tickvals=list(range(len(names))),
         ticktext=labels,
@@ -147,10 +139,26 @@ def gains_forest(utility: Mapping[str, Any]) -> Plot | None:
         "plot-comparisons",
         "What each part gains",
         f"Dot chart of mean gains with intervals. {'; '.join(said)}.",
-        "Dots: mean over users of the loss that a user saves; bars: 95 % bootstrap interval over"
-        " users. Each pair is measured on the same users and tokens.",
+        "Right of 0 is better. Dots: mean over users of the loss saved; bars: 95 % bootstrap"
+        " interval over users. Each pair is measured on the same users and tokens.",
         figure,
     )
+
+
+def _dots(key: str, comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One group's dots with their intervals: a scatter trace without its places."""
+    means = np.array([c["mean_gain"] for c in comparisons])
+    low, high = np.array([c["interval"] for c in comparisons]).T
+    symbol = {"training_users": "circle", "unseen_users": "diamond"}[key]
+    return {
+        "x": means,
+        "error_x": {"array": high - means, "arrayminus": means - low, "thickness": 2, "width": 5},
+        "customdata": np.stack([low, high], axis=1).tolist(),
+        "name": GROUPS[key],
+        "mode": "markers",
+        "marker": {"color": _COLOURS[key], "size": 11, "symbol": symbol},
+        "hovertemplate": "%{x:+.3f} (%{customdata[0]:+.3f} to %{customdata[1]:+.3f})",
+    }
 
 
 def sorted_gains(utility: Mapping[str, Any]) -> dict[str, Plot]:
@@ -194,7 +202,7 @@ def _sorted_gains(
             hovertemplate="%{y:+.3f} nats per token<extra></extra>",
         )
     _style(figure, x_title="users, worst to best (%)", y_title="gain (nats per token)")
-    figure.update_xaxes(range=[-2, 102], ticksuffix=" %", showgrid=False)
+    figure.update_xaxes(range=[-2, 103], dtick=25, ticksuffix=" %", showgrid=False)
     figure.update_yaxes(range=list(scale))
     return Plot(
         f"plot-gains-{key.replace('_', '-')}",
@@ -212,9 +220,15 @@ def _gains(per_user: Sequence[Mapping[str, Any]], rival: str) -> npt.NDArray[np.
     return np.sort(np.array([loss[rival] - loss["shared_private"] for loss in both], dtype=float))
 
 
-def _pair(comparison: Mapping[str, Any], *, gap: str = " over ") -> str:
-    better, worse = variant_label(comparison["better"]), variant_label(comparison["worse"])
-    return f"{better}{gap}{worse}"
+def _pair(comparison: Mapping[str, Any]) -> str:
+    return f"{variant_label(comparison['better'])} over {variant_label(comparison['worse'])}"
+
+
+def _tick(comparison: Mapping[str, Any]) -> str:
+    """The pair in short lines; Plotly reads a little HTML in labels, so names are escaped."""
+    better, worse = (variant_label(comparison[side]) for side in ("better", "worse"))
+    lines = [*textwrap.wrap(better, 18), *textwrap.wrap(f"over {worse}", 18)]
+    return "<br>".join(html.escape(line, quote=False) for line in lines)
 
 
 def _style(figure: go.Figure, *, x_title: str, y_title: str) -> None:

@@ -143,7 +143,9 @@ summary { color: var(--ember); font-weight: 600; cursor: pointer; }
   .cards { grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); }
   .card { padding: .7rem .8rem; }
   .card-value { font-size: 1.4rem; }
-  th, td { padding: .35rem .45rem; font-size: .875rem; }
+  th, td { padding: .35rem .4rem; font-size: .875rem; }
+  tbody th { min-width: 7rem; white-space: normal; }
+  .columns td { white-space: normal; }
 }
 @media print {
   :root { --paper: #fff; --card: #fff; --ink: #000; --muted: #444; --line: #ccc; }

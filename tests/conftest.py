@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["tiny_models", "tiny_runs"]
+
 # The time of one example says nothing on a busy machine.
 settings.register_profile("homefire", deadline=None)
 settings.load_profile("homefire")

@@ -1,0 +1,178 @@
+"""Small populations, homes, plans and federations on a tiny model, made on the fly.
+
+Import the functions, or take the fixtures (this file is a pytest plugin).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from homefire.client.app import app as client_app
+from homefire.client.home import Home
+from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector, resolve_spec
+from homefire.common.base_model import BaseModel, load_base_model
+from homefire.common.config import (
+    BaseModelConfig,
+    DeviceConfig,
+    FederationConfig,
+    OptimizerConfig,
+    PrivacyConfig,
+    PrivateConfig,
+    RoundsConfig,
+)
+from homefire.common.protocol import PlanHeader, PrivacyBlock, RoundPlan, release_digest
+from homefire.common.records import Record, User, write_users
+from homefire.common.training import LocalTraining
+from homefire.server.federation import Federation
+from homefire.server.planning import plan_privacy
+from homefire.simulations.grid import InProcessGrid
+from homefire.simulations.preparation import write_toml
+
+RUN = "0123456789abcdef" * 2
+SHARED = AdapterConfig(method="ffa", rank=2, alpha=4)
+LOCAL = LocalTraining(steps=2, batch_size=2, max_tokens=32, learning_rate=5e-3)
+PRIVATE = PrivateConfig(
+    adapter=AdapterConfig(method="lora", rank=2, alpha=4, seed=1),
+    training=LocalTraining(steps=4, batch_size=2, max_tokens=32, learning_rate=5e-3),
+    validate_every=2,
+)
+WORDS = ("tea", "rain", "the", "cat", "blue", "often", "sings", "home", "fire", "slowly")
+Device = Callable[[int, Message], Message]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tests share the machine; a simulation sets the number for the whole process."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_llama: Path) -> Callable[[], BaseModel]:
+    """Loads a tiny Llama, a fresh one each time, for an `AdaptedModel` wraps its layers."""
+    return lambda: load_base_model(str(tiny_llama))
+
+
+def make_users(count: int, *, records: int = 6) -> list[User]:
+    """Users who differ; every second record answers a prompt."""
+    rng = np.random.default_rng(7)
+
+    def text(user: int) -> str:
+        return f"user {user}: " + " ".join(rng.choice(WORDS, 4))
+
+    return [
+        User(
+            f"user-{user}",
+            tuple(Record(text(user), "What now?" if n % 2 else None) for n in range(records)),
+        )
+        for user in range(count)
+    ]
+
+
+def make_home(folder: Path, model: Path, users: Sequence[User]) -> Home:
+    """A home folder of simulated devices."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_toml(folder / "device.toml", DeviceConfig(base_model=base_config(model), private=PRIVATE))
+    write_users(folder / "users.jsonl", users)
+    return Home(folder)
+
+
+def base_config(model: Path) -> BaseModelConfig:
+    """The settings that name a model's folder."""
+    return BaseModelConfig(name=str(model))
+
+
+def make_federation(output: Path, model: Path, *, users: int, **changes: Any) -> Federation:
+    """A federation without noise whose cohort is everybody; `changes` go to its settings."""
+    tables: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 3,
+        "users": users,
+        "output": output,
+        "base_model": base_config(model),
+        "shared": SHARED,
+        "local": LOCAL,
+        "federation": RoundsConfig(rounds=2, cohort=users, deadline=60.0),
+        "optimizer": OptimizerConfig(),
+        "privacy": PrivacyConfig(mechanism="none", clip_norm=1.0),
+    }
+    config = FederationConfig(**{**tables, **changes})
+    base = load_base_model(str(model))
+    spec = resolve_spec(config.shared, base.model.config)
+    return Federation(config, spec, base.fingerprint, plan_privacy(config), RUN)
+
+
+def make_plan(federation: Federation, release: Vector | None = None, **changes: Any) -> RoundPlan:
+    """The plan of a federation's first round; `changes` go to its header."""
+    config = federation.config
+    vector = federation.spec.initial() if release is None else release
+    fields: dict[str, Any] = {
+        "run": federation.run,
+        "round": 1,
+        "base_model": federation.base_model,
+        "adapter": config.shared,
+        "adapter_digest": federation.spec.digest,
+        "training": config.local,
+        "privacy": PrivacyBlock(
+            mechanism="none",
+            clip_norm=config.privacy.clip_norm,
+            noise_multiplier=None,
+            expected_cohort=config.federation.cohort,
+            sampling_rate=1.0,
+        ),
+        "release_digest": release_digest(vector),
+    }
+    return RoundPlan(PlanHeader(**{**fields, **changes}), vector)
+
+
+def some_vector(spec: AdapterSpec, *, seed: int = 0, scale: float = 0.1) -> Vector:
+    """A vector that fits an adapter and changes what the model says."""
+    noise = np.random.default_rng(seed).normal(size=spec.size) * scale
+    return (spec.initial() + noise).astype(np.float32)
+
+
+def make_grid(
+    home: Home, devices: int, answers: dict[int, Device] | None = None
+) -> tuple[InProcessGrid, list[int]]:
+    """A grid of honest devices but for those nodes that have an answer of their own.
+
+    Returns:
+        The grid, and a list of the nodes that were called, which grows as they are.
+    """
+    called: list[int] = []
+    special = answers or {}
+
+    class Mixed(ClientApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            called.append(context.node_id)
+            if (answer := special.get(context.node_id)) is not None:
+                return answer(context.node_id, message)
+            return client_app(message, context)
+
+    return InProcessGrid(Mixed(), home.folder, devices), called
+
+
+def device_context(home: Path | str | None, *, user: int = 0, **run_config: str) -> Context:
+    """What Flower hands to a device's app."""
+    node: dict[str, Any] = {"partition-id": user}
+    if home is not None:
+        node["home"] = str(home)
+    return Context(1, 1, node, RecordDict(), {**run_config})
+
+
+@pytest.fixture
+def message_maker(tmp_path: Path) -> Iterator[Callable[[RecordDict], Message]]:
+    """Makes the messages that a server would send; Flower wants a grid to exist."""
+    grid = InProcessGrid(ClientApp(), tmp_path, 1)
+
+    def make(content: RecordDict) -> Message:
+        message = Message(content, dst_node_id=1, message_type="train.contribute", group_id="1")
+        grid.push_messages([message])
+        return message
+
+    yield make
