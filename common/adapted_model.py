@@ -61,9 +61,9 @@ class AdaptedModel:
         """Set an adapter's trained tensors.
 
         Raises:
-            AdapterError: The vector does not fit.
+            AdapterError: The vector does not fit, or there is no such adapter.
         """
-        spec = self.specs[name]
+        spec = self._spec(name)
         spec.check(vector)
         with torch.no_grad():
             for slot in spec.slots:
@@ -71,8 +71,12 @@ class AdaptedModel:
                 self._parameter(name, slot).copy_(torch.from_numpy(values))
 
     def vector(self, name: str) -> Vector:
-        """An adapter's trained tensors as one flat vector, copied."""
-        spec = self.specs[name]
+        """An adapter's trained tensors as one flat vector, copied.
+
+        Raises:
+            AdapterError: There is no such adapter.
+        """
+        spec = self._spec(name)
         vector = np.empty(spec.size, np.float32)
         for slot in spec.slots:
             tensor = self._parameter(name, slot).detach().float().cpu()
@@ -88,7 +92,14 @@ class AdaptedModel:
 
         Returns:
             The tensors to train, in the order of the vector.
+
+        Raises:
+            AdapterError: There is no such adapter, or the one to train is not active.
         """
+        for name in names:
+            self._spec(name)  # PEFT overlooks a name that it does not know
+        if train is not None and train not in names:
+            raise AdapterError(f"adapter {train!r} cannot be trained while it is not active")
         tuner = cast(LoraModel, self._peft.base_model)
         if names:
             tuner.enable_adapter_layers()
@@ -99,12 +110,17 @@ class AdaptedModel:
             parameter.requires_grad_(False)
         if train is None:
             return []
-        if train not in names:
-            raise AdapterError(f"adapter {train!r} cannot be trained while it is not active")
-        trained = [self._parameter(train, slot) for slot in self.specs[train].slots]
+        trained = [self._parameter(train, slot) for slot in self._spec(train).slots]
         for parameter in trained:
             parameter.requires_grad_(True)
         return trained
+
+    def _spec(self, name: str) -> AdapterSpec:
+        if (spec := self.specs.get(name)) is None:
+            raise AdapterError(
+                f"there is no adapter {name!r}", hint=f"This model has: {', '.join(self.specs)}."
+            )
+        return spec
 
     def _load_frozen(self, name: str) -> None:
         spec = self.specs[name]

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -189,33 +190,25 @@ def resolve_spec(config: AdapterConfig, architecture: PretrainedConfig) -> Adapt
     """Find an adapter's exact shape on an architecture, without loading any weights.
 
     Raises:
-        AdapterError: No such layers, or a rank that is larger than a layer.
+        AdapterError: No such linear layers, or a rank that is larger than a layer.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)  # type: ignore[no-untyped-call]
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
-    wanted = None if config.targets == "auto" else config.targets
-    peft_config = config.to_peft(
-        list(wanted) if isinstance(wanted, tuple) else wanted, transposed=transposed
-    )
+    wanted: list[str] | str | None = None
+    if config.targets != "auto":
+        wanted = config.targets if isinstance(config.targets, str) else list(config.targets)
+    peft_config = config.to_peft(wanted, transposed=transposed)
     try:
+        if isinstance(wanted, list):
+            _check_targets(wanted, model)
         adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         raise AdapterError(
             f"targets {config.targets!r} do not fit a {architecture.model_type} model: {error}",
             hint='Use "all-linear", or the last parts of the names of its linear layers.',
         ) from error
-    prefix = "base_model.model."
-    modules = sorted(
-        (
-            TargetModule(
-                name.removeprefix(prefix), int(layer.in_features or 0), int(layer.out_features or 0)
-            )
-            for name, layer in adapted.named_modules()
-            if isinstance(layer, LoraLayer)
-        ),
-        key=lambda module: module.name,
-    )
+    modules = _adapted_modules(adapted)
     if narrow := [m for m in modules if config.rank > min(m.in_features, m.out_features)]:
         raise AdapterError(
             f"rank {config.rank} is larger than layer {narrow[0].name} "
@@ -226,7 +219,29 @@ def resolve_spec(config: AdapterConfig, architecture: PretrainedConfig) -> Adapt
     resolved = peft_config.target_modules
     if not modules or not isinstance(resolved, set | list):
         raise AdapterError(f"targets {config.targets!r} match no linear layer")
-    return AdapterSpec(config, tuple(modules), tuple(sorted(resolved)), transposed)
+    return AdapterSpec(config, modules, tuple(sorted(resolved)), transposed)
+
+
+def _check_targets(targets: list[str], model: nn.Module) -> None:
+    """PEFT overlooks a name that matches nothing, and adapts embeddings in another way."""
+    layers = dict(model.named_modules())
+    for target in targets:
+        found = [layers[name] for name in layers if f".{name}".endswith(f".{target}")]
+        if not found or not all(isinstance(layer, nn.Linear | Conv1D) for layer in found):
+            raise ValueError(f"{target!r} is not a linear layer")
+
+
+def _adapted_modules(adapted: nn.Module) -> tuple[TargetModule, ...]:
+    modules = (
+        TargetModule(
+            name.removeprefix("base_model.model."),
+            int(layer.in_features or 0),
+            int(layer.out_features or 0),
+        )
+        for name, layer in adapted.named_modules()
+        if isinstance(layer, LoraLayer)
+    )
+    return tuple(sorted(modules, key=lambda module: module.name))
 
 
 def public_matrix(seed: int, name: str, rows: int, columns: int) -> Vector:

@@ -45,6 +45,7 @@ class BaseModel:
         tokenizer: Has a pad token, which may be the end token: mask by attention, never by id.
         fingerprint: 64 hex digits, see `homefire.common.fingerprint`.
         dtype: Of the weights in memory, `float32` or `bfloat16`.
+        parameters: The number of weights, tied ones once, adapters left out.
         note: What a report must say about the weights; empty when there is nothing to say.
     """
 
@@ -53,12 +54,8 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     dtype: str
+    parameters: int
     note: str = ""
-
-    @property
-    def parameters(self) -> int:
-        """The number of weights, tied ones once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def context_length(self) -> int:
@@ -105,7 +102,9 @@ def load_base_model(
     _cast(model, _DTYPES[dtype])
     model.requires_grad_(False).train(False).to(device)
     provenance = model_cache.read_provenance(Path(place))
-    return BaseModel(name, model, tokenizer, found, dtype, provenance.note if provenance else "")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    note = provenance.note if provenance else ""
+    return BaseModel(name, model, tokenizer, found, dtype, count, note)
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:

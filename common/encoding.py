@@ -24,9 +24,14 @@ def canonical_json(value: object) -> bytes:
 def digest(label: str, *parts: bytes) -> str:
     """SHA-256 under a domain-separation label, every part preceded by its length (8 bytes, LE).
 
+    Raises:
+        ValueError: The label is not ASCII, or holds the NUL that ends it.
+
     >>> digest("homefire/example/v1", b"ab", b"c") == digest("homefire/example/v1", b"a", b"bc")
     False
     """
+    if "\0" in label:
+        raise ValueError(f"the label {label!r} holds a NUL")
     state = hashlib.sha256(label.encode("ascii") + b"\0")
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from homefire.common.adapter import AdapterConfig, Vector
 from homefire.common.encoding import canonical_json, digest
@@ -46,6 +46,12 @@ class PrivacyBlock(BaseModel):
     noise_multiplier: float | None = Field(gt=0, allow_inf_nan=False)
     expected_cohort: int = Field(ge=1)
     sampling_rate: float = Field(gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "PrivacyBlock":
+        if (self.mechanism == "none") != (self.noise_multiplier is None):
+            raise ValueError("a noise multiplier goes with gaussian, and only with it")
+        return self
 
 
 class PlanHeader(BaseModel):
@@ -214,7 +220,7 @@ def _only_record(content: RecordDict, name: str, keys: set[str]) -> dict[str, ob
     record: dict[str, object] = dict(content[name].items())
     if set(record) != keys:
         raise ProtocolError(f"a {name} has the entries {', '.join(sorted(keys))}")
-    if record["version"] != VERSION or isinstance(record["version"], bool):
+    if type(record["version"]) is not int or record["version"] != VERSION:
         raise ProtocolError(
             f"{name} of protocol version {record['version']!r}; this is version {VERSION}",
             hint="Update the older side.",
@@ -223,12 +229,16 @@ def _only_record(content: RecordDict, name: str, keys: set[str]) -> dict[str, ob
 
 
 def _parse(model: type[Header], value: object) -> Header:
+    text = _bytes(value, "header")
     try:
-        return model.model_validate_json(_bytes(value, "header"))
+        header = model.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ProtocolError(f"header: {key}: {first['msg']}") from error
+    if canonical_json(header.model_dump(mode="json")) != text:
+        raise ProtocolError("header: not in canonical form")
+    return header
 
 
 def _bytes(value: object, name: str) -> bytes:

@@ -12,13 +12,14 @@ import numpy.typing as npt
 from flwr.app import Message
 
 from homefire.common.encoding import digest
-from homefire.common.errors import RejectedContributionError
+from homefire.common.errors import PrivacyError, RejectedContributionError
 from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS
-from homefire.common.privacy.mechanism import ClippedSum, Mechanism, privatize
+from homefire.common.privacy.mechanism import ClippedSum, Gaussian, Mechanism, privatize
 from homefire.common.privacy.randomness import KeyStream, derive_key
 from homefire.common.protocol import (
     LOSS_SCALE,
     STATISTICS,
+    PrivacyBlock,
     RoundPlan,
     decode_contribution,
     decode_refusal,
@@ -83,6 +84,8 @@ def accept(current: OpenRound, reply: Message) -> None:
         return
     current.awaited.discard(sender)
     try:
+        if not reply.has_content():
+            raise RejectedContributionError("malformed", "neither content nor error")
         if (refusal := decode_refusal(reply.content)) is not None:
             current.refused[refusal.reason] += 1
             return
@@ -103,11 +106,16 @@ def close_round(current: OpenRound, mechanism: Mechanism, run_key: bytes) -> Noi
         Fixed denominator: the sum is divided by the expected cohort, whoever answered.
         One sum, one noise: the noise key is derived from run, round and the digest of the sum, so
             no noise serves two sums and no sum gets two noises.
+        As announced: the noise is that of the plan, or nothing is released.
 
     Assumes:
         `run_key` is secret and serves one run.
+
+    Raises:
+        PrivacyError: The mechanism is not the one that the plan names.
     """
     header = current.plan.header
+    _check_announced(header.privacy, mechanism)
     key = derive_key(
         run_key,
         "homefire/round-noise/v1",
@@ -124,6 +132,15 @@ def close_round(current: OpenRound, mechanism: Mechanism, run_key: bytes) -> Noi
         return NoisyAverage(update, None, None)
     share = min(1.0, max(0.0, clipped / present))
     return NoisyAverage(update, LOSS_SCALE * loss / present, share)
+
+
+def _check_announced(announced: PrivacyBlock, mechanism: Mechanism) -> None:
+    z = mechanism.noise_multiplier if isinstance(mechanism, Gaussian) else None
+    if z != announced.noise_multiplier:
+        raise PrivacyError(
+            f"the plan announced {announced.mechanism} with noise multiplier "
+            f"{announced.noise_multiplier}, not {mechanism}; nothing was released"
+        )
 
 
 def sum_digest(total: ClippedSum) -> str:

@@ -35,5 +35,10 @@ def open_federation(config: FederationConfig) -> Federation:
     """Everything a run needs, checked before any device is asked."""
     privacy = plan_privacy(config)
     base = load_base_model(config.base_model.name, dtype=config.base_model.dtype)
+    if config.local.max_tokens > base.context_length:
+        raise ConfigError(
+            f"local.max_tokens {config.local.max_tokens} is more than the {base.context_length} "
+            f"tokens that {base.name} reads"
+        )
     spec = resolve_spec(config.shared, base.model.config)
     return Federation(config, spec, base.fingerprint, privacy, new_run_id())

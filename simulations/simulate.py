@@ -18,6 +18,7 @@ from homefire.client.home import Home, PrivateAdapter
 from homefire.client.personalize.private import SHARED, PrivateResult, train_private
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
+from homefire.common.errors import ConfigError
 from homefire.common.training import batch_seed, mean_loss
 from homefire.server.app import app as server_app
 from homefire.server.planning import PrivacyPlan, plan_privacy
@@ -54,10 +55,15 @@ def simulate(run: Run, reporter: Reporter) -> dict[str, Any]:
     """
     torch.set_num_threads(run.experiment.threads or os.cpu_count() or 1)
     privacy = plan_privacy(run.experiment.for_server(run.folder))
-    measured = Measured()
-    _run_rounds(run, reporter, measured)
-    experiment = run.experiment
+    experiment, measured = run.experiment, Measured()
     model = adapted_model(experiment.for_devices(), experiment.shared)
+    longest = max(experiment.private.training.max_tokens, experiment.evaluation.max_tokens)
+    if longest > model.base.context_length:
+        raise ConfigError(
+            f"max_tokens {longest} is more than the {model.base.context_length} tokens that "
+            f"{model.base.name} reads"
+        )
+    _run_rounds(run, reporter, measured)
     store = ReleaseStore(run.folder / "server" / "releases")
     _draw_curve(run, model, store, measured)
     model.load(SHARED, store.latest().vector)

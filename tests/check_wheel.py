@@ -128,7 +128,7 @@ def run(*arguments: str, cwd: Path) -> str:
         WheelError: It failed.
     """
     command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)  # noqa: S603
     if result.returncode:
         raise WheelError(f"{arguments[:2]} failed:\n{result.stdout}{result.stderr}")
     return result.stdout

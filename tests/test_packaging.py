@@ -145,7 +145,7 @@ def test_a_device_needs_neither_ray_nor_plots_nor_an_accountant() -> None:
         "        importlib.import_module(module.name)\n"
         "print(json.dumps(sorted(sys.modules)))"
     )
-    result = subprocess.run(
+    result = subprocess.run(  # noqa: S603 - our own command
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = set(json.loads(result.stdout.splitlines()[-1]))

@@ -17,6 +17,9 @@ TRUST = "trusted aggregator"
 SMALLEST_PLD_NOISE = 0.2
 """Below this noise multiplier the unamplified value is stated: an upper bound, far from private."""
 
+LARGEST_MU = 1e150
+"""Epsilon is about mu^2 / 2; beyond this it leaves float64."""
+
 
 @dataclass(frozen=True, slots=True)
 class PrivacyStatement:
@@ -61,9 +64,10 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
 
     Source: Balle and Wang 2018, theorem 8; Dong et al. 2019, corollary 2.13.
     """
-    first = _log_ndtr(mu / 2 - epsilon / mu)
-    second = epsilon + _log_ndtr(-mu / 2 - epsilon / mu)
-    return max(0.0, math.exp(first) - math.exp(min(second, 0.0)))
+    near, far = epsilon / mu - mu / 2, epsilon / mu + mu / 2
+    # e^epsilon Phi(-far), where epsilon = far^2 / 2 - near^2 / 2 would drown the rest.
+    second = _log_mills(far) - near * near / 2
+    return max(0.0, math.exp(_log_ndtr(-near)) - math.exp(second))
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -80,8 +84,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
         PrivacyError: mu or delta out of range.
     """
     check_delta(delta)
-    if not (math.isfinite(mu) and mu > 0):
-        raise PrivacyError(f"mu {mu} is not a positive number")
+    if not 0 < mu < LARGEST_MU:
+        raise PrivacyError(f"mu {mu} is not a positive number whose epsilon can be written")
     if gaussian_delta(0.0, mu) <= delta:
         return 0.0
     low, high = 0.0, 1.0
@@ -112,9 +116,17 @@ def poisson_epsilon(
         Every enrolled user is drawn independently with probability q, the draw is secret, there is
         no top-up, and drop-outs do not depend on data.
 
+    Raises:
+        PrivacyError: A parameter is out of range.
+        HomefireError: dp-accounting is not installed.
+
     Source: Doroshenko et al. 2022, as implemented in dp-accounting.
     """
-    check_delta(delta)
+    if not (noise_multiplier > 0 and 0 < sampling_rate <= 1 and rounds >= 1):
+        raise PrivacyError(
+            f"noise multiplier {noise_multiplier}, sampling rate {sampling_rate} and "
+            f"{rounds} rounds are not a run"
+        )
     unamplified = gaussian_epsilon(math.sqrt(rounds) / noise_multiplier, delta)
     if sampling_rate >= 1 or noise_multiplier < SMALLEST_PLD_NOISE:
         return unamplified
@@ -174,8 +186,15 @@ def check_delta(delta: float) -> None:
 
 def _log_ndtr(x: float) -> float:
     """Log of the standard normal distribution function, accurate in the far left tail."""
-    if x > -20:
+    if x > -30:
         return math.log(0.5 * math.erfc(-x / math.sqrt(2)))
-    square = x * x
-    series = 1 - 1 / square + 3 / square**2 - 15 / square**3 + 105 / square**4
-    return -square / 2 - math.log(-x) - 0.5 * math.log(2 * math.pi) + math.log(series)
+    return _log_mills(-x) - x * x / 2
+
+
+def _log_mills(x: float) -> float:
+    """log(e^(x^2 / 2) Phi(-x)) for x >= 0: the normal tail without its exponential factor."""
+    if x < 30:
+        return math.log(0.5 * math.erfc(x / math.sqrt(2))) + x * x / 2
+    inverse = 1 / (x * x)
+    series = 1 - inverse * (1 - inverse * (3 - inverse * (15 - inverse * 105)))
+    return math.log(series / x) - 0.5 * math.log(2 * math.pi)

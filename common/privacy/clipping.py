@@ -70,15 +70,19 @@ def clip_to_grid(
             be sent then.
     """
     check_clip_norm(clip_norm)
-    exact = update.astype(np.float64)
-    if not np.isfinite(exact).all():
+    if not np.isfinite(update).all():
         raise PrivacyError("the update holds a value that is not finite; nothing was sent")
     if not (np.abs(statistics) <= 1).all():
         raise PrivacyError("a statistic lies outside [-1, 1]; nothing was sent")
-    norm, bound = l2_norm(exact), update_bound(clip_norm, len(statistics))
-    # A hair below one, so that rounding errors of float64 cannot lift the norm over the bound.
-    factor = (1 - 2.0**-32) * (bound / norm if norm > bound else 1.0)
-    scaled = np.concatenate([exact * (factor / clip_norm), statistics * STATISTIC_SHARE])
+    exact, room = update.astype(np.float64), update_bound(1.0, len(statistics))
+    if l2_norm(exact) / clip_norm <= room:
+        shares = exact / clip_norm
+    else:
+        # In two steps, for the norm of float64 numbers may overflow; to a hair below the bound, so
+        # that rounding errors cannot lift the norm over it.
+        direction = exact / np.abs(exact).max()
+        shares = direction * (room * (1 - 2.0**-32) / l2_norm(direction))
+    scaled = np.concatenate([shares, statistics * STATISTIC_SHARE])
     values = np.trunc(scaled * STEPS).astype(np.int32)
     check_grid(values, statistics=len(statistics))
     return Clipped(values, clip_norm, len(statistics))
@@ -86,7 +90,7 @@ def clip_to_grid(
 
 def is_clipped(update: npt.NDArray[np.float32], *, clip_norm: float, statistics: int) -> bool:
     """Whether an update is longer than its bound."""
-    return l2_norm(update.astype(np.float64)) > update_bound(clip_norm, statistics)
+    return l2_norm(update.astype(np.float64)) / clip_norm > update_bound(1.0, statistics)
 
 
 def l2_norm(values: npt.NDArray[np.float64]) -> float:

@@ -15,6 +15,10 @@ from homefire.common.privacy.randomness import KeyStream
 
 Sum = npt.NDArray[np.int64]
 
+LARGEST_NOISE = 2.0**20
+"""The largest noise multiplier: its noise is far from where float64 skips integers, which would
+leave the last bits of a sum bare."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gaussian:
@@ -29,10 +33,11 @@ class Gaussian:
     sampling_rate: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.noise_multiplier < float("inf"):
-            raise PrivacyError(f"noise multiplier {self.noise_multiplier} is not positive")
-        if not 0 < self.sampling_rate <= 1:
-            raise PrivacyError(f"sampling rate {self.sampling_rate} is not in (0, 1]")
+        if not 0 < self.noise_multiplier <= LARGEST_NOISE:
+            raise PrivacyError(
+                f"noise multiplier {self.noise_multiplier} is not in (0, {LARGEST_NOISE:g}]"
+            )
+        check_sampling_rate(self.sampling_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,9 @@ class NoPrivacy:
     """No noise at all: must be asked for by the name `none`."""
 
     sampling_rate: float
+
+    def __post_init__(self) -> None:
+        check_sampling_rate(self.sampling_rate)
 
 
 Mechanism = Gaussian | NoPrivacy
@@ -113,3 +121,13 @@ def privatize(total: ClippedSum, mechanism: Mechanism, stream: KeyStream) -> Sum
             return total.values.copy()
         case _:
             raise PrivacyError(f"unknown mechanism {mechanism!r}; nothing was released")
+
+
+def check_sampling_rate(rate: float) -> None:
+    """Refuse a rate that is no probability, and one that asks nobody.
+
+    Raises:
+        PrivacyError: Not in (0, 1].
+    """
+    if not 0 < rate <= 1:
+        raise PrivacyError(f"sampling rate {rate} is not in (0, 1]")

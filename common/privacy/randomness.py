@@ -28,16 +28,18 @@ def derive_key(key: bytes, purpose: str, *context: bytes) -> bytes:
 
     Args:
         key: 32 bytes.
-        purpose: A label of its own for each use.
+        purpose: An ASCII label of its own for each use, without NUL, which ends it.
         context: What the key belongs to; each part enters with its length.
 
     Guarantees:
         Different purposes or contexts give independent keys.
 
     Raises:
-        PrivacyError: The key has another length.
+        PrivacyError: The key has another length, or the purpose is no such label.
     """
     _check_key(key)
+    if not purpose.isascii() or "\0" in purpose:
+        raise PrivacyError(f"the purpose {purpose!r} is not an ASCII label without NUL")
     info = purpose.encode("ascii") + b"\0"
     info += b"".join(len(part).to_bytes(8, "little") + part for part in context)
     return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=info).derive(key)

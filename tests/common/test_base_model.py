@@ -109,7 +109,7 @@ def test_a_model_without_a_context_length_says_so() -> None:
     model = BloomForCausalLM(
         BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
     )
-    base = BaseModel("bloom", model, make_tokenizer(), "", "float32")
+    base = BaseModel("bloom", model, make_tokenizer(), "", "float32", 0)
     with pytest.raises(ModelError, match="context length"):
         _ = base.context_length
 
