@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -150,13 +150,33 @@ def validate(model: type[Model], tables: dict[str, object], *, where: str) -> Mo
     except ValidationError as error:
         first, *more = error.errors()
         key = ".".join(str(part) for part in first["loc"]) or "settings"
-        known = ", ".join(sorted(model.model_fields))
-        unknown = first["type"] == "extra_forbidden" and len(first["loc"]) == 1
-        message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        unknown = first["type"] == "extra_forbidden"
+        message = "unknown key" if unknown else first["msg"]
+        known = ", ".join(sorted(_table(model, first["loc"][:-1]).model_fields))
         raise ConfigError(
             f"{where}: {key}: {message}" + (f" (and {len(more)} more)" if more else ""),
             hint=f"Known here: {known}." if unknown else "",
         ) from error
+
+
+def _table(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model of a nested table; where there are several kinds, the path names one of them."""
+    kinds = [model]
+    for part in path:
+        if part in model.model_fields:
+            kinds = _models(model.model_fields[str(part)].annotation)
+        model = next((m for m in kinds if _kind(m) == part), kinds[0])
+    return model
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for inner in get_args(annotation) for model in _models(inner)]
+
+
+def _kind(model: type[BaseModel]) -> object:
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
 
 
 def read_toml(path: Path) -> dict[str, object]:

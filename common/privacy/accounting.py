@@ -150,6 +150,8 @@ def poisson_epsilon(
 def calibrate_noise(epsilon: float, *, sampling_rate: float, rounds: int, delta: float) -> float:
     """The smallest noise multiplier (to 0.1 %) whose `poisson_epsilon` is at most `epsilon`.
 
+    It is never below `SMALLEST_PLD_NOISE`: where that is enough, the run has less than `epsilon`.
+
     Raises:
         PrivacyError: The target is not positive or needs more noise than makes sense.
     """

@@ -113,7 +113,7 @@ def check_grid(values: Grid, *, statistics: int) -> None:
     wide = values.astype(np.int64)
     if int(np.abs(wide).max(initial=0)) > STEPS:
         raise RejectedContributionError("coordinate", "a coordinate lies outside the grid")
-    if statistics and int(np.abs(wide[-statistics:]).max()) > STEPS * STATISTIC_SHARE:
+    if statistics and int(np.abs(wide[-statistics:]).max(initial=0)) > STEPS * STATISTIC_SHARE:
         raise RejectedContributionError("statistic", "a statistic lies outside its bound")
     if int((wide * wide).sum()) > STEPS * STEPS:
         raise RejectedContributionError("norm", "the norm is larger than the clip norm")

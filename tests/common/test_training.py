@@ -90,7 +90,7 @@ def test_a_prompt_without_a_template_is_a_line_of_its_own() -> None:
 
 def test_a_prompt_goes_through_the_chat_template_and_is_not_predicted() -> None:
     example = encode(CHAT, Record("yes", "Is it?"), 64)
-    head = CHAT.apply_chat_template(
+    head: Any = CHAT.apply_chat_template(
         [{"role": "user", "content": "Is it?"}], add_generation_prompt=True, return_dict=False
     )
     assert list(example.tokens[: example.first_target]) == head
@@ -235,11 +235,11 @@ def test_a_step_is_plain_gradient_descent_on_the_mean_token_loss() -> None:
             plain(torch.tensor([e.tokens]), labels=torch.tensor([e.tokens])).loss * e.targets / 4
             for e in examples
         )
-        assert loss == pytest.approx(float(output), rel=1e-5)
+        assert loss == pytest.approx(output.item(), rel=1e-5)
         gradients = torch.autograd.grad(output, weights)
         with torch.no_grad():
             for weight, gradient in zip(weights, gradients, strict=True):
-                weight -= 0.1 * gradient
+                weight.sub_(gradient, alpha=0.1)
     for found, expected in zip(parameters, weights, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
@@ -317,7 +317,7 @@ def test_order_depends_on_the_seed_alone() -> None:
 
     first = order(5)
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     random.seed(1)
     assert order(5) == first
     assert order(6) != first

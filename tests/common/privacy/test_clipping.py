@@ -97,7 +97,6 @@ def test_bounded_norm_of_long_updates_at_the_bound(size: int, length: float) -> 
         scaled = update * (length * update_bound(0.3, 3) / l2_norm(update))
         values = clip_to_grid(scaled, np.ones(3), clip_norm=0.3).values
         assert squares(values) <= STEPS**2
-        assert squares(values) > 0 or size > STEPS
 
 
 @given(updates, st.integers(0, 8), clip_norms)

@@ -155,7 +155,7 @@ def test_sum_is_exact(values: list[npt.NDArray[np.int32]]) -> None:
 
 def test_sum_refuses_another_sensitivity_or_length() -> None:
     total = ClippedSum.empty(4, 0.25)
-    with pytest.raises(PrivacyError, match="sensitivity is 0.25"):
+    with pytest.raises(PrivacyError, match=r"sensitivity is 0\.25"):
         total.add(Clipped(np.ones(4, np.int32), 0.250001, 0))
     for size in (0, 1, 3, 5):
         with pytest.raises(PrivacyError, match="another length"):

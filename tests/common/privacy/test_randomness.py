@@ -1,4 +1,4 @@
-"""Key streams and derived keys: known answers, distributions with fixed keys, hostile parameters."""
+"""Key streams and derived keys: known answers, distributions with fixed keys, bad parameters."""
 
 import hashlib
 import hmac
@@ -40,6 +40,7 @@ class ConstantStream(KeyStream):
         self._word = word
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:
+        """The word, again and again."""
         return np.full(count, self._word, np.uint64)
 
 

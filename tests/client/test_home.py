@@ -1,0 +1,154 @@
+"""A device's home folder: settings, histories, private adapters."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_runs import PRIVATE, make_home, make_users
+
+from homefire.client.home import Home, PrivateAdapter
+from homefire.common.errors import AdapterError, ConfigError
+
+ADAPTER = PrivateAdapter(
+    np.array([0.5, -2.0, 1e-8], np.float32), {"best_step": 10, "validation_after": 1.25}
+)
+shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def stored(home: Home) -> list[Path]:
+    return sorted(path for path in home.folder.rglob("*") if path.is_file())
+
+
+def test_settings_and_histories_are_those_of_the_folder(tmp_path: Path, tiny_llama: Path) -> None:
+    users = make_users(3)
+    home = make_home(tmp_path, tiny_llama, users)
+    assert home.config.base_model.name == str(tiny_llama)
+    assert home.config.private == PRIVATE
+    assert list(home.users) == users
+    assert home.user(2) == users[2]
+
+
+@pytest.mark.parametrize("number", [-1, 3, 10**9])
+def test_a_user_who_is_not_there_is_an_error(tmp_path: Path, tiny_llama: Path, number: int) -> None:
+    home = make_home(tmp_path, tiny_llama, make_users(3))
+    with pytest.raises(ConfigError, match=f"no history for user {number}") as error:
+        home.user(number)
+    assert "homefire prepare" in error.value.hint
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        Home(tmp_path).user(0)
+    with pytest.raises(ConfigError, match=r"device\.toml: no such file"):
+        _ = Home(tmp_path).config
+
+
+@given(values=st.lists(st.floats(width=32, allow_nan=False), max_size=20), step=st.integers())
+@shared_folder
+def test_private_adapter_comes_back_as_it_was(
+    tmp_path: Path, values: list[float], step: int
+) -> None:
+    home, vector = Home(tmp_path), np.array(values, np.float32)
+    home.save_private("ann", PrivateAdapter(vector, {"best_step": step, "word": "ünïcode"}))
+    found = home.load_private("ann")
+    assert found.vector.tobytes() == vector.tobytes()
+    assert found.vector.dtype == np.float32
+    assert found.about == {"best_step": step, "word": "ünïcode"}
+
+
+def test_saving_again_replaces_the_adapter_and_leaves_nothing_else(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.save_private("ann", PrivateAdapter(np.zeros(2, np.float32), {}))
+    home.save_private("ann", ADAPTER)
+    assert np.array_equal(home.load_private("ann").vector, ADAPTER.vector)
+    assert len(stored(home)) == 1
+
+
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30)
+hostile = st.sampled_from(
+    ["..", ".", "/", "../../x", "/etc/passwd", "a/b", "..\\x", "\0", "a\0b", "~", "x" * 5000, "é"]
+)
+
+
+@given(user_id=names | hostile)
+@shared_folder
+def test_no_user_id_leaves_the_folder(tmp_path: Path, user_id: str) -> None:
+    home = Home(tmp_path / "home")
+    home.save_private(user_id, ADAPTER)
+    assert np.array_equal(home.load_private(user_id).vector, ADAPTER.vector)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    for path in stored(home):
+        inside = path.relative_to(home.folder).parts
+        assert inside[0] == "private"
+        assert len(inside) == 3
+        assert inside[1].isalnum()
+        assert inside[2] == "adapter.safetensors"
+
+
+@given(users=st.lists(names, min_size=2, max_size=8, unique=True))
+@shared_folder
+def test_users_do_not_share_an_adapter(tmp_path: Path, users: list[str]) -> None:
+    home = Home(tmp_path)
+    for number, user in enumerate(users):
+        home.save_private(user, PrivateAdapter(np.full(2, number, np.float32), {}))
+    assert [home.load_private(user).vector[0] for user in users] == list(range(len(users)))
+
+
+def test_a_missing_adapter_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no private adapter yet"):
+        Home(tmp_path).load_private("ann")
+
+
+def saved(tmp_path: Path) -> tuple[Home, Path]:
+    home = Home(tmp_path)
+    home.save_private("ann", ADAPTER)
+    (path,) = stored(home)
+    return home, path
+
+
+@given(data=st.data())
+@shared_folder
+def test_an_adapter_with_a_changed_or_missing_byte_is_refused(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    home, path = saved(tmp_path)
+    payload = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        del payload[data.draw(st.integers(0, len(payload) - 1)) :]
+    else:
+        payload[data.draw(st.integers(0, len(payload) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(payload)
+    with pytest.raises(AdapterError, match="damaged private adapter"):
+        home.load_private("ann")
+
+
+def with_header(header: Any) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\0" * 7,
+        b"\xff" * 8,
+        b"\xff" * 64,
+        with_header([]),
+        with_header({}),
+        with_header({"__metadata__": []}),
+        with_header({"__metadata__": {"homefire": "1"}}),
+        with_header({"__metadata__": {"homefire": "{}"}}),
+        b"not a safetensors file at all, but long enough",
+    ],
+)
+def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path, payload: bytes) -> None:
+    home, path = saved(tmp_path)
+    path.write_bytes(payload)
+    with pytest.raises(AdapterError, match="damaged private adapter"):
+        home.load_private("ann")

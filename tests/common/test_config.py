@@ -1,0 +1,218 @@
+"""Settings files: what is refused, and that the error names the key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from homefire.common.config import (
+    DeviceConfig,
+    FederationConfig,
+    PrivacyConfig,
+    load_config,
+    validate,
+)
+from homefire.common.errors import ConfigError
+from homefire.simulations.experiment import Experiment
+from homefire.simulations.preparation import write_toml
+
+FEDERATION: dict[str, Any] = {
+    "users": 10,
+    "output": "out",
+    "base_model": {"name": "model"},
+    "shared": {"targets": ["q_proj"], "seed": 4},
+    "local": {"steps": 3},
+    "federation": {"cohort": 5},
+    "optimizer": {"name": "momentum"},
+    "privacy": {"mechanism": "gaussian", "clip_norm": 0.5, "epsilon": 2.0, "delta": 1e-6},
+}
+
+
+def with_change(key: str, value: object) -> dict[str, object]:
+    """The settings with one dotted key changed, or left out where the value is None."""
+    table, _, name = key.rpartition(".")
+    tables: dict[str, Any] = {
+        k: dict(v) if isinstance(v, dict) else v for k, v in FEDERATION.items()
+    }
+    inner = tables[table] if table else tables
+    if value is None:
+        del inner[name]
+    else:
+        inner[name] = value
+    return tables
+
+
+def test_settings_survive_the_file(tmp_path: Path) -> None:
+    config = validate(FederationConfig, FEDERATION, where="here")
+    write_toml(tmp_path / "federation.toml", config)
+    assert load_config(FederationConfig, tmp_path / "federation.toml") == config
+
+
+def test_a_device_needs_no_settings_but_a_file(tmp_path: Path) -> None:
+    (tmp_path / "device.toml").write_text("")
+    assert load_config(DeviceConfig, tmp_path / "device.toml") == DeviceConfig()
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    config = validate(FederationConfig, FEDERATION, where="here")
+    with pytest.raises(ValidationError):
+        config.users = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("users", 0),
+        ("users", None),
+        ("users", "many"),
+        ("name", "../elsewhere"),
+        ("name", ".hidden"),
+        ("seed", -1),
+        ("privacy", None),
+        ("privacy.mechanism", "laplace"),
+        ("privacy.clip_norm", 0),
+        ("privacy.clip_norm", float("inf")),
+        ("privacy.clip_norm", float("nan")),
+        ("privacy.delta", 0),
+        ("privacy.delta", 1),
+        ("privacy.epsilon", 0),
+        ("local.steps", 0),
+        ("local.batch_size", 0),
+        ("local.max_tokens", 3),
+        ("local.learning_rate", 0),
+        ("local.learning_rate", float("inf")),
+        ("local.max_gradient_norm", -1),
+        ("shared.rank", 0),
+        ("shared.method", "full"),
+        ("federation.cohort", 0),
+        ("federation.rounds", 0),
+        ("federation.deadline", 0),
+        ("optimizer.name", "sgd"),
+        ("optimizer.momentum", 1),
+        ("optimizer.learning_rate", 0),
+        ("base_model.name", ""),
+        ("base_model.dtype", "float16"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(FederationConfig, with_change(key, value), where="some.toml")
+    assert f"some.toml: {key}: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("privat", "privacy"),
+        ("privacy.epsilom", "epsilon"),
+        ("local.step", "steps"),
+        ("federation.chort", "cohort"),
+        ("base_model.dtyp", "dtype"),
+    ],
+)
+def test_an_unknown_key_is_refused_and_the_known_ones_are_named(key: str, known: str) -> None:
+    with pytest.raises(ConfigError, match=f"here: {key}: unknown key") as error:
+        validate(FederationConfig, with_change(key, 1), where="here")
+    assert known in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("tables", "key", "known"),
+    [
+        ({"population": {"kind": "jsonl", "columns": 1}}, "columns", "path"),
+        ({"population": {"kind": "synthetic", "pat": 1}}, "pat", "heterogeneity"),
+        ({"private": {"training": {"step": 1}}}, "step", "steps"),
+        ({"privacy": {"deployment": {"user": 1}}}, "user", "users"),
+    ],
+)
+def test_known_keys_are_those_of_the_same_table(
+    tables: dict[str, Any], key: str, known: str
+) -> None:
+    spoilt = {"privacy": {"mechanism": "none", "clip_norm": 1.0}} | tables
+    if "deployment" in (privacy := spoilt["privacy"]):
+        privacy |= {"mechanism": "gaussian", "clip_norm": 1, "delta": 0.1, "epsilon": 1}
+        privacy["deployment"] |= {"users": 3, "cohort": 2}
+    population = spoilt.get("population", {})
+    if population.get("kind") == "jsonl":
+        population |= {"users": 1, "unseen": 0, "path": "file"}
+    with pytest.raises(ConfigError, match=rf"\.{key}: unknown key") as error:
+        validate(Experiment, spoilt, where="here")
+    assert known in error.value.hint.removeprefix("Known here: ").rstrip(".").split(", ")
+
+
+def test_the_error_counts_the_other_ones() -> None:
+    tables = with_change("users", 0) | {"seed": -1, "more": 1}
+    with pytest.raises(ConfigError, match=r"\(and 2 more\)"):
+        validate(FederationConfig, tables, where="here")
+
+
+def test_a_cohort_cannot_exceed_the_users() -> None:
+    with pytest.raises(ConfigError, match="cohort 11 is larger than the 10 enrolled users"):
+        validate(FederationConfig, with_change("federation.cohort", 11), where="here")
+
+
+LARGE = {"users": 1000, "cohort": 100}
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"mechanism": "none"},
+        {"mechanism": "gaussian", "epsilon": 1, "delta": 1e-6},
+        {"mechanism": "gaussian", "noise_multiplier": 1, "delta": 1e-6},
+        {"mechanism": "gaussian", "epsilon": 1, "delta": 1e-6, "deployment": LARGE},
+    ],
+)
+def test_a_privacy_table_that_says_all_is_taken(privacy: dict[str, Any]) -> None:
+    assert PrivacyConfig(clip_norm=1.0, **privacy).mechanism == privacy["mechanism"]
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {},
+        {"mechanism": "gaussian"},
+        {"mechanism": "gaussian", "delta": 1e-6},
+        {"mechanism": "gaussian", "epsilon": 1},
+        {"mechanism": "gaussian", "noise_multiplier": 1},
+        {"mechanism": "gaussian", "noise_multiplier": 1, "epsilon": 1, "delta": 1e-6},
+        {"mechanism": "gaussian", "epsilon": -1, "delta": 1e-6},
+        {"mechanism": "none", "epsilon": 1},
+        {"mechanism": "none", "noise_multiplier": 1},
+        {"mechanism": "none", "delta": 1e-6},
+        {"mechanism": "none", "deployment": LARGE},
+        {"mechanism": "gaussian", "epsilon": 1, "delta": 1e-6, "deployment": {"users": 1}},
+        {
+            "mechanism": "gaussian",
+            "epsilon": 1,
+            "delta": 1e-6,
+            "deployment": {"users": 10, "cohort": 11},
+        },
+    ],
+)
+def test_a_privacy_table_that_says_too_little_or_too_much_is_refused(
+    privacy: dict[str, Any],
+) -> None:
+    with pytest.raises(ConfigError, match="privacy"):
+        validate(PrivacyConfig, {"clip_norm": 1.0, **privacy}, where="privacy")
+
+
+def test_privacy_has_no_default() -> None:
+    with pytest.raises(ConfigError, match="privacy: Field required"):
+        validate(Experiment, {}, where="here")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"users = ", "not TOML"), (b"\xff", "not TOML")],
+)
+def test_an_unreadable_file_is_refused_by_name(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "federation.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(FederationConfig, path)
+    assert str(path) in str(error.value)
