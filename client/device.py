@@ -35,7 +35,7 @@ class Device:
         """Check a plan, train on this user's records, clip.
 
         Guarantees:
-            Refused before work: a plan for another base model or adapter trains nothing.
+            Refused before work: a plan that does not fit base model or adapter trains nothing.
             Own settings: nothing but the plan's local training and privacy block comes from the
                 server; base model and history are this device's own.
         """
@@ -44,18 +44,8 @@ class Device:
             model = adapted_model(config, plan.header.adapter)
         except AdapterError as error:
             return Refusal(reason="wrong adapter spec", detail=str(error)[:500])
-        if plan.header.base_model != model.base.fingerprint:
-            return Refusal(
-                reason="wrong base model",
-                detail=f"this device has {model.base.fingerprint}, "
-                f"the plan is for {plan.header.base_model}",
-            )
-        spec = model.specs[SHARED]
-        if plan.header.adapter_digest != spec.digest or plan.release.shape != (spec.size,):
-            return Refusal(
-                reason="wrong adapter spec",
-                detail=f"this device makes {spec.digest} of the plan's adapter",
-            )
+        if (refusal := _unfit(plan, model)) is not None:
+            return refusal
         if len(self.user.records) < 2:
             return Refusal(reason="no records", detail="this device has fewer than two records")
         examples = self.examples(model, config, plan.header.training.max_tokens)
@@ -67,6 +57,32 @@ class Device:
             encode(model.base.tokenizer, record, max_tokens) for record in self.user.records
         )
         return Examples(*split_newest(encoded, config.private.validation_share))
+
+
+def _unfit(plan: RoundPlan, model: AdaptedModel) -> Refusal | None:
+    """Why a plan cannot be carried out on this device's model."""
+    header, base, spec = plan.header, model.base, model.specs[SHARED]
+    if header.base_model != base.fingerprint:
+        return Refusal(
+            reason="wrong base model",
+            detail=f"this device has {base.fingerprint}, the plan is for {header.base_model}",
+        )
+    if header.adapter_digest != spec.digest or plan.release.shape != (spec.size,):
+        return Refusal(
+            reason="wrong adapter spec",
+            detail=f"this device makes {spec.digest} of the plan's adapter",
+        )
+    if not np.isfinite(plan.release).all():
+        return Refusal(
+            reason="malformed plan", detail="the release holds a value that is not finite"
+        )
+    if header.training.max_tokens > base.context_length:
+        return Refusal(
+            reason="malformed plan",
+            detail=f"{header.training.max_tokens} tokens are more than the "
+            f"{base.context_length} that the base model reads",
+        )
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from homefire.common.adapter import AdapterSpec, Slot, Vector
+from homefire.common.adapter import AdapterSpec, Slot, Vector, quiet_peft
 from homefire.common.base_model import BaseModel
 from homefire.common.errors import AdapterError
 
@@ -36,11 +36,12 @@ class AdaptedModel:
         names = list(self.specs)
         if not names:
             raise AdapterError("an adapted model needs at least one adapter")
-        self._peft: PeftModel = get_peft_model(
-            base.model, self._peft_config(names[0]), adapter_name=names[0]
-        )
-        for name in names[1:]:
-            self._peft.add_adapter(name, self._peft_config(name))
+        with quiet_peft():
+            self._peft: PeftModel = get_peft_model(
+                base.model, self._peft_config(names[0]), adapter_name=names[0]
+            )
+            for name in names[1:]:
+                self._peft.add_adapter(name, self._peft_config(name))
         self._parameters: dict[str, nn.Parameter] = dict(self._peft.named_parameters())
         for name, spec in self.specs.items():
             if spec.config.method == "ffa":

@@ -7,6 +7,9 @@ adapters is averaging their effects. With `lora` both are trained.
 
 import hashlib
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -202,7 +205,8 @@ def resolve_spec(config: AdapterConfig, architecture: PretrainedConfig) -> Adapt
     try:
         if isinstance(wanted, list):
             _check_targets(wanted, model)
-        adapted = get_peft_model(model, peft_config)
+        with quiet_peft():
+            adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         raise AdapterError(
             f"targets {config.targets!r} do not fit a {architecture.model_type} model: {error}",
@@ -242,6 +246,14 @@ def _adapted_modules(adapted: nn.Module) -> tuple[TargetModule, ...]:
         if isinstance(layer, LoraLayer)
     )
     return tuple(sorted(modules, key=lambda module: module.name))
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hide what PEFT says about names that transformers will drop: nobody here can act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def public_matrix(seed: int, name: str, rows: int, columns: int) -> Vector:

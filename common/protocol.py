@@ -60,7 +60,7 @@ class PlanHeader(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str = Field(pattern=r"^[0-9a-f]{32}$")
-    round: int = Field(ge=1)
+    round: int = Field(ge=1, lt=2**63)
     base_model: str = Hex
     adapter: AdapterConfig
     adapter_digest: str = Hex
@@ -93,7 +93,7 @@ class ContributionHeader(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str = Field(pattern=r"^[0-9a-f]{32}$")
-    round: int = Field(ge=1)
+    round: int = Field(ge=1, lt=2**63)
     plan_digest: str = Hex
     payload_digest: str = Hex
 
@@ -232,11 +232,14 @@ def _parse(model: type[Header], value: object) -> Header:
     text = _bytes(value, "header")
     try:
         header = model.model_validate_json(text, strict=True)
+        canonical = canonical_json(header.model_dump(mode="json"))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ProtocolError(f"header: {key}: {first['msg']}") from error
-    if canonical_json(header.model_dump(mode="json")) != text:
+    except ValueError as error:
+        raise ProtocolError(f"header: a number has no canonical form ({error})") from error
+    if canonical != text:
         raise ProtocolError("header: not in canonical form")
     return header
 

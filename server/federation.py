@@ -94,9 +94,15 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
         The operator's log; releases and log are under `config.output` as well.
 
     Raises:
-        FederationError: Fewer devices than enrolled users came before the deadline.
+        FederationError: The output folder holds another run, or there are fewer or more devices
+            than enrolled users.
     """
     config, spec = federation.config, federation.spec
+    if federation.store.rounds():
+        raise FederationError(
+            f"{federation.store.folder} holds the releases of another run",
+            hint="Name another output folder, or move that one away.",
+        )
     nodes = _await_nodes(grid, config)
     run_key = _run_key(federation)
     sampler = KeyStream(derive_key(run_key, "homefire/cohorts/v1"))
@@ -177,19 +183,18 @@ def _collect(
         )
         for node in cohort
     )
-    missing = len(cohort)
-    for reply in _replies(grid, list(messages), deadline):
+    waiting = {identifier for identifier in grid.push_messages(list(messages)) if identifier}
+    unsent = len(cohort) - len(waiting)
+    for reply in _replies(grid, waiting, deadline):
         accept(current, reply)
-        missing -= 1
-    if missing:
+    if missing := unsent + len(waiting):
         current.dropped["no answer"] += missing
     return current
 
 
-def _replies(grid: Grid, messages: list[Message], deadline: float) -> Iterator[Message]:
-    """Replies one by one as they arrive; what comes after the deadline is left behind."""
+def _replies(grid: Grid, waiting: set[str], deadline: float) -> Iterator[Message]:
+    """Replies one by one as they arrive; what is late stays in `waiting`."""
     end = time.monotonic() + deadline
-    waiting = {identifier for identifier in grid.push_messages(messages) if identifier}
     while waiting and time.monotonic() < end:
         arrived = False
         for reply in grid.pull_messages(sorted(waiting)):

@@ -22,6 +22,9 @@ from homefire.common.errors import HomefireError
 
 LOG = logging.getLogger(__name__)
 
+# What data, files and arithmetic bring about; a mistake in the program ends the run.
+_DEVICE_ERRORS = (HomefireError, ArithmeticError, LookupError, OSError, RuntimeError, ValueError)
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -137,7 +140,7 @@ class InProcessGrid(Grid):
         )
         try:
             return self._client_app(message, context)
-        except (HomefireError, ValueError, RuntimeError, OSError) as error:
+        except _DEVICE_ERRORS as error:
             # As on a real device: the server learns that this one failed, and goes on.
             LOG.warning("device %d failed: %s", node, error)
             reason = f"{type(error).__name__}"

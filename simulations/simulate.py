@@ -1,43 +1,34 @@
 """The main job: federated training, private adapters, evaluation, report."""
 
-import json
-import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import torch
-from flwr.app import Context, RecordDict
-
 from homefire import __version__
-from homefire.client.app import app as client_app
-from homefire.client.device import Device, Examples, adapted_model
 from homefire.client.home import Home, PrivateAdapter
 from homefire.client.personalize.private import SHARED, PrivateResult, train_private
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
-from homefire.common.errors import ConfigError
-from homefire.common.training import batch_seed, mean_loss
-from homefire.server.app import app as server_app
+from homefire.common.training import batch_seed
 from homefire.server.planning import PrivacyPlan, plan_privacy
-from homefire.server.releases import ReleaseStore
 from homefire.simulations.evaluation import PrivateVectors, UserScores, score_user, summarize
-from homefire.simulations.grid import InProcessGrid, Traffic
+from homefire.simulations.grid import Traffic
 from homefire.simulations.preparation import Run
 from homefire.simulations.progress import Reporter
 from homefire.simulations.report import write_report
+from homefire.simulations.rounds import ROUNDS, releases, train_shared, user_examples
 
-ROUNDS, PRIVATE_PHASE, EVALUATION = "Shared adapter", "Private adapters", "Evaluation"
+PRIVATE_PHASE, EVALUATION = "Private adapters", "Evaluation"
 
 
 @dataclass(slots=True)
 class Measured:
     """What the phases gave, on the way to the report."""
 
-    traffic: Traffic = field(default_factory=Traffic)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
+    traffic: Traffic
+    rounds: list[dict[str, Any]]
     private_tokens: int = 0
     scores: list[UserScores] = field(default_factory=list)
 
@@ -53,21 +44,11 @@ def simulate(run: Run, reporter: Reporter) -> dict[str, Any]:
         The report; `report.json`, `report.html` and the exported shared adapter lie in the run's
         folder.
     """
-    torch.set_num_threads(run.experiment.threads or os.cpu_count() or 1)
-    privacy = plan_privacy(run.experiment.for_server(run.folder))
-    experiment, measured = run.experiment, Measured()
-    model = adapted_model(experiment.for_devices(), experiment.shared)
-    longest = max(experiment.private.training.max_tokens, experiment.evaluation.max_tokens)
-    if longest > model.base.context_length:
-        raise ConfigError(
-            f"max_tokens {longest} is more than the {model.base.context_length} tokens that "
-            f"{model.base.name} reads"
-        )
-    _run_rounds(run, reporter, measured)
-    store = ReleaseStore(run.folder / "server" / "releases")
-    _draw_curve(run, model, store, measured)
-    model.load(SHARED, store.latest().vector)
-    store.export(
+    experiment = run.experiment
+    privacy = plan_privacy(experiment.for_server(run.folder))
+    shared = train_shared(run, reporter)
+    model, measured = shared.model, Measured(shared.traffic, shared.rounds)
+    releases(run).export(
         model.specs[SHARED], run.folder / "shared_adapter", base_model=experiment.base_model.name
     )
     _train_private_adapters(run, model, reporter, measured)
@@ -77,40 +58,6 @@ def simulate(run: Run, reporter: Reporter) -> dict[str, Any]:
     return report
 
 
-def _run_rounds(run: Run, reporter: Reporter, measured: Measured) -> None:
-    settings = run.experiment.federation
-    with reporter.phase(ROUNDS, settings.rounds * settings.cohort) as advance:
-        grid = InProcessGrid(client_app, run.home.folder, run.training, advance)
-        context = Context(
-            run_id=grid.run.run_id,
-            node_id=0,
-            node_config={},
-            state=RecordDict(),
-            run_config={"federation": str(run.federation_file)},
-        )
-        server_app(grid, context)
-    measured.traffic = grid.traffic
-    lines = (run.folder / "server" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    start = {"round": 0, "cohort": 0, "accepted": 0, "dropped": {}, "refused": {}}
-    measured.rounds = [
-        {**start, "train_loss": None, "clipped_share": None, "seconds": 0.0},
-        *(json.loads(line) for line in lines),
-    ]
-
-
-def _draw_curve(run: Run, model: AdaptedModel, store: ReleaseStore, measured: Measured) -> None:
-    """Score every release on the validation slices of a few users: only a simulator can."""
-    count = min(run.experiment.evaluation.curve_users, run.training)
-    slices = [_examples(run, model, number)[1].validation for number in range(count)]
-    examples = [example for part in slices for example in part]
-    for entry in measured.rounds:
-        entry["validation_loss"] = None
-        if examples:
-            model.load(SHARED, store.read(entry["round"]).vector)
-            model.activate(SHARED)
-            entry["validation_loss"], _ = mean_loss(model.network, examples)
-
-
 def _train_private_adapters(
     run: Run, model: AdaptedModel, reporter: Reporter, measured: Measured
 ) -> None:
@@ -118,7 +65,7 @@ def _train_private_adapters(
     users = run.training + run.unseen
     with reporter.phase(PRIVATE_PHASE, 2 * users) as advance:
         for number in range(users):
-            user_id, examples = _examples(run, model, number)
+            user_id, examples = user_examples(run, model, number)
             for home, on in ((run.home, (SHARED,)), (_controls(run), ())):
                 seed = batch_seed("private", user_id, run.experiment.seed)
                 result = train_private(
@@ -163,12 +110,6 @@ def _reader(home: Home, user_id: str) -> Callable[[], Vector]:
 
 def _controls(run: Run) -> Home:
     return Home(run.folder / "controls")
-
-
-def _examples(run: Run, model: AdaptedModel, number: int) -> tuple[str, Examples]:
-    device = Device(run.home, run.home.user(number))
-    tokens = run.experiment.private.training.max_tokens
-    return device.user.user_id, device.examples(model, run.experiment.for_devices(), tokens)
 
 
 def _private_adapter(result: PrivateResult, model: AdaptedModel, run: Run) -> PrivateAdapter:

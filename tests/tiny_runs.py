@@ -3,7 +3,7 @@
 Import the functions, or take the fixtures (this file is a pytest plugin).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ PRIVATE = PrivateConfig(
     validate_every=2,
 )
 WORDS = ("tea", "rain", "the", "cat", "blue", "often", "sings", "home", "fire", "slowly")
-Device = Callable[[int, Message], Message]
+Answer = Callable[[Message], Message | None]
+"""What a device says to a plan; None means: what an honest device would say."""
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +138,7 @@ def some_vector(spec: AdapterSpec, *, seed: int = 0, scale: float = 0.1) -> Vect
 
 
 def make_grid(
-    home: Home, devices: int, answers: dict[int, Device] | None = None
+    home: Home, devices: int, answers: Mapping[int, Answer] | None = None
 ) -> tuple[InProcessGrid, list[int]]:
     """A grid of honest devices but for those nodes that have an answer of their own.
 
@@ -150,19 +151,20 @@ def make_grid(
     class Mixed(ClientApp):
         def __call__(self, message: Message, context: Context) -> Message:
             called.append(context.node_id)
-            if (answer := special.get(context.node_id)) is not None:
-                return answer(context.node_id, message)
-            return client_app(message, context)
+            answer = special.get(context.node_id)
+            return (answer and answer(message)) or client_app(message, context)
 
     return InProcessGrid(Mixed(), home.folder, devices), called
 
 
-def device_context(home: Path | str | None, *, user: int = 0, **run_config: str) -> Context:
+def device_context(
+    folder: Path | str | None, *, user: int = 0, run_config: dict[str, str] | None = None
+) -> Context:
     """What Flower hands to a device's app."""
     node: dict[str, Any] = {"partition-id": user}
-    if home is not None:
-        node["home"] = str(home)
-    return Context(1, 1, node, RecordDict(), {**run_config})
+    if folder is not None:
+        node["home"] = str(folder)
+    return Context(1, 1, node, RecordDict(), {**(run_config or {})})
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 one instead of being merged, so that a newer release can be put under the private adapter.)
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ def train_private(
         One user only: the result depends on the release, this user's examples and the seed.
 
     Raises:
-        AdapterError: The shared adapter changed; the result is thrown away.
+        AdapterError: The shared adapter changed, or training diverged; the result is thrown away.
         DataError: No examples.
     """
     before = model.vector(SHARED).tobytes()
@@ -95,6 +96,9 @@ def train_private(
     model.activate()
     if model.vector(SHARED).tobytes() != before:
         raise AdapterError("private training changed the shared adapter; the result is discarded")
-    if best is None:
-        raise AdapterError("private training took no step")
+    if best is None or not math.isfinite(best[0]):
+        raise AdapterError(
+            "private training diverged: no look at the validation slice gave a finite loss",
+            hint="Lower the learning_rate of the private training.",
+        )
     return PrivateResult(best[2], best[1], start, best[0], tokens)

@@ -104,9 +104,7 @@ def cases(plan: RoundPlan) -> Iterator[dict[str, object]]:
         yield _case(f"another {name}", outcome, {**good, "header": other})
     for name, text in {
         "a header that is not canonical": good["header"] + b" ",
-        "a header with a number as text": good["header"]
-        .replace(b":7}", b':"7"}')
-        .replace(b":7,", b':"7",'),
+        "a header with a number as text": good["header"].replace(b":7,", b':"7",'),
         "a header with an unknown field": good["header"][:-1] + b',"weight":2}',
         "a header that is not JSON": b"{",
     }.items():

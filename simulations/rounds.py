@@ -1,0 +1,115 @@
+"""The shared training of a simulation: the real ServerApp and ClientApp on the in-process Grid."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Context, RecordDict
+
+from homefire.client.app import app as client_app
+from homefire.client.device import Device, Examples, adapted_model
+from homefire.client.personalize.private import SHARED
+from homefire.common.adapted_model import AdaptedModel
+from homefire.common.errors import ConfigError
+from homefire.common.training import mean_loss
+from homefire.server.app import app as server_app
+from homefire.server.releases import ReleaseStore
+from homefire.simulations.grid import InProcessGrid, Traffic
+from homefire.simulations.preparation import Run
+from homefire.simulations.progress import Reporter
+
+ROUNDS = "Shared adapter"
+"""The name of this phase."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTraining:
+    """What the rounds gave.
+
+    Attributes:
+        model: The devices' model; its shared adapter holds the last release.
+        rounds: One entry a round, round 0 first: the operator's log and the validation loss.
+        traffic: Messages and bytes.
+    """
+
+    model: AdaptedModel
+    rounds: list[dict[str, Any]]
+    traffic: Traffic
+
+
+def train_shared(run: Run, reporter: Reporter) -> SharedTraining:
+    """Carry out the rounds of a prepared run and score every release.
+
+    Args:
+        run: From `prepare`.
+        reporter: Shows progress.
+
+    Raises:
+        ConfigError: Records longer than the base model reads; nothing was trained.
+    """
+    experiment = run.experiment
+    torch.set_num_threads(experiment.threads or os.cpu_count() or 1)
+    model = adapted_model(experiment.for_devices(), experiment.shared)
+    _check_lengths(run, model)
+    settings = experiment.federation
+    with reporter.phase(ROUNDS, settings.rounds * settings.cohort) as advance:
+        grid = InProcessGrid(client_app, run.home.folder, run.training, advance)
+        context = Context(
+            run_id=grid.run.run_id,
+            node_id=0,
+            node_config={},
+            state=RecordDict(),
+            run_config={"federation": str(run.federation_file)},
+        )
+        server_app(grid, context)
+    rounds = _score_releases(run, model)
+    return SharedTraining(model, rounds, grid.traffic)
+
+
+def releases(run: Run) -> ReleaseStore:
+    """Where the server put its releases."""
+    return ReleaseStore(run.folder / "server" / "releases")
+
+
+def user_examples(run: Run, model: AdaptedModel, number: int) -> tuple[str, Examples]:
+    """One user's id, and what the device trains and validates on."""
+    device = Device(run.home, run.home.user(number))
+    tokens = run.experiment.private.training.max_tokens
+    return device.user.user_id, device.examples(model, run.experiment.for_devices(), tokens)
+
+
+def _check_lengths(run: Run, model: AdaptedModel) -> None:
+    experiment = run.experiment
+    longest = max(
+        experiment.local.max_tokens,
+        experiment.private.training.max_tokens,
+        experiment.evaluation.max_tokens,
+    )
+    if longest > model.base.context_length:
+        raise ConfigError(
+            f"max_tokens {longest} is more than the {model.base.context_length} tokens that "
+            f"{model.base.name} reads"
+        )
+
+
+def _score_releases(run: Run, model: AdaptedModel) -> list[dict[str, Any]]:
+    """The operator's log with the loss on a few users' validation slices: a simulator's privilege.
+
+    The model ends with the last release.
+    """
+    count = min(run.experiment.evaluation.curve_users, run.training)
+    slices = [user_examples(run, model, number)[1].validation for number in range(count)]
+    examples = [example for part in slices for example in part]
+    lines = (run.folder / "server" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    start = {"round": 0, "cohort": 0, "accepted": 0, "dropped": {}, "refused": {}}
+    rounds: list[dict[str, Any]] = [
+        {**start, "train_loss": None, "clipped_share": None, "seconds": 0.0},
+        *(json.loads(line) for line in lines),
+    ]
+    for entry in rounds:
+        model.load(SHARED, releases(run).read(entry["round"]).vector)
+        model.activate(SHARED)
+        entry["validation_loss"] = mean_loss(model.network, examples)[0] if examples else None
+    return rounds

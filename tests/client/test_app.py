@@ -1,0 +1,183 @@
+"""The device's Flower app: what it reads of a context, and what it puts into a reply."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from tiny_runs import device_context, make_federation, make_home, make_plan, make_users, some_vector
+
+from homefire.client.app import app, open_device
+from homefire.client.home import Home
+from homefire.common.errors import ConfigError
+from homefire.common.protocol import (
+    STATISTICS,
+    RoundPlan,
+    decode_contribution,
+    decode_refusal,
+    encode_plan,
+)
+
+Make = Callable[[RecordDict], Message]
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_llama: Path) -> Home:
+    return make_home(tmp_path / "home", tiny_llama, make_users(3))
+
+
+@pytest.fixture
+def plan(tmp_path: Path, tiny_llama: Path) -> RoundPlan:
+    federation = make_federation(tmp_path / "out", tiny_llama, users=3)
+    return make_plan(federation, some_vector(federation.spec))
+
+
+@pytest.fixture(autouse=True)
+def _no_home_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOMEFIRE_HOME", raising=False)
+
+
+def ask(make: Make, plan: RoundPlan, context: Context) -> RecordDict:
+    reply = app(make(RecordDict({"plan": encode_plan(plan)})), context)
+    assert not reply.has_error()
+    return reply.content
+
+
+def record_of(content: RecordDict, name: str) -> ConfigRecord:
+    record = content[name]
+    assert isinstance(record, ConfigRecord)
+    return record
+
+
+# What a reply holds
+
+
+def test_a_contribution_is_version_header_and_payload_and_nothing_else(
+    home: Home, plan: RoundPlan, message_maker: Make
+) -> None:
+    content = ask(message_maker, plan, device_context(home.folder))
+    assert list(content) == ["contribution"]
+    record = record_of(content, "contribution")
+    assert set(record) == {"version", "header", "payload"}
+    assert record["version"] == 1
+    header, payload = record["header"], record["payload"]
+    assert isinstance(header, bytes)
+    assert isinstance(payload, bytes)
+    assert set(json.loads(header)) == {"run", "round", "plan_digest", "payload_digest"}
+    assert len(payload) == 4 * (len(plan.release) + STATISTICS)
+    decode_contribution(content, plan, size=len(plan.release))
+
+
+def test_the_header_is_the_same_for_every_user_but_for_the_payloads_digest(
+    home: Home, plan: RoundPlan, message_maker: Make
+) -> None:
+    headers = []
+    for user in range(3):
+        content = ask(message_maker, plan, device_context(home.folder, user=user))
+        header = record_of(content, "contribution")["header"]
+        assert isinstance(header, bytes)
+        headers.append(json.loads(header))
+    assert len({header.pop("payload_digest") for header in headers}) == 3
+    assert headers[0] == headers[1] == headers[2]
+
+
+def test_nothing_is_kept_in_flowers_state(home: Home, plan: RoundPlan, message_maker: Make) -> None:
+    context = device_context(home.folder)
+    ask(message_maker, plan, context)
+    assert dict(context.state) == {}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"plan": ConfigRecord()}),
+        RecordDict({"plan": ConfigRecord({"version": 1, "header": b"{}", "release": b""})}),
+        RecordDict({"plan": ConfigRecord({"version": 1, "header": b"x" * 9999, "release": b"x"})}),
+        RecordDict({"other": ConfigRecord({"version": 1})}),
+    ],
+)
+def test_a_malformed_plan_is_refused(home: Home, message_maker: Make, content: RecordDict) -> None:
+    reply = app(message_maker(content), device_context(home.folder))
+    refusal = decode_refusal(reply.content)
+    assert refusal is not None
+    assert refusal.reason == "malformed plan"
+
+
+def test_a_plan_with_another_release_than_it_names_is_refused(
+    home: Home, plan: RoundPlan, message_maker: Make
+) -> None:
+    forged = RoundPlan(plan.header, plan.release + 1)
+    refusal = decode_refusal(ask(message_maker, forged, device_context(home.folder)))
+    assert refusal is not None
+    assert refusal.reason == "malformed plan"
+
+
+def test_a_refusal_of_the_device_travels(home: Home, plan: RoundPlan, message_maker: Make) -> None:
+    header = plan.header.model_copy(update={"base_model": "0" * 64})
+    content = ask(message_maker, RoundPlan(header, plan.release), device_context(home.folder))
+    assert list(content) == ["refusal"]
+    assert set(record_of(content, "refusal")) == {"version", "header"}
+    refusal = decode_refusal(content)
+    assert refusal is not None
+    assert refusal.reason == "wrong base model"
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate", "query", "train.other"])
+def test_nothing_but_a_round_is_answered(home: Home, message_maker: Make, kind: str) -> None:
+    message = message_maker(RecordDict())
+    message.metadata.message_type = kind
+    with pytest.raises(ValueError, match=r"[Nn]o "):
+        app(message, device_context(home.folder))
+
+
+# Whose device this is
+
+
+def test_home_is_named_by_the_node(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOMEFIRE_HOME", str(tmp_path / "elsewhere"))
+    device = open_device(device_context(home.folder, user=2))
+    assert device.home == home
+    assert device.user == home.user(2)
+
+
+def test_home_is_else_named_by_the_environment(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOMEFIRE_HOME", str(home.folder))
+    assert open_device(device_context(None, user=1)).user == home.user(1)
+
+
+def test_a_device_of_one_person_needs_no_number(home: Home) -> None:
+    context = Context(1, 1, {"home": str(home.folder)}, RecordDict(), {})
+    assert open_device(context).user == home.user(0)
+
+
+def test_nothing_is_taken_from_the_run_configuration(
+    home: Home, plan: RoundPlan, message_maker: Make, tmp_path: Path, tiny_llama: Path
+) -> None:
+    theirs = make_home(tmp_path / "theirs", tiny_llama, make_users(1, records=9))
+    expected = ask(message_maker, plan, device_context(home.folder, user=1))
+    hostile = {
+        "home": str(theirs.folder),
+        "HOMEFIRE_HOME": str(theirs.folder),
+        "partition-id": "0",
+        "base_model": "other",
+        "clip_norm": "1000000",
+    }
+    context = device_context(home.folder, user=1, run_config=hostile)
+    assert ask(message_maker, plan, context) == expected
+    with pytest.raises(ConfigError, match="no home folder"):
+        open_device(device_context(None, run_config=hostile))
+
+
+def test_a_device_without_a_home_is_told_how_to_name_one() -> None:
+    with pytest.raises(ConfigError, match="no home folder") as error:
+        open_device(device_context(None))
+    assert "--node-config" in error.value.hint
+
+
+def test_a_user_who_is_not_there_is_an_error(home: Home) -> None:
+    with pytest.raises(ConfigError, match="no history for user 3"):
+        open_device(device_context(home.folder, user=3))

@@ -1,0 +1,269 @@
+"""One device: what it refuses before any work, and what its contribution holds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import make_tiny_model
+from tiny_runs import LOCAL, SHARED, make_federation, make_home, make_plan, make_users, some_vector
+
+from homefire.client import device as device_module
+from homefire.client.device import Device, adapted_model
+from homefire.client.home import Home
+from homefire.common.adapter import AdapterConfig, resolve_spec
+from homefire.common.config import PrivacyConfig
+from homefire.common.errors import PrivacyError
+from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS, Clipped, clip_to_grid
+from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal, RoundPlan
+from homefire.common.records import User, split_newest
+from homefire.common.training import Example, LocalTraining, train
+from homefire.server.federation import Federation
+
+NO_LIMIT = PrivacyConfig(mechanism="none", clip_norm=1000.0)
+
+
+@pytest.fixture(autouse=True)
+def _no_model_is_kept() -> Iterator[None]:
+    device_module._adapted_model.cache_clear()
+    yield
+    device_module._adapted_model.cache_clear()
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_llama: Path) -> Home:
+    return make_home(tmp_path / "home", tiny_llama, make_users(3))
+
+
+@pytest.fixture
+def federation(tmp_path: Path, tiny_llama: Path) -> Federation:
+    return make_federation(tmp_path / "out", tiny_llama, users=3)
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[list[Example]]]:
+    """The batches of every training that a device carries out."""
+    seen: list[list[list[Example]]] = []
+
+    def spy(network: Any, parameters: Any, batches: Any, settings: LocalTraining) -> Any:
+        seen.append([list(batch) for batch in batches])
+        return train(network, parameters, seen[-1], settings)
+
+    monkeypatch.setattr(device_module, "train", spy)
+    return seen
+
+
+def contribution(home: Home, plan: RoundPlan, *, user: int = 0) -> Clipped:
+    answer = Device(home, home.user(user)).answer(plan)
+    assert isinstance(answer, Clipped)
+    return answer
+
+
+# Refusals
+
+
+def refusal(home: Home, plan: RoundPlan) -> Refusal:
+    answer = Device(home, home.user(0)).answer(plan)
+    assert isinstance(answer, Refusal)
+    return answer
+
+
+Trainings = list[list[list[Example]]]
+
+
+def test_another_base_model_is_refused(
+    home: Home, federation: Federation, trainings: Trainings
+) -> None:
+    plan = make_plan(federation, base_model="0" * 64)
+    assert refusal(home, plan).reason == "wrong base model"
+    assert trainings == []
+
+
+def test_a_device_that_has_another_base_model_refuses(
+    tmp_path: Path, federation: Federation, trainings: Trainings
+) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    home = make_home(tmp_path / "other-home", other, make_users(1))
+    assert refusal(home, make_plan(federation)).reason == "wrong base model"
+    assert trainings == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter_digest": "0" * 64},
+        {"adapter": AdapterConfig(method="ffa", rank=2, alpha=5)},
+        {"adapter": AdapterConfig(method="ffa", rank=2, alpha=4, seed=1)},
+        {"adapter": AdapterConfig(method="ffa", rank=2, alpha=4, targets=("no_such_layer",))},
+        {"adapter": AdapterConfig(method="ffa", rank=256, alpha=4)},
+    ],
+)
+def test_an_adapter_that_does_not_have_its_digest_is_refused(
+    home: Home, federation: Federation, trainings: Trainings, changes: dict[str, Any]
+) -> None:
+    assert refusal(home, make_plan(federation, **changes)).reason == "wrong adapter spec"
+    assert trainings == []
+
+
+@pytest.mark.parametrize("length", [-1, 1])
+def test_a_release_of_another_length_is_refused(
+    home: Home, federation: Federation, trainings: Trainings, length: int
+) -> None:
+    release = np.zeros(federation.spec.size + length, np.float32)
+    assert refusal(home, make_plan(federation, release)).reason == "wrong adapter spec"
+    assert trainings == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_release_that_is_not_finite_is_refused(
+    home: Home, federation: Federation, trainings: Trainings, value: float
+) -> None:
+    release = federation.spec.initial()
+    release[-1] = value
+    assert refusal(home, make_plan(federation, release)).reason == "malformed plan"
+    assert trainings == []
+
+
+def test_more_tokens_than_the_model_reads_are_refused(
+    home: Home, federation: Federation, trainings: Trainings
+) -> None:
+    plan = make_plan(federation, training=LOCAL.model_copy(update={"max_tokens": 129}))
+    answer = refusal(home, plan)
+    assert answer.reason == "malformed plan"
+    assert "129" in answer.detail
+    assert trainings == []
+
+
+def test_a_history_of_one_record_is_refused(
+    tmp_path: Path, tiny_llama: Path, federation: Federation, trainings: Trainings
+) -> None:
+    home = make_home(tmp_path / "short", tiny_llama, make_users(1, records=1))
+    assert refusal(home, make_plan(federation)).reason == "no records"
+    assert trainings == []
+
+
+def test_a_refusal_says_nothing_of_the_history(home: Home, federation: Federation) -> None:
+    digest = "0" * 64
+    for plan in (
+        make_plan(federation, base_model=digest),
+        make_plan(federation, adapter_digest=digest),
+    ):
+        detail = refusal(home, plan).detail
+        assert "user" not in detail
+        assert len(detail) <= 500
+
+
+# Contributions
+
+
+def test_contribution_is_the_clipped_difference_to_the_release(
+    home: Home, tmp_path: Path, tiny_llama: Path, trainings: Trainings
+) -> None:
+    """Against the same steps taken on a model of our own."""
+    federation = make_federation(tmp_path / "out", tiny_llama, users=3, privacy=NO_LIMIT)
+    release = some_vector(federation.spec)
+    found = contribution(home, make_plan(federation, release))
+    device_module._adapted_model.cache_clear()
+    model = adapted_model(home.config, SHARED)
+    model.load("shared", release)
+    log = train(model.network, model.activate("shared", train="shared"), trainings[0], LOCAL)
+    update = model.vector("shared") - release
+    assert np.linalg.norm(update) > 1e-3
+    statistics = np.array([1.0, log.mean_loss / LOSS_SCALE, 0.0])
+    expected = clip_to_grid(update, statistics, clip_norm=1000.0)
+    assert np.array_equal(found.values, expected.values)
+    assert (found.clip_norm, found.statistics) == (1000.0, STATISTICS)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-6, 1e-3, 1.0, 1000.0])
+def test_update_and_statistics_are_clipped_together(
+    home: Home, tmp_path: Path, tiny_llama: Path, clip_norm: float
+) -> None:
+    privacy = PrivacyConfig(mechanism="none", clip_norm=clip_norm)
+    federation = make_federation(tmp_path / "out", tiny_llama, users=3, privacy=privacy)
+    found = contribution(home, make_plan(federation))
+    norm = float(np.linalg.norm(found.values.astype(np.float64)))
+    present, loss, clipped = found.values[-STATISTICS:] / (STEPS * STATISTIC_SHARE)
+    assert norm <= STEPS
+    assert present == 1.0
+    assert 0 < loss < 1
+    assert clipped == (1.0 if clip_norm <= 1e-3 else 0.0)
+    if clipped:
+        assert norm > 0.98 * STEPS
+    assert len(found.values) == federation.spec.size + STATISTICS
+
+
+def test_a_loss_beyond_the_scale_fills_its_slot_and_no_more(
+    home: Home, federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "LOSS_SCALE", 0.5)
+    found = contribution(home, make_plan(federation))
+    assert found.values[-2] == STEPS * STATISTIC_SHARE
+
+
+@pytest.mark.parametrize("records", [2, 3, 9])
+def test_every_history_takes_k_steps_and_gives_the_same_length(
+    tmp_path: Path, tiny_llama: Path, federation: Federation, trainings: Trainings, records: int
+) -> None:
+    home = make_home(tmp_path / "home", tiny_llama, make_users(1, records=records))
+    found = contribution(home, make_plan(federation))
+    assert [len(batch) for batch in trainings[0]] == [LOCAL.batch_size] * LOCAL.steps
+    assert len(found.payload) == 4 * (federation.spec.size + STATISTICS)
+
+
+def test_the_validation_slice_is_not_trained_on(
+    home: Home, federation: Federation, trainings: Trainings
+) -> None:
+    plan = make_plan(federation, training=LOCAL.model_copy(update={"steps": 20}))
+    device = Device(home, home.user(0))
+    device.answer(plan)
+    model = adapted_model(home.config, SHARED)
+    examples = device.examples(model, home.config, LOCAL.max_tokens)
+    seen = {example for batch in trainings[0] for example in batch}
+    assert seen == set(examples.training)
+    assert not seen & set(examples.validation)
+    older, newest = split_newest(device.user.records, home.config.private.validation_share)
+    assert (len(examples.training), len(examples.validation)) == (len(older), len(newest))
+
+
+def test_a_device_does_not_depend_on_the_devices_before(home: Home, federation: Federation) -> None:
+    plan = make_plan(federation, some_vector(federation.spec))
+    alone = contribution(home, plan, user=1)
+    device_module._adapted_model.cache_clear()
+    contribution(home, make_plan(federation, some_vector(federation.spec, seed=3)), user=0)
+    model = adapted_model(home.config, SHARED)
+    model.load("private", some_vector(model.specs["private"], scale=3.0))
+    model.activate("shared", "private", train="private")
+    torch.manual_seed(5)
+    assert contribution(home, plan, user=1).payload == alone.payload
+    assert contribution(home, plan, user=2).payload != alone.payload
+
+
+def test_order_of_batches_belongs_to_user_and_round(
+    home: Home, federation: Federation, trainings: Trainings
+) -> None:
+    long = LOCAL.model_copy(update={"steps": 20})
+    for user_id, number in (("ann", 1), ("ann", 1), ("ann", 2), ("bob", 1)):
+        user = User(user_id, home.user(0).records)
+        Device(home, user).answer(make_plan(federation, training=long, round=number))
+    assert trainings[0] == trainings[1]
+    assert trainings[0] != trainings[2]
+    assert trainings[0] != trainings[3]
+
+
+def test_training_that_diverges_sends_nothing(home: Home, federation: Federation) -> None:
+    wild = LocalTraining(steps=3, learning_rate=1e38, optimizer="sgd", max_gradient_norm=0)
+    with pytest.raises(PrivacyError):
+        Device(home, home.user(0)).answer(make_plan(federation, training=wild))
+
+
+def test_plan_of_a_federation_is_the_devices_own_adapter(
+    home: Home, federation: Federation
+) -> None:
+    """The two sides resolve an adapter on their own and agree."""
+    model = adapted_model(home.config, SHARED)
+    assert model.specs["shared"].digest == federation.spec.digest
+    assert resolve_spec(SHARED, model.base.model.config).digest == federation.spec.digest
+    assert model.base.fingerprint == federation.base_model

@@ -1,0 +1,168 @@
+"""Planning: a run's own numbers follow from its own noise, and stand before anything is spent."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from homefire.common.adapter import AdapterConfig
+from homefire.common.config import (
+    BaseModelConfig,
+    DeploymentConfig,
+    FederationConfig,
+    OptimizerConfig,
+    PrivacyConfig,
+    RoundsConfig,
+)
+from homefire.common.errors import HomefireError, PrivacyError
+from homefire.common.privacy.accounting import (
+    calibrate_noise,
+    gaussian_epsilon,
+    poisson_epsilon,
+)
+from homefire.common.privacy.mechanism import Gaussian, NoPrivacy
+from homefire.common.training import LocalTraining
+from homefire.server.planning import PrivacyPlan, plan_privacy
+
+DELTA = 1e-5
+DEPLOYMENT = DeploymentConfig(users=100_000, cohort=500, rounds=200)
+
+
+def make_config(
+    *, users: int = 1000, cohort: int = 50, rounds: int = 10, **privacy: Any
+) -> FederationConfig:
+    tables = {"mechanism": "gaussian", "clip_norm": 0.3, "delta": DELTA, **privacy}
+    return FederationConfig(
+        users=users,
+        output=Path("unused"),
+        base_model=BaseModelConfig(),
+        shared=AdapterConfig(),
+        local=LocalTraining(),
+        federation=RoundsConfig(rounds=rounds, cohort=cohort),
+        optimizer=OptimizerConfig(),
+        privacy=PrivacyConfig(**tables),
+    )
+
+
+def plan(**settings: Any) -> PrivacyPlan:
+    return plan_privacy(make_config(**settings))
+
+
+def test_own_numbers_match_the_accounting() -> None:
+    made = plan(noise_multiplier=1.1)
+    assert made.mechanism == Gaussian(1.1, 0.05)
+    assert made.deployment is None
+    said = made.statement
+    assert (said.mechanism, said.noise_multiplier, said.clip_norm) == ("gaussian", 1.1, 0.3)
+    assert (said.delta, said.rounds, said.expected_cohort) == (DELTA, 10, 50)
+    assert said.sampling_rate == 0.05
+    assert "1,000 users" in said.participation and "10 rounds" in said.participation
+    assert "0.05" in said.participation
+    expected = poisson_epsilon(1.1, sampling_rate=0.05, rounds=10, delta=DELTA)
+    assert said.epsilon_release == expected
+    assert said.epsilon_known_cohort == gaussian_epsilon(math.sqrt(10) / 1.1, DELTA)
+    assert said.epsilon_server is None
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.floats(0.05, 50))
+@settings(max_examples=30)
+def test_own_numbers_follow_from_its_own_noise(cohort: int, rounds: int, z: float) -> None:
+    made = plan(users=40, cohort=cohort, rounds=rounds, noise_multiplier=z)
+    said = made.statement
+    assert isinstance(made.mechanism, Gaussian)
+    assert said.noise_multiplier == made.mechanism.noise_multiplier == z
+    assert said.sampling_rate == made.mechanism.sampling_rate == cohort / 40
+    assert said.epsilon_known_cohort == gaussian_epsilon(math.sqrt(rounds) / z, DELTA)
+    assert said.epsilon_release is not None
+    assert said.epsilon_release <= said.epsilon_known_cohort
+    assert (cohort < 40) or said.epsilon_release == said.epsilon_known_cohort
+
+
+@pytest.mark.parametrize("epsilon", [2.0, 8.0])
+def test_noise_is_calibrated_to_a_target(epsilon: float) -> None:
+    made = plan(epsilon=epsilon)
+    assert made.statement.noise_multiplier == calibrate_noise(
+        epsilon, sampling_rate=0.05, rounds=10, delta=DELTA
+    )
+    assert made.statement.epsilon_release is not None
+    assert 0.995 * epsilon <= made.statement.epsilon_release <= epsilon
+
+
+def test_none_has_no_epsilons() -> None:
+    made = plan(mechanism="none", delta=None)
+    assert made.mechanism == NoPrivacy(0.05)
+    assert made.deployment is None
+    said = made.statement.to_json()
+    assert said["mechanism"] == "none"
+    absent = ["epsilon_release", "epsilon_known_cohort", "epsilon_server"]
+    assert {said[key] for key in [*absent, "noise_multiplier", "delta"]} == {None}
+
+
+def test_deployment_speaks_for_itself_and_the_run_for_itself() -> None:
+    large = plan(users=100_000, cohort=500, rounds=200, epsilon=4.0)
+    made = plan(epsilon=4.0, deployment=DEPLOYMENT)
+    assert made.deployment is not None
+    assert (made.deployment.users, made.deployment.cohort) == (100_000, 500)
+    # The large deployment's statement is what it would state had it run itself.
+    assert made.deployment.statement == large.statement
+    # The noise on the average is the same: z C / cohort.
+    large_z = large.statement.noise_multiplier
+    assert large_z is not None and isinstance(made.mechanism, Gaussian)
+    assert made.mechanism.noise_multiplier == pytest.approx(large_z * 50 / 500)
+    assert made.mechanism.sampling_rate == 0.05
+
+
+def test_own_numbers_of_a_run_with_a_deployment_are_those_of_its_own_noise() -> None:
+    made = plan(noise_multiplier=5.0, deployment=DEPLOYMENT)
+    alone = plan(noise_multiplier=0.5)
+    assert made.statement == alone.statement
+    assert made.mechanism == alone.mechanism
+    claimed = made.deployment.statement if made.deployment else None
+    assert claimed is not None
+    assert claimed.noise_multiplier == 5.0 and claimed.rounds == 200
+    assert claimed.epsilon_release is not None and made.statement.epsilon_release is not None
+    assert made.statement.epsilon_release > 10 * claimed.epsilon_release
+
+
+def test_deployment_has_the_runs_rounds_where_it_names_none() -> None:
+    made = plan(noise_multiplier=5.0, deployment=DeploymentConfig(users=10**6, cohort=1000))
+    assert made.deployment is not None and made.deployment.statement.rounds == 10
+
+
+def test_stated_before_spent_without_an_accountant_nothing_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(HomefireError, match="dp-accounting"):
+        plan(noise_multiplier=1.0)
+
+
+@pytest.mark.parametrize("z", [1e-160, 1e-310, 2.0**21, 1e300])
+def test_stated_before_spent_noise_without_numbers_does_not_start(z: float) -> None:
+    with pytest.raises(PrivacyError):
+        plan(noise_multiplier=z)
+
+
+def test_stated_before_spent_target_out_of_reach_does_not_start() -> None:
+    with pytest.raises(PrivacyError, match="noise multiplier above"):
+        plan(users=50, epsilon=1e-4, rounds=1000)
+
+
+def test_stated_before_spent_gaussian_without_noise_or_delta_does_not_start() -> None:
+    config = make_config(epsilon=1.0)
+    for missing in ("epsilon", "delta"):
+        privacy = config.privacy.model_copy(update={missing: None})
+        with pytest.raises(PrivacyError, match="neither"):
+            plan_privacy(config.model_copy(update={"privacy": privacy}))
+
+
+@pytest.mark.parametrize("privacy", [{"noise_multiplier": 0.01}, {"mechanism": "none"}])
+def test_statement_is_plain_json(privacy: dict[str, Any]) -> None:
+    delta = None if "mechanism" in privacy else DELTA
+    said = plan(delta=delta, **privacy).statement.to_json()
+    assert json.loads(json.dumps(said, allow_nan=False)) == said
