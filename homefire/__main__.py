@@ -89,10 +89,11 @@ def simulate(
     settings = load_experiment(experiment, overrides or [])
     console = Console()
     run = prepare(settings, free_folder(runs, name or settings.name))
-    console.print(f"Run [bold]{escape(str(run.folder))}[/]")
+    console.print(f"Run [bold]{escape(str(run.folder))}[/]", soft_wrap=True)
     report = run_simulation(run, Reporter(console))
     _show_summary(console, report)
-    console.print(f"\nReport: {escape(str((run.folder / 'report.html').resolve()))}")
+    place = escape(str((run.folder / "report.html").resolve()))
+    console.print(f"\nReport: {place}", soft_wrap=True)
 
 
 @app.command()
@@ -143,12 +144,18 @@ def tune(
     from homefire.simulations.tuning import tune as run_tuning
 
     console = Console()
-    trials = list(run_tuning(experiment, overrides or [], grid, Reporter(console)))
-    table = Table("settings", "validation loss", "gain over base", "clipped at the end")
+    trials = []
+    for trial in run_tuning(experiment, overrides or [], grid, Reporter(console)):
+        trials.append(trial)
+        console.print(f"{escape(', '.join(trial.overrides))}: {trial.loss:.4f}")
+    table = Table(box=None, title="By validation loss, best first", title_justify="left")
+    table.add_column("settings", overflow="fold")
+    for name in ("loss", "gain", "clipped"):
+        table.add_column(name, justify="right", no_wrap=True)
     for trial in sorted(trials, key=lambda trial: trial.loss):
         share = "–" if trial.clipped_share is None else f"{trial.clipped_share:.0%}"
         gain = f"{trial.start - trial.loss:+.4f}"
-        table.add_row(escape(", ".join(trial.overrides)), f"{trial.loss:.4f}", gain, share)
+        table.add_row(escape("\n".join(trial.overrides)), f"{trial.loss:.4f}", gain, share)
     console.print(table)
 
 
@@ -173,7 +180,7 @@ def models_get(
 
     console = Console()
     folder = get_model(alias, progress=lambda step: console.print(escape(step)))
-    console.print(f"{escape(alias)}: {escape(str(folder))}")
+    console.print(f"{escape(alias)}: {escape(str(folder))}", soft_wrap=True)
 
 
 @models_app.command("list")

@@ -69,10 +69,10 @@ class Experiment(Frozen):
 DEFAULT: dict[str, object] = {
     "name": "default",
     "base_model": {"name": "smollm2-135m"},
-    "population": {"kind": "synthetic", "users": 12, "unseen": 4, "records": 24},
+    "population": {"kind": "synthetic", "users": 10, "unseen": 4, "records": 20},
     "shared": {"method": "ffa", "rank": 4, "alpha": 8},
     "local": {"steps": 4, "batch_size": 2, "max_tokens": 64, "learning_rate": 5e-3},
-    "federation": {"rounds": 3, "cohort": 6},
+    "federation": {"rounds": 3, "cohort": 5},
     "privacy": {
         "mechanism": "gaussian",
         "clip_norm": 1.0,
@@ -82,9 +82,10 @@ DEFAULT: dict[str, object] = {
     },
     "private": {
         "adapter": {"method": "lora", "rank": 8, "alpha": 16, "targets": "auto", "seed": 1},
-        "training": {"steps": 20, "batch_size": 2, "max_tokens": 64, "learning_rate": 2e-3},
-        "validate_every": 10,
+        "training": {"steps": 16, "batch_size": 2, "max_tokens": 64, "learning_rate": 2e-3},
+        "validate_every": 8,
     },
+    "evaluation": {"generated": 1, "reply_tokens": 20},
 }
 """What `homefire simulate` runs without a file."""
 
@@ -111,9 +112,9 @@ def load_experiment(path: Path | None, overrides: list[str]) -> Experiment:
 
 def _apply(tables: dict[str, object], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {override}: expected key=value")
     *parents, last = key.strip().split(".")
+    if not equals or not all((*parents, last)):
+        raise ConfigError(f"--set {override}: expected key=value")
     table = tables
     for parent in parents:
         inner = table.setdefault(parent, {})

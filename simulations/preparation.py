@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from homefire.client.home import Home
-from homefire.common.errors import HomefireError
+from homefire.common.errors import DataError, HomefireError
 from homefire.common.files import write_atomically
 from homefire.common.records import User, UserFile, split_newest, write_users
 from homefire.simulations.experiment import Experiment
@@ -69,17 +69,18 @@ def prepare(experiment: Experiment, folder: Path) -> Run:
         Held out: no record of `held_out.jsonl` is in `devices/`.
 
     Raises:
-        DataError: The population is wrong.
+        DataError: The population is wrong, or a history is too short to be split twice.
         HomefireError: The folder exists.
     """
     server = experiment.for_server(folder.resolve() / "server")
     population = load_population(experiment.population, seed=experiment.seed)
+    users = (*population.training, *population.unseen)
+    share = experiment.evaluation.held_out
+    _check_lengths(users, share)
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
         raise HomefireError(f"{folder} exists", hint="Choose another name or remove it.") from error
-    users = (*population.training, *population.unseen)
-    share = experiment.evaluation.held_out
     (folder / "devices").mkdir()
     run = Run(
         folder,
@@ -111,6 +112,17 @@ def write_toml(path: Path, settings: BaseModel) -> None:
 
     tables: dict[str, Any] = settings.model_dump(mode="json", exclude_none=True)
     write_atomically(path, tomli_w.dumps(tables).encode())
+
+
+def _check_lengths(users: tuple[User, ...], share: float) -> None:
+    """A device splits what it gets once more, for the validation slice."""
+    for user in users:
+        if len(split_newest(user.records, share)[0]) < 2:
+            raise DataError(
+                f"user {user.user_id!r} has {len(user.records)} records: fewer than two are left "
+                f"to train on when {share:.0%} are held out",
+                hint="Raise population.min_records, or lower evaluation.held_out.",
+            )
 
 
 def _part(users: tuple[User, ...], share: float, *, newest: bool) -> Iterator[User]:

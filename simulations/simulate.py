@@ -98,10 +98,10 @@ def _evaluate(run: Run, model: AdaptedModel, reporter: Reporter, measured: Measu
 
 
 def _other(number: int, training: int, unseen: int) -> int:
-    """The next user of the same group, for the control."""
-    if number < training:
-        return (number + 1) % training
-    return training + (number - training + 1) % unseen
+    """The next user of the same group, for the control; of both groups where there is only one."""
+    group = range(training) if number < training else range(training, training + unseen)
+    others = group if len(group) > 1 else range(training + unseen)
+    return others[(others.index(number) + 1) % len(others)]
 
 
 def _reader(home: Home, user_id: str) -> Callable[[], Vector]:

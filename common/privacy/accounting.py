@@ -128,7 +128,7 @@ def poisson_epsilon(
             f"{rounds} rounds are not a run"
         )
     unamplified = gaussian_epsilon(math.sqrt(rounds) / noise_multiplier, delta)
-    if sampling_rate >= 1 or noise_multiplier < SMALLEST_PLD_NOISE:
+    if sampling_rate >= 1 or noise_multiplier < SMALLEST_PLD_NOISE or unamplified == 0:
         return unamplified
     try:
         import dp_accounting

@@ -1,4 +1,4 @@
-"""Server optimizers: against numbers worked out by hand, against torch, and without side effects."""
+"""Server optimizers: against numbers worked out by hand, against torch; without side effects."""
 
 from itertools import pairwise
 from typing import Any, Literal

@@ -69,8 +69,8 @@ def test_own_numbers_match_the_accounting() -> None:
     assert said.epsilon_server is None
 
 
-@given(st.integers(1, 40), st.integers(1, 5), st.floats(0.05, 50))
-@settings(max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 5), st.floats(1, 50) | st.floats(1e-3, 0.19))
+@settings(max_examples=20)
 def test_own_numbers_follow_from_its_own_noise(cohort: int, rounds: int, z: float) -> None:
     made = plan(users=40, cohort=cohort, rounds=rounds, noise_multiplier=z)
     said = made.statement
@@ -83,14 +83,13 @@ def test_own_numbers_follow_from_its_own_noise(cohort: int, rounds: int, z: floa
     assert (cohort < 40) or said.epsilon_release == said.epsilon_known_cohort
 
 
-@pytest.mark.parametrize("epsilon", [2.0, 8.0])
-def test_noise_is_calibrated_to_a_target(epsilon: float) -> None:
-    made = plan(epsilon=epsilon)
+def test_noise_is_calibrated_to_a_target() -> None:
+    made = plan(epsilon=1.0)
     assert made.statement.noise_multiplier == calibrate_noise(
-        epsilon, sampling_rate=0.05, rounds=10, delta=DELTA
+        1.0, sampling_rate=0.05, rounds=10, delta=DELTA
     )
     assert made.statement.epsilon_release is not None
-    assert 0.995 * epsilon <= made.statement.epsilon_release <= epsilon
+    assert 0.995 <= made.statement.epsilon_release <= 1.0
 
 
 def test_none_has_no_epsilons() -> None:
@@ -104,33 +103,39 @@ def test_none_has_no_epsilons() -> None:
 
 
 def test_deployment_speaks_for_itself_and_the_run_for_itself() -> None:
-    large = plan(users=100_000, cohort=500, rounds=200, epsilon=4.0)
-    made = plan(epsilon=4.0, deployment=DEPLOYMENT)
+    large = plan(users=100_000, cohort=500, rounds=200, noise_multiplier=9.0)
+    made = plan(noise_multiplier=9.0, deployment=DEPLOYMENT)
     assert made.deployment is not None
     assert (made.deployment.users, made.deployment.cohort) == (100_000, 500)
     # The large deployment's statement is what it would state had it run itself.
     assert made.deployment.statement == large.statement
     # The noise on the average is the same: z C / cohort.
-    large_z = large.statement.noise_multiplier
-    assert large_z is not None and isinstance(made.mechanism, Gaussian)
-    assert made.mechanism.noise_multiplier == pytest.approx(large_z * 50 / 500)
-    assert made.mechanism.sampling_rate == 0.05
+    assert large.mechanism == Gaussian(9.0, 0.005)
+    assert made.mechanism == Gaussian(9.0 * 50 / 500, 0.05)
+
+
+@pytest.mark.slow
+def test_deployment_takes_the_target_and_the_run_does_not() -> None:
+    made = plan(epsilon=4.0, deployment=DEPLOYMENT)
+    claimed = made.deployment.statement.epsilon_release if made.deployment else None
+    assert claimed is not None and 3.98 <= claimed <= 4.0
+    assert made.statement.epsilon_release is not None and made.statement.epsilon_release > 50
 
 
 def test_own_numbers_of_a_run_with_a_deployment_are_those_of_its_own_noise() -> None:
-    made = plan(noise_multiplier=5.0, deployment=DEPLOYMENT)
-    alone = plan(noise_multiplier=0.5)
+    made = plan(noise_multiplier=20.0, deployment=DEPLOYMENT)
+    alone = plan(noise_multiplier=2.0)
     assert made.statement == alone.statement
     assert made.mechanism == alone.mechanism
     claimed = made.deployment.statement if made.deployment else None
     assert claimed is not None
-    assert claimed.noise_multiplier == 5.0 and claimed.rounds == 200
+    assert claimed.noise_multiplier == 20.0 and claimed.rounds == 200
     assert claimed.epsilon_release is not None and made.statement.epsilon_release is not None
     assert made.statement.epsilon_release > 10 * claimed.epsilon_release
 
 
 def test_deployment_has_the_runs_rounds_where_it_names_none() -> None:
-    made = plan(noise_multiplier=5.0, deployment=DeploymentConfig(users=10**6, cohort=1000))
+    made = plan(noise_multiplier=30.0, deployment=DeploymentConfig(users=10**6, cohort=1000))
     assert made.deployment is not None and made.deployment.statement.rounds == 10
 
 

@@ -79,14 +79,18 @@ def test_newest_release_is_the_one_of_the_last_round(store: ReleaseStore) -> Non
     assert store.latest().round == 1_000_000
 
 
-def test_whole_or_refused_whichever_bit_is_changed(store: ReleaseStore, stored: Path) -> None:
-    payload = stored.read_bytes()
-    for bit in range(8 * len(payload)):
-        damaged = bytearray(payload)
+def test_whole_or_refused_whichever_bit_is_changed(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write(1, VECTOR, {"epsilon": 3})
+    damaged = bytearray(path_of(store, 1).read_bytes())
+    monkeypatch.setattr(Path, "read_bytes", lambda path: bytes(damaged))
+    for bit in range(8 * len(damaged)):
         damaged[bit // 8] ^= 1 << bit % 8
-        stored.write_bytes(damaged)
         with pytest.raises(AdapterError, match=r"damaged|digest"):
             store.read(1)
+        damaged[bit // 8] ^= 1 << bit % 8
+    assert store.read(1).vector.tobytes() == VECTOR.tobytes()
 
 
 def test_whole_or_refused_wherever_it_is_cut(store: ReleaseStore, stored: Path) -> None:
@@ -181,7 +185,7 @@ def test_release_that_could_not_be_written_leaves_the_last_one(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((os, "fsync") if broken == "fsync" else (Path, "replace")), fail)
+        patch.setattr(os if broken == "fsync" else Path, broken, fail)
         for number in (1, 2):
             with pytest.raises(OSError, match="No space"):
                 store.write(number, VECTOR * 2, ABOUT)

@@ -1,0 +1,147 @@
+"""A run's folder: who gets which records, and that settings survive their files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_runs import make_users
+
+from homefire.common.config import DeviceConfig, FederationConfig, load_config
+from homefire.common.errors import DataError, HomefireError
+from homefire.common.records import User, write_users
+from homefire.simulations.experiment import Experiment, load_experiment
+from homefire.simulations.populations import load_population
+from homefire.simulations.preparation import free_folder, prepare
+
+SMALL = [
+    "population.users=3",
+    "population.unseen=2",
+    "population.records=10",
+    "federation.cohort=2",
+]
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    return load_experiment(None, SMALL)
+
+
+def from_file(path: Path, users: list[User], *more: str) -> Experiment:
+    write_users(path, users)
+    population = f'population={{kind="jsonl", path="{path}", users={len(users)}, unseen=0}}'
+    return load_experiment(None, [population, "federation.cohort=1", *more])
+
+
+def test_every_history_is_split_in_time(tmp_path: Path, experiment: Experiment) -> None:
+    run = prepare(experiment, tmp_path / "run")
+    population = load_population(experiment.population, seed=experiment.seed)
+    users = (*population.training, *population.unseen)
+    assert (run.training, run.unseen) == (3, 2)
+    assert len(run.home.users) == len(run.held_out) == 5
+    for user, older, newest in zip(users, run.home.users, run.held_out, strict=True):
+        assert user.user_id == older.user_id == newest.user_id
+        assert older.records + newest.records == user.records
+        assert len(newest.records) == 2
+
+
+def test_no_held_out_record_is_in_the_devices_folder(
+    tmp_path: Path, experiment: Experiment
+) -> None:
+    run = prepare(experiment, tmp_path / "run")
+    below = [p for p in run.folder.rglob("*") if p.is_file() and p != run.held_out.path]
+    content = b"".join(path.read_bytes() for path in below)
+    lines = run.held_out.path.read_text(encoding="utf-8").splitlines()
+    held_out = [record for line in lines for record in json.loads(line)["records"]]
+    assert len(held_out) == 10
+    for record in held_out:
+        assert json.dumps(record, ensure_ascii=False).encode() not in content
+    kept = next(iter(run.home.users)).records[0].to_json()
+    assert json.dumps(kept, ensure_ascii=False).encode() in content
+
+
+def test_the_folder_holds_what_its_description_says(tmp_path: Path, experiment: Experiment) -> None:
+    run = prepare(experiment, tmp_path / "a" / "run")
+    files = sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file())
+    assert files == [
+        "devices/device.toml",
+        "devices/users.idx",
+        "devices/users.jsonl",
+        "experiment.toml",
+        "held_out.idx",
+        "held_out.jsonl",
+        "server/federation.toml",
+    ]
+
+
+def test_settings_are_those_of_the_experiment(tmp_path: Path, experiment: Experiment) -> None:
+    run = prepare(experiment, tmp_path / "run")
+    assert load_experiment(run.folder / "experiment.toml", []) == experiment
+    assert load_config(DeviceConfig, run.home.folder / "device.toml") == experiment.for_devices()
+    server = load_config(FederationConfig, run.federation_file)
+    assert server == experiment.for_server((tmp_path / "run" / "server").resolve())
+    assert server.output.is_absolute()
+    assert run.home.config == experiment.for_devices()
+
+
+def test_one_seed_gives_one_folder(tmp_path: Path, experiment: Experiment) -> None:
+    one, two = prepare(experiment, tmp_path / "one"), prepare(experiment, tmp_path / "two")
+    other = prepare(experiment.model_copy(update={"seed": 1}), tmp_path / "three")
+    assert list(one.home.users) == list(two.home.users)
+    assert list(one.held_out) == list(two.held_out)
+    assert list(one.home.users) != list(other.home.users)
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path, experiment: Experiment) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(HomefireError, match="exists") as error:
+        prepare(experiment, tmp_path / "run")
+    assert error.value.hint
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_nothing_is_written_for_a_population_that_cannot_be_loaded(tmp_path: Path) -> None:
+    population = 'population={kind="jsonl", path="absent.jsonl", users=3, unseen=0}'
+    experiment = load_experiment(None, [population, "federation.cohort=1"])
+    with pytest.raises(DataError):
+        prepare(experiment, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("records", "share"), [(2, 0.2), (2, 0.9), (5, 0.8), (5, 0.99)])
+def test_a_history_that_cannot_be_split_twice_is_refused_before_anything_is_written(
+    tmp_path: Path, records: int, share: float
+) -> None:
+    users = make_users(2, records=records)
+    more = ["population.min_records=2", f"evaluation.held_out={share}"]
+    experiment = from_file(tmp_path / "users.jsonl", users, *more)
+    with pytest.raises(DataError, match=f"has {records} records: fewer than two are left") as error:
+        prepare(experiment, tmp_path / "run")
+    assert "min_records" in error.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shortest_history_that_can_be_split_twice(tmp_path: Path) -> None:
+    users = make_users(2, records=3)
+    experiment = from_file(tmp_path / "users.jsonl", users, "population.min_records=3")
+    run = prepare(experiment, tmp_path / "run")
+    assert [len(user.records) for user in run.home.users] == [2, 2]
+    assert [len(user.records) for user in run.held_out] == [1, 1]
+
+
+def test_what_was_skipped_is_counted(tmp_path: Path) -> None:
+    users = [*make_users(3, records=6), User("short", make_users(1)[0].records[:1])]
+    write_users(tmp_path / "users.jsonl", users)
+    population = (
+        f'population={{kind="jsonl", path="{tmp_path}/users.jsonl", users=2, unseen=1, '
+        'on_bad="skip"}'
+    )
+    run = prepare(load_experiment(None, [population, "federation.cohort=1"]), tmp_path / "run")
+    assert run.skipped == {"too few records": 1}
+    assert (run.training, run.unseen) == (2, 1)
+
+
+def test_free_folder_counts_up(tmp_path: Path) -> None:
+    assert free_folder(tmp_path, "run") == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run-2").touch()
+    assert free_folder(tmp_path, "run") == tmp_path / "run-3"
