@@ -80,7 +80,7 @@ def encode(tokenizer: Any, record: Record, max_tokens: int) -> Example:
         head = [bos_id(tokenizer)]
     else:
         head = _encode_prompt(tokenizer, record.prompt)[-(max_tokens // 2) :]
-    text = tokenizer(record.text, add_special_tokens=False).input_ids
+    text = _ids(tokenizer, record.text)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = [*head, *text, *end][:max_tokens]
     if len(tokens) <= len(head):
@@ -95,12 +95,16 @@ def prompt_tokens(tokenizer: Any, prompt: str, max_tokens: int) -> list[int]:
 
 def _encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     if tokenizer.chat_template is None:
-        ids: list[int] = tokenizer(prompt + "\n", add_special_tokens=False).input_ids
-        return [bos_id(tokenizer), *ids]
+        return [bos_id(tokenizer), *_ids(tokenizer, prompt + "\n")]
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
-    ids = tokenizer(rendered, add_special_tokens=False).input_ids
+    return _ids(tokenizer, rendered)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    # Not verbose: what is too long for the model is cut afterwards, so nobody need be warned.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids
 
 

@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,3 +154,22 @@ def test_a_device_needs_neither_ray_nor_plots_nor_an_accountant() -> None:
     assert "homefire.common.privacy.mechanism" in loaded
     assert loaded & {*NOT_FOR_DEVICES, *FOLDERS} == set()
     assert not any(name.startswith(("homefire.server", "homefire.simulations")) for name in loaded)
+
+
+def test_flowers_bundle_holds_code_and_nothing_else(tmp_path: Path) -> None:
+    """What `flwr run` sends to the SuperLink and to every device."""
+    program = Path(sys.executable).with_name("flwr")
+    environment = {
+        **os.environ,
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_HOME": str(tmp_path / "flwr"),
+    }
+    subprocess.run(  # noqa: S603 - our own command
+        [program, "build", "--app", ROOT], cwd=tmp_path, env=environment, check=True
+    )
+    (bundle,) = tmp_path.glob("*.fab")
+    with zipfile.ZipFile(bundle) as archive:
+        names = set(archive.namelist())
+    code = {str(p.relative_to(ROOT)) for p in sources("homefire", "client", "common", "server")}
+    assert names == code | {"pyproject.toml", "LICENSE", ".info/CONTENT"}

@@ -1,6 +1,7 @@
 """The local objective: what is predicted, what a step is, in which order records come."""
 
 import itertools
+import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import BOS_ID, CHAT_TEMPLATE, EOS_ID, make_model, make_tiny_model, make_tokenizer
+from tiny_models import (
+    BOS_ID,
+    CHAT_TEMPLATE,
+    CONTEXT,
+    EOS_ID,
+    make_model,
+    make_tiny_model,
+    make_tokenizer,
+)
 from torch import nn
 
 from homefire.common.base_model import BaseModel, load_base_model
@@ -134,6 +143,18 @@ def test_nothing_to_predict_is_an_error() -> None:
     with pytest.raises(DataError) as error:
         encode(tokenizer, Record(""), 64)
     assert error.value.reason == "empty text"
+
+
+def test_long_records_are_cut_without_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    long = "word " * CONTEXT
+    for tokenizer in (make_tokenizer(), make_tokenizer(chat_template=CHAT_TEMPLATE)):
+        encode(tokenizer, Record(long, long), 64)
+    assert caplog.text == ""
+    make_tokenizer()(long)
+    assert "longer than the specified maximum" in caplog.text
 
 
 # Loss
