@@ -5,6 +5,7 @@ own configuration (`--node-config 'home="…"'`) or by the environment variable 
 one folder holds many simulated users, the node's `partition-id` says which one this is.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from homefire.client.device import Device
 from homefire.client.home import Home
-from homefire.common.errors import ConfigError, ProtocolError
+from homefire.common.errors import ConfigError, DeviceError, ProtocolError
 from homefire.common.protocol import (
     ACTION,
     Refusal,
@@ -23,17 +24,30 @@ from homefire.common.protocol import (
 )
 
 app = ClientApp()
+LOG = logging.getLogger(__name__)
 
 
 @app.train(ACTION)
 def contribute(message: Message, context: Context) -> Message:
-    """Answer a round plan with a contribution or a refusal."""
+    """Answer a round plan with a contribution or a refusal.
+
+    Guarantees:
+        No words: whatever goes wrong here, the server gets the same constant error.
+
+    Raises:
+        DeviceError: Always with the same text.
+    """
     try:
         plan = decode_plan(message.content)
     except ProtocolError as error:
         refusal = Refusal(reason="malformed plan", detail=str(error)[:500])
         return Message(encode_refusal(refusal), reply_to=message)
-    answer = open_device(context).answer(plan)
+    try:
+        answer = open_device(context).answer(plan)
+    except Exception as error:
+        # Flower would send the error's own words to the server, and they may quote the user.
+        LOG.exception("this device could not answer")
+        raise DeviceError("the device could not answer; its own log says why") from error
     if isinstance(answer, Refusal):
         return Message(encode_refusal(answer), reply_to=message)
     return Message(encode_contribution(plan, answer), reply_to=message)
@@ -43,7 +57,7 @@ def open_device(context: Context) -> Device:
     """The device that this node is.
 
     Raises:
-        ConfigError: No home folder is named, or it holds no such user.
+        ConfigError: No home folder is named, or it holds no such user, or one who stays out.
     """
     folder = context.node_config.get("home") or os.environ.get("HOMEFIRE_HOME")
     if not folder:
@@ -52,4 +66,7 @@ def open_device(context: Context) -> Device:
             hint="Start the node with --node-config 'home=\"/path\"', or set HOMEFIRE_HOME.",
         )
     home = Home(Path(str(folder)).expanduser())
-    return Device(home, home.user(int(context.node_config.get("partition-id", 0))))
+    number, participants = int(context.node_config.get("partition-id", 0)), home.config.participants
+    if participants is not None and number >= participants:
+        raise ConfigError(f"{home.folder}: user {number} does not take part in the federation")
+    return Device(home, home.user(number))

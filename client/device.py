@@ -6,15 +6,15 @@ from itertools import islice
 
 import numpy as np
 
-from homefire.client.home import Home
-from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.client.home import Home, PrivateAdapter
+from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult, train_private
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import AdapterConfig, AdapterSpec, resolve_spec
+from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector, resolve_spec
 from homefire.common.base_model import load_base_model
 from homefire.common.config import BaseModelConfig, DeviceConfig
 from homefire.common.errors import AdapterError
 from homefire.common.privacy.clipping import Clipped, clip_to_grid, is_clipped
-from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal, RoundPlan
+from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal, RoundPlan, release_digest
 from homefire.common.records import User, split_newest
 from homefire.common.training import Example, batch_seed, cycle_batches, encode, train
 
@@ -47,9 +47,46 @@ class Device:
         if (refusal := _unfit(plan, model)) is not None:
             return refusal
         if len(self.user.records) < 2:
-            return Refusal(reason="no records", detail="this device has fewer than two records")
+            # Too short to train on. A refusal would say so; a vector of zeros says nothing.
+            zeros = np.zeros(plan.release.shape, np.float32)
+            return clip_to_grid(
+                zeros, np.zeros(STATISTICS), clip_norm=plan.header.privacy.clip_norm
+            )
         examples = self.examples(model, config, plan.header.training.max_tokens)
         return contribute(model, plan, examples.training, user_id=self.user.user_id)
+
+    def personalize(
+        self, model: AdaptedModel, release: Vector, *, seed: int, on_shared: bool = True
+    ) -> PrivateResult:
+        """Train this user's private adapter on top of a release and keep it.
+
+        Args:
+            model: This device's model.
+            release: The shared adapter, shape (adapter parameters,).
+            seed: Of the batch order.
+            on_shared: False trains on the bare base model instead: a control for experiments.
+        """
+        config = self.home.config
+        model.load(SHARED, release)
+        examples = self.examples(model, config, config.private.training.max_tokens)
+        result = train_private(
+            model,
+            examples.training,
+            examples.validation,
+            config.private,
+            seed=batch_seed("private", self.user.user_id, seed),
+            on=(SHARED,) if on_shared else (),
+        )
+        about = {
+            "base_model": model.base.fingerprint,
+            "adapter_digest": model.specs[PRIVATE].digest,
+            "release_digest": release_digest(release) if on_shared else None,
+            "best_step": result.best_step,
+            "validation_before": result.validation_before,
+            "validation_after": result.validation_after,
+        }
+        self.home.save_private(self.user.user_id, PrivateAdapter(result.vector, about))
+        return result
 
     def examples(self, model: AdaptedModel, config: DeviceConfig, max_tokens: int) -> "Examples":
         """This user's records as token ids; the validation slice is the newest part."""

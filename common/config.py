@@ -11,6 +11,7 @@ from homefire.common.errors import ConfigError
 from homefire.common.training import LocalTraining
 
 Model = TypeVar("Model", bound=BaseModel)
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -92,7 +93,7 @@ class RoundsConfig(Frozen):
 class FederationConfig(Frozen):
     """Everything that the server needs."""
 
-    name: str = Field("homefire", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("homefire", pattern=NAME_PATTERN)
     seed: int = Field(0, ge=0)
     users: int = Field(ge=1, description="Enrolled users: the population of Poisson sampling.")
     output: Path
@@ -105,6 +106,11 @@ class FederationConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> "FederationConfig":
+        large = self.privacy.deployment
+        if large is not None and (large.rounds or self.federation.rounds) < self.federation.rounds:
+            raise ValueError(
+                f"a deployment of {large.rounds} rounds cannot speak for {self.federation.rounds}"
+            )
         if self.federation.cohort > self.users:
             raise ValueError(
                 f"cohort {self.federation.cohort} is larger than the {self.users} enrolled users"
@@ -128,6 +134,9 @@ class DeviceConfig(Frozen):
 
     base_model: BaseModelConfig = BaseModelConfig()
     private: PrivateConfig = PrivateConfig()
+    participants: int | None = Field(
+        None, ge=1, description="In a folder of many users: how many, from the first, take part."
+    )
 
 
 def load_config(model: type[Model], path: Path) -> Model:
@@ -189,5 +198,7 @@ def read_toml(path: Path) -> dict[str, object]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from error

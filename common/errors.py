@@ -7,6 +7,7 @@ HomefireError
 ├── AdapterError           an adapter does not fit its specification or its base model
 ├── ProtocolError          a message between server and device is malformed
 │   └── RejectedContributionError   one contribution failed the server's gate
+├── DeviceError            a device could not answer; says nothing else, for it leaves the device
 ├── PrivacyError           a privacy parameter or claim is invalid; nothing was released
 └── FederationError        a run cannot go on
 """
@@ -66,6 +67,10 @@ class RejectedContributionError(ProtocolError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class DeviceError(HomefireError):
+    """A device could not answer; says nothing else, for it leaves the device."""
 
 
 class PrivacyError(HomefireError):

@@ -269,7 +269,8 @@ def _copy_and_hash(source: IO[bytes], target: IO[bytes] | None) -> str:
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(
-            "reading a GGUF file needs the package gguf", hint="pip install 'homefire[gguf]'"
+            "reading a GGUF file needs the package gguf",
+            hint="Install homefire[gguf].",
         )
 
 

@@ -30,14 +30,12 @@ ACTION = "contribute"
 """The Flower train action that carries a plan."""
 
 Hex = Field(pattern=r"^[0-9a-f]{64}$")
-RefusalReason = Literal[
-    "malformed plan", "wrong base model", "wrong adapter spec", "wrong release digest", "no records"
-]
+RefusalReason = Literal["malformed plan", "wrong base model", "wrong adapter spec"]
 Header = TypeVar("Header", bound=BaseModel)
 
 
 class PrivacyBlock(BaseModel):
-    """What a plan says about privacy; a device checks it against its own policy."""
+    """What a plan says about privacy; devices clip as it says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

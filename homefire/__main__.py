@@ -105,17 +105,22 @@ def prepare(
 ) -> None:
     """Write a run's folder (devices, server settings) without running it.
 
-    Then any Flower runtime can carry it out; the command is printed.
+    Then any Flower runtime can carry it out; the commands are printed. Flower leaves a SuperLink
+    running that keeps the environment it was started with: the printed ports are this run's own.
     """
     _need("simulation", "ray", "plotly", "dp_accounting")
     from homefire.simulations.experiment import load_experiment
-    from homefire.simulations.preparation import free_folder
+    from homefire.simulations.preparation import free_folder, free_ports
     from homefire.simulations.preparation import prepare as prepare_run
 
     settings = load_experiment(experiment, overrides or [])
     run = prepare_run(settings, free_folder(runs, name or settings.name))
     typer.echo(f"Prepared {run.folder}. On Flower's Ray simulation:\n")
     typer.echo(f"  export HOMEFIRE_HOME={run.home.folder.resolve()}")
+    typer.echo(f"  export FLWR_HOME={(run.folder / 'flower').resolve()}")
+    http, control = free_ports(2)
+    typer.echo(f"  export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT={http}")
+    typer.echo(f"  export FLWR_LOCAL_CONTROL_API_PORT={control}")
     typer.echo("  export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1")
     typer.echo(
         f"  flwr run . --stream --run-config 'federation=\"{run.federation_file.resolve()}\"' "
@@ -135,6 +140,8 @@ def tune(
     """Run an experiment's rounds for each combination of settings; rank them by validation loss.
 
     The validation slices lie in the older part of the histories: held-out records stay unseen.
+    Tuning looks at exact losses of users, and no epsilon covers that: for a real federation, tune
+    on people who agreed to it or on public text.
 
     Example:
       homefire tune --grid privacy.clip_norm=1,3 --grid local.learning_rate=0.003,0.01
@@ -223,7 +230,7 @@ def _need(extra: str, *packages: str) -> None:
         if importlib.util.find_spec(package) is None:
             raise HomefireError(
                 f"this command needs the package {package}",
-                hint=f"pip install 'homefire[{extra}]'",
+                hint=f"Install homefire[{extra}].",
             )
 
 
@@ -239,6 +246,9 @@ def main() -> NoReturn:
         if error.hint:
             typer.echo(f"Hint: {error.hint}", err=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted.", err=True)
+        sys.exit(130)
     sys.exit(0)
 
 

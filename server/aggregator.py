@@ -25,6 +25,9 @@ from homefire.common.protocol import (
     decode_refusal,
 )
 
+MOST_STATISTIC_NOISE = 0.05
+"""The noise on a statistic, as a share of the cohort, above which it is not shown."""
+
 
 @dataclass(slots=True)
 class OpenRound:
@@ -127,11 +130,12 @@ def close_round(current: OpenRound, mechanism: Mechanism, run_key: bytes) -> Noi
     cohort = header.privacy.expected_cohort
     update = noisy[: current.size] * (header.privacy.clip_norm / cohort)
     present, loss, clipped = (float(v) for v in noisy[current.size :] / STATISTIC_SHARE)
-    # Too few, or too noisy, to say anything about the average device.
-    if present < 0.1 * cohort:
+    # In units of one device: what the noise adds to each of the three numbers.
+    deviation = (header.privacy.noise_multiplier or 0.0) / STATISTIC_SHARE
+    if deviation > MOST_STATISTIC_NOISE * cohort or present < MOST_STATISTIC_NOISE * cohort:
         return NoisyAverage(update, None, None)
-    share = min(1.0, max(0.0, clipped / present))
-    return NoisyAverage(update, LOSS_SCALE * loss / present, share)
+    mean_loss = LOSS_SCALE * min(1.0, max(0.0, loss / present))
+    return NoisyAverage(update, mean_loss, min(1.0, max(0.0, clipped / present)))
 
 
 def _check_announced(announced: PrivacyBlock, mechanism: Mechanism) -> None:

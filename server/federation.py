@@ -31,7 +31,8 @@ from homefire.server.planning import PrivacyPlan
 from homefire.server.releases import ReleaseStore
 
 LOG = logging.getLogger(__name__)
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.05
+PULLED_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
         The operator's log; releases and log are under `config.output` as well.
 
     Raises:
-        FederationError: The output folder holds another run, or there are fewer or more devices
-            than enrolled users.
+        FederationError: The output folder holds another run, there are fewer or more devices than
+            enrolled users, or training diverged.
     """
     config, spec = federation.config, federation.spec
     if federation.store.rounds():
@@ -110,7 +111,7 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
         "run": federation.run,
         "base_model": federation.base_model,
         "adapter_digest": spec.digest,
-        "privacy": federation.privacy.statement.to_json(),
+        **federation.privacy.to_json(),
     }
     release = spec.initial()
     state = optimizers.init(spec.size)
@@ -125,12 +126,23 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
         values, state = optimizers.apply(
             config.optimizer, state, release.astype(np.float64), average.update
         )
-        release = values.astype(np.float32)
+        release = _checked(values, number)
         federation.store.write(number, release, about)
         logs.append(_log_round(current, average, len(cohort), time.monotonic() - started))
         _append_line(config.output / "rounds.jsonl", asdict(logs[-1]))
         LOG.info("round %d of %d released", number, config.federation.rounds)
     return logs
+
+
+def _checked(values: optimizers.Values, number: int) -> Vector:
+    with np.errstate(over="ignore"):
+        release = values.astype(np.float32)
+    if not np.isfinite(release).all():
+        raise FederationError(
+            f"the shared adapter diverged in round {number}; the last release stands",
+            hint="Lower optimizer.learning_rate, local.learning_rate or privacy.clip_norm.",
+        )
+    return release
 
 
 def new_run_id() -> str:
@@ -197,10 +209,13 @@ def _replies(grid: Grid, waiting: set[str], deadline: float) -> Iterator[Message
     end = time.monotonic() + deadline
     while waiting and time.monotonic() < end:
         arrived = False
-        for reply in grid.pull_messages(sorted(waiting)):
-            arrived = True
-            waiting.discard(reply.metadata.reply_to_message_id)
-            yield reply
+        # A few at a time: what a grid hands over at once is in memory at once.
+        asked = list(waiting)
+        for start in range(0, len(asked), PULLED_AT_ONCE):
+            for reply in grid.pull_messages(asked[start : start + PULLED_AT_ONCE]):
+                arrived = True
+                waiting.discard(reply.metadata.reply_to_message_id)
+                yield reply
         if not arrived:
             time.sleep(POLL_SECONDS)
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from homefire.common.config import FederationConfig, PrivacyConfig
 from homefire.common.errors import PrivacyError
@@ -43,6 +44,16 @@ class PrivacyPlan:
     statement: PrivacyStatement
     deployment: DeploymentStatement | None
 
+    def to_json(self) -> dict[str, Any]:
+        """The run's own statement and the deployment's, apart."""
+        large = self.deployment
+        claimed = large and {
+            **large.statement.to_json(),
+            "users": large.users,
+            "cohort": large.cohort,
+        }
+        return {"privacy": self.statement.to_json(), "deployment": claimed}
+
 
 def plan_privacy(config: FederationConfig) -> PrivacyPlan:
     """Choose the noise and state its price.
@@ -54,11 +65,19 @@ def plan_privacy(config: FederationConfig) -> PrivacyPlan:
     Guarantees:
         Own numbers: the run's statement follows from its own noise, users, cohort and rounds alone.
         Stated before spent: a run whose numbers cannot be stated does not start.
+        Small delta: delta is below one over the number of users that the claim speaks for.
 
     Raises:
-        PrivacyError: The noise or the target makes no sense.
+        PrivacyError: The noise, the target or delta makes no sense.
     """
     privacy, rounds = config.privacy, config.federation
+    users = privacy.deployment.users if privacy.deployment else config.users
+    if privacy.delta is not None and privacy.delta * users >= 1:
+        raise PrivacyError(
+            f"delta {privacy.delta:g} is not below 1 / {users:,} users: it would allow to publish "
+            "somebody's whole history",
+            hint=f"Use at most {min(1e-5, users**-1.1):.1g}.",
+        )
     if privacy.mechanism == "none":
         rate = rounds.cohort / config.users
         statement = _statement(privacy, None, config.users, rounds.cohort, rounds.rounds)

@@ -3,10 +3,11 @@
 import tomllib
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from homefire.common.adapter import AdapterConfig
 from homefire.common.config import (
+    NAME_PATTERN,
     BaseModelConfig,
     DeviceConfig,
     FederationConfig,
@@ -38,7 +39,7 @@ class EvaluationConfig(Frozen):
 class Experiment(Frozen):
     """A whole simulation. Every table has defaults that work but `privacy`, which has none."""
 
-    name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("experiment", pattern=NAME_PATTERN)
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1, description="Of torch; all cores if absent.")
     base_model: BaseModelConfig = BaseModelConfig()
@@ -50,6 +51,12 @@ class Experiment(Frozen):
     privacy: PrivacyConfig
     private: PrivateConfig = PrivateConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Experiment":
+        if self.population.users + self.population.unseen < 2:
+            raise ValueError("a population of one user has no other user for the control")
+        return self
 
     def for_server(self, output: Path) -> FederationConfig:
         """The part that the server reads."""
@@ -63,7 +70,9 @@ class Experiment(Frozen):
 
     def for_devices(self) -> DeviceConfig:
         """The part that the devices read."""
-        return DeviceConfig(base_model=self.base_model, private=self.private)
+        return DeviceConfig(
+            base_model=self.base_model, private=self.private, participants=self.population.users
+        )
 
 
 DEFAULT: dict[str, object] = {

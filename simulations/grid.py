@@ -6,6 +6,7 @@ reply is asked for, so that one reply is in memory at a time whatever the cohort
 
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,18 @@ from homefire.common.errors import HomefireError
 
 LOG = logging.getLogger(__name__)
 
-# What data, files and arithmetic bring about; a mistake in the program ends the run.
+# What data, files and arithmetic bring about: an error reply, as from a device far away.
 _DEVICE_ERRORS = (HomefireError, ArithmeticError, LookupError, OSError, RuntimeError, ValueError)
 
 
 @dataclass(slots=True)
 class Traffic:
-    """What would have travelled, in bytes of record content."""
+    """What would have travelled, in bytes of record content, and how long the devices worked."""
 
     messages: int = 0
     down: int = 0
     up: int = 0
+    device_seconds: float = 0.0
 
     def count(self, message: Message, reply: Message) -> None:
         """Count one exchange."""
@@ -107,7 +109,9 @@ class InProcessGrid(Grid):
         """Run the next of these devices and return its reply."""
         for identifier in message_ids:
             if (message := self._pending.pop(identifier, None)) is not None:
+                started = time.monotonic()
                 reply = self._call(message)
+                self.traffic.device_seconds += time.monotonic() - started
                 self.traffic.count(message, reply)
                 self._on_reply()
                 return [reply]

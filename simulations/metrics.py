@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from homefire.common.errors import DataError, HomefireError
 
 RESAMPLES = 10_000
+TIE = 1e-3
+"""Nats a token below which two variants count as equal."""
 _RESAMPLED_AT_ONCE = 1 << 20  # values: bounds the memory whatever the number of users
 
 
@@ -37,7 +40,7 @@ def rouge_l(prediction: str, reference: str) -> float:
     except ModuleNotFoundError as error:
         raise HomefireError(
             f"ROUGE-L needs the package rouge-score ({error})",
-            hint="Install it with: pip install 'homefire[simulation]'",
+            hint="Install homefire[simulation].",
         ) from error
     score = RougeScorer(["rougeL"], use_stemmer=False).score(reference, prediction)
     return float(score["rougeL"].fmeasure)
@@ -49,7 +52,7 @@ class PairedComparison:
 
     Attributes:
         mean_gain: Mean over users of the per-user gain, in the gains' own unit.
-        interval: Bootstrap percentile interval of the mean, (low, high).
+        interval: Expanded percentile bootstrap interval of the mean, (low, high).
         wins: Users who gain more than the tie width.
         ties: Users within the tie width.
         losses: Users who lose more than the tie width.
@@ -67,7 +70,7 @@ class PairedComparison:
 
 
 def compare(
-    gains: Sequence[float], *, seed: int, tie: float = 1e-3, confidence: float = 0.95
+    gains: Sequence[float], *, seed: int, tie: float = TIE, confidence: float = 0.95
 ) -> PairedComparison:
     """Summarise per-user gains; the users, not their tokens, are what is resampled.
 
@@ -116,7 +119,12 @@ def _checked(gains: Sequence[float]) -> npt.NDArray[np.float64]:
 def _interval_of_mean(
     values: npt.NDArray[np.float64], *, seed: int, confidence: float
 ) -> tuple[float, float]:
-    """The percentile bootstrap (Efron 1979), in chunks; `values` has shape `(users,)`."""
+    """The expanded percentile bootstrap, in chunks; `values` has shape `(users,)`.
+
+    The plain percentile interval (Efron 1979) is too narrow for few users; the tails are moved out
+    so that it is as wide as Student's (Hesterberg 2015, "What teachers should know about the
+    bootstrap", section on expanded percentile intervals). With one user there is no spread to see.
+    """
     rng = np.random.default_rng(seed)
     users = len(values)
     chunk = max(1, _RESAMPLED_AT_ONCE // users)
@@ -127,5 +135,8 @@ def _interval_of_mean(
         ]
     )
     tail = (1 - confidence) / 2
+    if users > 1:
+        student = -stats.t.ppf(tail, users - 1) * math.sqrt(users / (users - 1))
+        tail = float(stats.norm.cdf(-student))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -9,7 +9,10 @@
         server/             federation.toml; later releases/ and rounds.jsonl
 """
 
+import re
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from homefire.client.home import Home
-from homefire.common.errors import DataError, HomefireError
+from homefire.common.config import NAME_PATTERN
+from homefire.common.errors import ConfigError, DataError, HomefireError
 from homefire.common.files import write_atomically
 from homefire.common.records import User, UserFile, split_newest, write_users
 from homefire.simulations.experiment import Experiment
@@ -79,8 +83,10 @@ def prepare(experiment: Experiment, folder: Path) -> Run:
     _check_lengths(users, share)
     try:
         folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise HomefireError(f"{folder} exists", hint="Choose another name or remove it.") from error
+    except OSError as error:
+        raise HomefireError(
+            f"{folder}: cannot be made ({error.strerror})", hint="Choose another name or folder."
+        ) from error
     (folder / "devices").mkdir()
     run = Run(
         folder,
@@ -98,12 +104,29 @@ def prepare(experiment: Experiment, folder: Path) -> Run:
 
 
 def free_folder(parent: Path, name: str) -> Path:
-    """The first of `name`, `name-2`, `name-3`, … that does not exist."""
+    """The first of `name`, `name-2`, `name-3`, … that does not exist.
+
+    Raises:
+        ConfigError: The name could lead out of the folder.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ConfigError(
+            f"run name {name!r} is not a plain name", hint="Use letters, digits, dot, _ and -."
+        )
     candidate, number = parent / name, 1
     while candidate.exists():
         number += 1
         candidate = parent / f"{name}-{number}"
     return candidate
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody listens on now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
 
 
 def write_toml(path: Path, settings: BaseModel) -> None:

@@ -35,7 +35,7 @@ def load_report(run: Path) -> dict[str, Any]:
     path = run / "report.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"{path}: no such file", hint="Give the folder of a run that has ended."
         ) from error
@@ -90,7 +90,7 @@ def render(report: Mapping[str, Any]) -> str:
     except ModuleNotFoundError as error:
         raise HomefireError(
             f"the report's page needs the package plotly ({error})",
-            hint="Install it with: pip install 'homefire[simulation]'",
+            hint="Install homefire[simulation].",
         ) from error
     rounds = report_plots.loss_by_round(report["rounds"])
     forest = report_plots.gains_forest(report["utility"])

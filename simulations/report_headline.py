@@ -52,8 +52,9 @@ def privacy_box(privacy: Mapping[str, Any]) -> Markup:
         h.facts(_premises(privacy)),
         tag(
             "p",
-            "ε bounds what an observer can learn about whether one user took part: it can shift the"
-            " odds by a factor of e",
+            "ε covers the releases alone. This report holds exact measurements of users, which a"
+            " release never does: treat it like their data. ε bounds what an observer can learn"
+            " about whether one user took part: it can shift the odds by a factor of e",
             tag("sup", "ε"),
             " at most, except with a probability of about δ. In words, after Ponomareva et al."
             " (2023): up to 1 strong, up to 10 reasonable, above that weak; above 20 the odds may"

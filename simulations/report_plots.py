@@ -98,8 +98,8 @@ def loss_by_round(rounds: Sequence[Mapping[str, Any]]) -> Plot | None:
         "Loss by round",
         f"Line chart of the loss by round; {'; '.join(said)}.",
         "The cohort's statistic reaches the server inside the contributions, under the same noise,"
-        " and is left out where that hides it. The validation loss is measured on held-out text;"
-        " only a simulator can.",
+        " and is left out where that hides it. The validation loss is that of a slice of the older"
+        " records that no training sees; only a simulator can measure it.",
         figure,
     )
 

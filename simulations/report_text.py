@@ -7,6 +7,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from homefire.simulations.metrics import TIE
+
 NAMES = {
     "base": "base model",
     "shared": "shared adapter",
@@ -61,7 +63,7 @@ def _group(title: str, group: dict[str, Any]) -> Table:
     losses = [user["loss"] for user in group["per_user"]]
     for variant, name in NAMES.items():
         row = group["variants"][variant]
-        wins = sum(loss[variant] < loss["base"] for loss in losses)
+        wins = sum(loss["base"] - loss[variant] > TIE for loss in losses)
         table.add_row(
             name,
             f"{row['loss']:.3f}",

@@ -12,7 +12,7 @@ from homefire.client.app import app as client_app
 from homefire.client.device import Device, Examples, adapted_model
 from homefire.client.personalize.private import SHARED
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.errors import ConfigError
+from homefire.common.errors import ConfigError, FederationError
 from homefire.common.training import mean_loss
 from homefire.server.app import app as server_app
 from homefire.server.releases import ReleaseStore
@@ -50,7 +50,7 @@ def train_shared(run: Run, reporter: Reporter) -> SharedTraining:
         ConfigError: Records longer than the base model reads; nothing was trained.
     """
     experiment = run.experiment
-    torch.set_num_threads(experiment.threads or os.cpu_count() or 1)
+    torch.set_num_threads(experiment.threads or len(os.sched_getaffinity(0)))
     model = adapted_model(experiment.for_devices(), experiment.shared)
     _check_lengths(run, model)
     settings = experiment.federation
@@ -65,6 +65,12 @@ def train_shared(run: Run, reporter: Reporter) -> SharedTraining:
         )
         server_app(grid, context)
     rounds = _score_releases(run, model)
+    if any(entry["cohort"] for entry in rounds) and not any(entry["accepted"] for entry in rounds):
+        raise FederationError(
+            "no device contributed anything in any round",
+            hint=f"Reasons by count: {rounds[-1]['dropped'] | rounds[-1]['refused']}. "
+            "The warnings above say more.",
+        )
     return SharedTraining(model, rounds, grid.traffic)
 
 

@@ -1,24 +1,24 @@
 """The main job: federated training, private adapters, evaluation, report."""
 
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from homefire import __version__
-from homefire.client.home import Home, PrivateAdapter
-from homefire.client.personalize.private import SHARED, PrivateResult, train_private
+from homefire.client.device import Device
+from homefire.client.home import Home
+from homefire.client.personalize.private import SHARED
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
-from homefire.common.training import batch_seed
-from homefire.server.planning import PrivacyPlan, plan_privacy
 from homefire.simulations.evaluation import PrivateVectors, UserScores, score_user, summarize
 from homefire.simulations.grid import Traffic
-from homefire.simulations.preparation import Run
+from homefire.simulations.preparation import Run, write_toml
 from homefire.simulations.progress import Reporter
 from homefire.simulations.report import write_report
-from homefire.simulations.rounds import ROUNDS, releases, train_shared, user_examples
+from homefire.simulations.rounds import releases, train_shared
 
 PRIVATE_PHASE, EVALUATION = "Private adapters", "Evaluation"
 
@@ -30,6 +30,7 @@ class Measured:
     traffic: Traffic
     rounds: list[dict[str, Any]]
     private_tokens: int = 0
+    seconds: float = 0.0
     scores: list[UserScores] = field(default_factory=list)
 
 
@@ -44,8 +45,7 @@ def simulate(run: Run, reporter: Reporter) -> dict[str, Any]:
         The report; `report.json`, `report.html` and the exported shared adapter lie in the run's
         folder.
     """
-    experiment = run.experiment
-    privacy = plan_privacy(experiment.for_server(run.folder))
+    experiment, started = run.experiment, time.monotonic()
     shared = train_shared(run, reporter)
     model, measured = shared.model, Measured(shared.traffic, shared.rounds)
     releases(run).export(
@@ -53,7 +53,8 @@ def simulate(run: Run, reporter: Reporter) -> dict[str, Any]:
     )
     _train_private_adapters(run, model, reporter, measured)
     _evaluate(run, model, reporter, measured)
-    report = _report(run, model, privacy, reporter, measured)
+    measured.seconds = time.monotonic() - started
+    report = _report(run, model, reporter, measured)
     write_report(run.folder, report)
     return report
 
@@ -63,21 +64,19 @@ def _train_private_adapters(
 ) -> None:
     """Each user's adapter on top of the release, and the control on the bare base model."""
     users = run.training + run.unseen
+    release = releases(run).latest()
+    write_toml(_controls(run).folder / "device.toml", run.experiment.for_devices())
     with reporter.phase(PRIVATE_PHASE, 2 * users) as advance:
         for number in range(users):
-            user_id, examples = user_examples(run, model, number)
-            for home, on in ((run.home, (SHARED,)), (_controls(run), ())):
-                seed = batch_seed("private", user_id, run.experiment.seed)
-                result = train_private(
-                    model,
-                    examples.training,
-                    examples.validation,
-                    run.experiment.private,
-                    seed=seed,
-                    on=on,
-                )
-                home.save_private(user_id, _private_adapter(result, model, run))
-                measured.private_tokens += result.tokens
+            device = Device(run.home, run.home.user(number))
+            control = Device(_controls(run), device.user)
+            for personalized in (
+                device.personalize(model, release.vector, seed=run.experiment.seed),
+                control.personalize(
+                    model, release.vector, seed=run.experiment.seed, on_shared=False
+                ),
+            ):
+                measured.private_tokens += personalized.tokens
                 advance()
 
 
@@ -112,22 +111,10 @@ def _controls(run: Run) -> Home:
     return Home(run.folder / "controls")
 
 
-def _private_adapter(result: PrivateResult, model: AdaptedModel, run: Run) -> PrivateAdapter:
-    about = {
-        "base_model": model.base.fingerprint,
-        "adapter_digest": model.specs["private"].digest,
-        "best_step": result.best_step,
-        "validation_before": result.validation_before,
-        "validation_after": result.validation_after,
-        "rounds": run.experiment.federation.rounds,
-    }
-    return PrivateAdapter(result.vector, about)
-
-
 def _report(
-    run: Run, model: AdaptedModel, privacy: PrivacyPlan, reporter: Reporter, measured: Measured
+    run: Run, model: AdaptedModel, reporter: Reporter, measured: Measured
 ) -> dict[str, Any]:
-    experiment, base = run.experiment, model.base
+    experiment, base, about = run.experiment, model.base, releases(run).latest().about
     seen, unseen = measured.scores[: run.training], measured.scores[run.training :]
     return {
         "format": 1,
@@ -160,8 +147,8 @@ def _report(
             }
             for name, spec in model.specs.items()
         },
-        "privacy": privacy.statement.to_json(),
-        "deployment": _deployment(privacy),
+        "privacy": about["privacy"],
+        "deployment": about["deployment"],
         "rounds": measured.rounds,
         "utility": {
             "training_users": summarize(seen, seed=experiment.seed),
@@ -171,12 +158,6 @@ def _report(
     }
 
 
-def _deployment(privacy: PrivacyPlan) -> dict[str, Any] | None:
-    if (large := privacy.deployment) is None:
-        return None
-    return {**large.statement.to_json(), "users": large.users, "cohort": large.cohort}
-
-
 def _efficiency(run: Run, reporter: Reporter, measured: Measured) -> dict[str, Any]:
     messages = max(1, measured.traffic.messages)
     seconds = reporter.seconds
@@ -184,10 +165,10 @@ def _efficiency(run: Run, reporter: Reporter, measured: Measured) -> dict[str, A
     return {
         "bytes_up_per_contribution": round(measured.traffic.up / messages),
         "bytes_down_per_contribution": round(measured.traffic.down / messages),
-        "device_seconds_per_contribution": seconds[ROUNDS] / messages,
+        "device_seconds_per_contribution": measured.traffic.device_seconds / messages,
         "private_seconds_per_user": seconds[PRIVATE_PHASE] / trained,
         "training_tokens_per_second": measured.private_tokens / seconds[PRIVATE_PHASE],
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "total_seconds": sum(seconds.values()),
+        "total_seconds": measured.seconds,
         "phases": dict(seconds),
     }

@@ -145,7 +145,7 @@ def test_a_missing_package_is_named_with_its_extra(
         code, _, errors = cli(*command)
         assert code == 1
         assert "this command needs the package" in errors
-        assert "pip install 'homefire[simulation]'" in errors
+        assert "Install homefire[simulation]." in errors
 
 
 # The rest

@@ -136,7 +136,7 @@ def poisson_epsilon(
     except ImportError as error:
         raise HomefireError(
             "accounting for sampled cohorts needs the package dp-accounting",
-            hint="pip install 'homefire[server]'",
+            hint="Install homefire[server].",
         ) from error
     relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
     event = dp_accounting.PoissonSampledDpEvent(

@@ -146,7 +146,7 @@ def _run_on_ray(server: ServerApp, users: int) -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     # Ray would warn that it will treat accelerators differently one day; there are none here.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    resources = {"num_cpus": os.cpu_count() or 1, "log_to_driver": False}
+    resources = {"num_cpus": len(os.sched_getaffinity(0)), "log_to_driver": False}
     run_simulation(
         server,
         trivial_client(),

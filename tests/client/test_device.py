@@ -136,11 +136,13 @@ def test_more_tokens_than_the_model_reads_are_refused(
     assert trainings == []
 
 
-def test_a_history_of_one_record_is_refused(
+def test_a_history_too_short_to_train_on_gives_zeros_and_says_nothing(
     tmp_path: Path, tiny_llama: Path, federation: Federation, trainings: Trainings
 ) -> None:
     home = make_home(tmp_path / "short", tiny_llama, make_users(1, records=1))
-    assert refusal(home, make_plan(federation)).reason == "no records"
+    answer = Device(home, home.user(0)).answer(make_plan(federation))
+    assert isinstance(answer, Clipped)
+    assert not answer.values.any()
     assert trainings == []
 
 

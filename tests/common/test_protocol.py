@@ -45,7 +45,7 @@ from homefire.common.protocol import (
 PLAN = example_plan()
 GOOD = contribution(PLAN)
 GOOD_PLAN = entries(encode_plan(PLAN))
-REFUSAL = Refusal(reason="no records", detail="“none” at all")
+REFUSAL = Refusal(reason="wrong adapter spec", detail="“none” at all")
 GOOD_REFUSAL = entries(encode_refusal(REFUSAL)["refusal"])
 NAMES = ("plan", "contribution", "refusal")
 

@@ -21,7 +21,7 @@ from homefire.common.adapter import AdapterConfig
 from homefire.common.config import OptimizerConfig
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import PrivacyError
-from homefire.common.privacy.clipping import STEPS, Clipped, clip_to_grid
+from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS, Clipped, clip_to_grid
 from homefire.common.privacy.mechanism import Gaussian, Mechanism, NoPrivacy
 from homefire.common.protocol import (
     LOSS_SCALE,
@@ -36,7 +36,14 @@ from homefire.common.protocol import (
 )
 from homefire.common.training import LocalTraining
 from homefire.server import optimizers
-from homefire.server.aggregator import NoisyAverage, OpenRound, accept, close_round, open_round
+from homefire.server.aggregator import (
+    MOST_STATISTIC_NOISE,
+    NoisyAverage,
+    OpenRound,
+    accept,
+    close_round,
+    open_round,
+)
 
 RUN_KEY = bytes(range(32))
 CLIP_NORM, COHORT = 0.5, 10
@@ -187,7 +194,7 @@ def test_one_vote_second_answer_is_not_added(other: int) -> None:
 @pytest.mark.parametrize("first", ["bad", "refusal"])
 def test_one_vote_no_second_try_after_a_bad_answer(first: str) -> None:
     plan = make_plan()
-    no = Refusal(reason="no records", detail="")
+    no = Refusal(reason="wrong adapter spec", detail="")
     content = encode_refusal(no) if first == "refusal" else RecordDict()
     good = reply(1, encode_contribution(plan, honest(1)))
     current = open_for(plan, [reply(1, content), good])
@@ -425,7 +432,7 @@ def test_statistics_are_read_from_the_noisy_sum() -> None:
 
 
 @pytest.mark.parametrize(
-    "statistics", [(0, 0, 0), (-4096, 4096, 4096), (4095, 4096, 4096), (0, 4096, -4096)]
+    "statistics", [(0, 0, 0), (-4096, 4096, 4096), (2047, 4096, 4096), (0, 4096, -4096)]
 )
 def test_statistics_of_too_few_devices_are_withheld(statistics: tuple[int, int, int]) -> None:
     plan = make_plan()
@@ -434,14 +441,24 @@ def test_statistics_of_too_few_devices_are_withheld(statistics: tuple[int, int, 
     assert (average.train_loss, average.clipped_share) == (None, None)
 
 
-def test_clipped_share_stays_a_share() -> None:
+def test_statistics_under_too_much_noise_are_withheld() -> None:
+    most = MOST_STATISTIC_NOISE * COHORT * STATISTIC_SHARE
+    for z, shown in ((most * 0.99, True), (most * 1.01, False), (1.0, False), (1e6, False)):
+        plan = make_plan(z)
+        average = close(open_for(plan, honest_replies(plan, COHORT)), Gaussian(z, 1.0))
+        assert (average.train_loss is not None) == (average.clipped_share is not None) == shown
+
+
+@pytest.mark.parametrize("extreme", [4096, -4096])
+def test_statistics_stay_in_their_range(extreme: int) -> None:
     plan = make_plan()
-    for clipped, share in ((4096, 1.0), (-4096, 0.0)):
-        replies = [
-            reply(node, encode_contribution(plan, on_grid(*[0] * SIZE, 1000, 0, clipped)))
-            for node in range(1, COHORT + 1)
-        ]
-        assert close(open_for(plan, replies)).clipped_share == share
+    replies = [
+        reply(node, encode_contribution(plan, on_grid(*[0] * SIZE, 2500, extreme, extreme)))
+        for node in range(1, COHORT + 1)
+    ]
+    average = close(open_for(plan, replies))
+    expected = (LOSS_SCALE, 1.0) if extreme > 0 else (0.0, 0.0)
+    assert (average.train_loss, average.clipped_share) == expected
 
 
 # Defects of other differentially private aggregators, which must not be ours

@@ -199,7 +199,7 @@ def zero(message: Message) -> Message:
 
 
 def refuse(message: Message) -> Message:
-    refusal = Refusal(reason="no records", detail="none")
+    refusal = Refusal(reason="wrong base model", detail="none")
     return Message(encode_refusal(refusal), reply_to=message)
 
 
@@ -308,7 +308,7 @@ def test_a_refusal_is_counted_and_changes_nothing(
     federation = start()
     logs = run_federation(make_grid(home, USERS, dict.fromkeys(BAD, refuse))[0], federation)
     assert [(log.accepted, log.dropped, log.refused) for log in logs] == [
-        (USERS - 2, {}, {"no records": 2})
+        (USERS - 2, {}, {"wrong base model": 2})
     ] * 2
     assert_same(releases(federation), expected)
 

@@ -30,7 +30,7 @@ from homefire.common.training import LocalTraining
 from homefire.server.planning import PrivacyPlan, plan_privacy
 
 DELTA = 1e-5
-DEPLOYMENT = DeploymentConfig(users=100_000, cohort=500, rounds=200)
+DEPLOYMENT = DeploymentConfig(users=50_000, cohort=500, rounds=200)
 
 
 def make_config(
@@ -103,14 +103,14 @@ def test_none_has_no_epsilons() -> None:
 
 
 def test_deployment_speaks_for_itself_and_the_run_for_itself() -> None:
-    large = plan(users=100_000, cohort=500, rounds=200, noise_multiplier=9.0)
+    large = plan(users=50_000, cohort=500, rounds=200, noise_multiplier=9.0)
     made = plan(noise_multiplier=9.0, deployment=DEPLOYMENT)
     assert made.deployment is not None
-    assert (made.deployment.users, made.deployment.cohort) == (100_000, 500)
+    assert (made.deployment.users, made.deployment.cohort) == (50_000, 500)
     # The large deployment's statement is what it would state had it run itself.
     assert made.deployment.statement == large.statement
     # The noise on the average is the same: z C / cohort.
-    assert large.mechanism == Gaussian(9.0, 0.005)
+    assert large.mechanism == Gaussian(9.0, 0.01)
     assert made.mechanism == Gaussian(9.0 * 50 / 500, 0.05)
 
 
@@ -134,8 +134,18 @@ def test_own_numbers_of_a_run_with_a_deployment_are_those_of_its_own_noise() -> 
     assert made.statement.epsilon_release > 10 * claimed.epsilon_release
 
 
+def test_statements_are_written_apart() -> None:
+    made = plan(noise_multiplier=20.0, deployment=DEPLOYMENT)
+    said = json.loads(json.dumps(made.to_json(), allow_nan=False))
+    assert said["privacy"] == made.statement.to_json()
+    assert made.deployment is not None
+    claimed = {"users": 50_000, "cohort": 500}
+    assert said["deployment"] == made.deployment.statement.to_json() | claimed
+    assert plan(mechanism="none", delta=None).to_json()["deployment"] is None
+
+
 def test_deployment_has_the_runs_rounds_where_it_names_none() -> None:
-    made = plan(noise_multiplier=30.0, deployment=DeploymentConfig(users=10**6, cohort=1000))
+    made = plan(noise_multiplier=30.0, deployment=DeploymentConfig(users=80_000, cohort=1000))
     assert made.deployment is not None and made.deployment.statement.rounds == 10
 
 
@@ -151,6 +161,24 @@ def test_stated_before_spent_without_an_accountant_nothing_starts(
 def test_stated_before_spent_noise_without_numbers_does_not_start(z: float) -> None:
     with pytest.raises(PrivacyError):
         plan(noise_multiplier=z)
+
+
+@pytest.mark.parametrize(("users", "delta"), [(1000, 1e-3), (50, 0.5), (10**6, 1e-6)])
+def test_small_delta_or_nothing_starts(users: int, delta: float) -> None:
+    for wrong in (delta, min(2 * delta, 0.9)):
+        with pytest.raises(PrivacyError, match="is not below 1 /") as caught:
+            plan(users=users, cohort=10, delta=wrong, noise_multiplier=1.0)
+    assert caught.value.hint.startswith("Use at most")
+    proposed = float(caught.value.hint.removeprefix("Use at most ").removesuffix("."))
+    made = plan(users=users, cohort=10, delta=proposed, noise_multiplier=4.0)
+    assert made.statement.delta == proposed
+
+
+def test_small_delta_counts_the_users_that_the_claim_speaks_for() -> None:
+    large = DeploymentConfig(users=100_000, cohort=500)
+    with pytest.raises(PrivacyError, match="100,000 users"):
+        plan(delta=1e-5, noise_multiplier=9.0, deployment=large)
+    assert plan(delta=9e-6, noise_multiplier=9.0, deployment=large).deployment is not None
 
 
 def test_stated_before_spent_target_out_of_reach_does_not_start() -> None:

@@ -167,7 +167,7 @@ def test_efficiency_counts_what_travelled(plain: Simulated) -> None:
     assert 4 * size < figures["bytes_up_per_contribution"] < 4 * size + 400
     assert 4 * size < figures["bytes_down_per_contribution"] < 4 * size + 2000
     assert figures["peak_memory_mib"] > 10
-    assert figures["total_seconds"] == pytest.approx(sum(figures["phases"].values()))
+    assert figures["total_seconds"] >= sum(figures["phases"].values()) > 0
     assert len(figures["phases"]) == 3
     assert figures["training_tokens_per_second"] > 0
 
@@ -293,7 +293,7 @@ def test_without_unseen_users_and_prompts_and_curve(make: Prepare) -> None:
     run = make(
         NO_PRIVACY,
         "population.unseen=0",
-        "population.users=1",
+        "population.users=2",
         "federation.cohort=1",
         "evaluation.generated=0",
         "evaluation.curve_users=0",
@@ -303,8 +303,6 @@ def test_without_unseen_users_and_prompts_and_curve(make: Prepare) -> None:
     group = report["utility"]["training_users"]
     assert all(row["rouge_l"] is None for row in group["variants"].values())
     assert [entry["validation_loss"] for entry in report["rounds"]] == [None] * 3
-    control = group["comparisons"]["shared_private_vs_other_private"]
-    assert control["mean_gain"] == 0  # there is nobody else
 
 
 @pytest.mark.parametrize(
