@@ -113,9 +113,10 @@ def test_an_unknown_key_is_two_lines_and_exit_code_1(cli: Cli, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["simulate", "absent.toml"], "absent.toml: no such file", ""),
+        (["simulate", "absent.toml"], "absent.toml: cannot be read", ""),
         (["simulate", "--set", "federation.rounds"], "expected key=value", ""),
         (["prepare", "--set", "federation.rounds=0"], "federation.rounds", ""),
+        (["prepare", "--name", "../elsewhere"], "'../elsewhere' is not a plain name", "letters"),
         (["report", "absent"], "report.json: no such file", "Give the folder of a run"),
         (["models", "get", "no-such-model"], "no-such-model", "smollm2-135m"),
         (["simulate"], "not fetched yet", "homefire models get smollm2-135m"),

@@ -75,10 +75,13 @@ def make_users(count: int, *, records: int = 6) -> list[User]:
     ]
 
 
-def make_home(folder: Path, model: Path, users: Sequence[User]) -> Home:
+def make_home(
+    folder: Path, model: Path, users: Sequence[User], *, participants: int | None = None
+) -> Home:
     """A home folder of simulated devices."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_toml(folder / "device.toml", DeviceConfig(base_model=base_config(model), private=PRIVATE))
+    config = DeviceConfig(base_model=base_config(model), private=PRIVATE, participants=participants)
+    write_toml(folder / "device.toml", config)
     write_users(folder / "users.jsonl", users)
     return Home(folder)
 

@@ -98,7 +98,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def poisson_epsilon(
-    noise_multiplier: float, *, sampling_rate: float, rounds: int, delta: float, step: float = 1e-4
+    noise_multiplier: float, *, sampling_rate: float, rounds: int, delta: float, step: float | None = None
 ) -> float:
     """Epsilon of Poisson-sampled Gaussian rounds, by privacy loss distributions (PLD).
 
@@ -107,7 +107,8 @@ def poisson_epsilon(
         sampling_rate: q.
         rounds: T.
         delta: In (0, 1).
-        step: Discretization of the privacy loss; pessimistic at any value.
+        step: Discretization of the privacy loss; pessimistic at any value. By default 1e-4, and 1e-3
+            where losses are so large that finer steps take gigabytes.
 
     Guarantees:
         Upper bound: losses are rounded up; the value never exceeds the unamplified one.
@@ -138,6 +139,8 @@ def poisson_epsilon(
             "accounting for sampled cohorts needs the package dp-accounting",
             hint="Install homefire[server].",
         ) from error
+    if step is None:
+        step = 1e-4 if noise_multiplier >= 0.5 else 1e-3
     relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
     event = dp_accounting.PoissonSampledDpEvent(
         sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier)

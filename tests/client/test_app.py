@@ -9,8 +9,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from tiny_runs import device_context, make_federation, make_home, make_plan, make_users, some_vector
 
 from homefire.client.app import app, open_device
+from homefire.client.device import Device
 from homefire.client.home import Home
-from homefire.common.errors import ConfigError
+from homefire.common.errors import ConfigError, DataError, DeviceError, PrivacyError
 from homefire.common.protocol import (
     STATISTICS,
     RoundPlan,
@@ -132,6 +133,43 @@ def test_nothing_but_a_round_is_answered(home: Home, message_maker: Make, kind: 
         app(message, device_context(home.folder))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("secret"),
+        DataError("secret"),
+        PrivacyError("secret"),
+        ValueError("secret"),
+        KeyError("secret"),
+        RuntimeError("secret"),
+        OSError("secret"),
+        AssertionError("secret"),
+    ],
+)
+def test_whatever_goes_wrong_the_server_gets_the_same_words(
+    home: Home,
+    plan: RoundPlan,
+    message_maker: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Device, "answer", fail)
+    with pytest.raises(DeviceError) as raised:
+        ask(message_maker, plan, device_context(home.folder))
+    assert str(raised.value) == "the device could not answer; its own log says why"
+
+
+@pytest.mark.parametrize("user", [3, -1])
+def test_a_device_without_a_user_fails_in_the_same_words(
+    home: Home, plan: RoundPlan, message_maker: Make, user: int
+) -> None:
+    with pytest.raises(DeviceError, match="^the device could not answer; its own log says why$"):
+        ask(message_maker, plan, device_context(home.folder, user=user))
+
+
 # Whose device this is
 
 
@@ -181,3 +219,10 @@ def test_a_device_without_a_home_is_told_how_to_name_one() -> None:
 def test_a_user_who_is_not_there_is_an_error(home: Home) -> None:
     with pytest.raises(ConfigError, match="no history for user 3"):
         open_device(device_context(home.folder, user=3))
+
+
+def test_users_who_stay_out_do_not_answer(tmp_path: Path, tiny_llama: Path) -> None:
+    home = make_home(tmp_path / "home", tiny_llama, make_users(3), participants=2)
+    assert open_device(device_context(home.folder, user=1)).user == home.user(1)
+    with pytest.raises(ConfigError, match="user 2 does not take part"):
+        open_device(device_context(home.folder, user=2))

@@ -13,13 +13,14 @@ from tiny_runs import LOCAL, SHARED, make_federation, make_home, make_plan, make
 from homefire.client import device as device_module
 from homefire.client.device import Device, adapted_model
 from homefire.client.home import Home
+from homefire.client.personalize.private import train_private
 from homefire.common.adapter import AdapterConfig, resolve_spec
 from homefire.common.config import PrivacyConfig
-from homefire.common.errors import PrivacyError
+from homefire.common.errors import AdapterError, PrivacyError
 from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS, Clipped, clip_to_grid
-from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal, RoundPlan
+from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal, RoundPlan, release_digest
 from homefire.common.records import User, split_newest
-from homefire.common.training import Example, LocalTraining, train
+from homefire.common.training import Example, LocalTraining, batch_seed, train
 from homefire.server.federation import Federation
 
 NO_LIMIT = PrivacyConfig(mechanism="none", clip_norm=1000.0)
@@ -269,3 +270,44 @@ def test_plan_of_a_federation_is_the_devices_own_adapter(
     assert model.specs["shared"].digest == federation.spec.digest
     assert resolve_spec(SHARED, model.base.model.config).digest == federation.spec.digest
     assert model.base.fingerprint == federation.base_model
+
+
+# Personalizing
+
+
+@pytest.mark.parametrize("on_shared", [True, False])
+def test_personalizing_trains_on_the_release_and_keeps_the_adapter(
+    home: Home, federation: Federation, on_shared: bool
+) -> None:
+    """Against private training called by hand."""
+    release = some_vector(federation.spec)
+    device = Device(home, home.user(1))
+    model = adapted_model(home.config, SHARED)
+    result = device.personalize(model, release, seed=5, on_shared=on_shared)
+    examples = device.examples(model, home.config, home.config.private.training.max_tokens)
+    model.load("shared", release)
+    expected = train_private(
+        model,
+        examples.training,
+        examples.validation,
+        home.config.private,
+        seed=batch_seed("private", device.user.user_id, 5),
+        on=("shared",) if on_shared else (),
+    )
+    assert result.vector.tobytes() == expected.vector.tobytes()
+    kept = home.load_private(device.user.user_id)
+    assert kept.vector.tobytes() == expected.vector.tobytes()
+    assert kept.about["base_model"] == model.base.fingerprint
+    assert kept.about["adapter_digest"] == model.specs["private"].digest
+    assert kept.about["release_digest"] == (release_digest(release) if on_shared else None)
+    assert kept.about["best_step"] == expected.best_step
+
+
+def test_personalizing_keeps_nothing_when_the_release_does_not_fit(
+    home: Home, federation: Federation
+) -> None:
+    model = adapted_model(home.config, SHARED)
+    wrong = np.zeros(federation.spec.size + 1, np.float32)
+    with pytest.raises(AdapterError):
+        Device(home, home.user(0)).personalize(model, wrong, seed=0)
+    assert not (home.folder / "private").exists()

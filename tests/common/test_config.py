@@ -147,6 +147,13 @@ def test_the_error_counts_the_other_ones() -> None:
         validate(FederationConfig, tables, where="here")
 
 
+def test_a_deployment_of_fewer_rounds_cannot_speak_for_the_run() -> None:
+    privacy = {"deployment": {"users": 1000, "cohort": 100, "rounds": 2}} | FEDERATION["privacy"]
+    tables = with_change("federation.rounds", 3) | {"privacy": privacy}
+    with pytest.raises(ConfigError, match="a deployment of 2 rounds cannot speak for 3"):
+        validate(FederationConfig, tables, where="here")
+
+
 def test_a_cohort_cannot_exceed_the_users() -> None:
     with pytest.raises(ConfigError, match="cohort 11 is larger than the 10 enrolled users"):
         validate(FederationConfig, with_change("federation.cohort", 11), where="here")
@@ -205,7 +212,7 @@ def test_privacy_has_no_default() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b"users = ", "not TOML"), (b"\xff", "not TOML")],
+    [(None, "cannot be read"), (b"users = ", "not TOML"), (b"\xff", "not TOML")],
 )
 def test_an_unreadable_file_is_refused_by_name(
     tmp_path: Path, content: bytes | None, message: str

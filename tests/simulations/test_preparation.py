@@ -1,17 +1,18 @@
 """A run's folder: who gets which records, and that settings survive their files."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 from tiny_runs import make_users
 
 from homefire.common.config import DeviceConfig, FederationConfig, load_config
-from homefire.common.errors import DataError, HomefireError
+from homefire.common.errors import ConfigError, DataError, HomefireError
 from homefire.common.records import User, write_users
 from homefire.simulations.experiment import Experiment, load_experiment
 from homefire.simulations.populations import load_population
-from homefire.simulations.preparation import free_folder, prepare
+from homefire.simulations.preparation import free_folder, free_ports, prepare
 
 SMALL = [
     "population.users=3",
@@ -63,6 +64,7 @@ def test_the_folder_holds_what_its_description_says(tmp_path: Path, experiment: 
     run = prepare(experiment, tmp_path / "a" / "run")
     files = sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file())
     assert files == [
+        "controls/device.toml",
         "devices/device.toml",
         "devices/users.idx",
         "devices/users.jsonl",
@@ -93,7 +95,7 @@ def test_one_seed_gives_one_folder(tmp_path: Path, experiment: Experiment) -> No
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path, experiment: Experiment) -> None:
     (tmp_path / "run").mkdir()
-    with pytest.raises(HomefireError, match="exists") as error:
+    with pytest.raises(HomefireError, match="cannot be made") as error:
         prepare(experiment, tmp_path / "run")
     assert error.value.hint
     assert list((tmp_path / "run").iterdir()) == []
@@ -138,6 +140,19 @@ def test_what_was_skipped_is_counted(tmp_path: Path) -> None:
     run = prepare(load_experiment(None, [population, "federation.cohort=1"]), tmp_path / "run")
     assert run.skipped == {"too few records": 1}
     assert (run.training, run.unseen) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/b", "/tmp", "", ".hidden", "-x", "a\n"])
+def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="is not a plain name"):
+        free_folder(tmp_path, name)
+
+
+def test_free_ports_differ_and_can_be_used() -> None:
+    ports = free_ports(3)
+    assert len(set(ports)) == 3
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", ports[0]))
 
 
 def test_free_folder_counts_up(tmp_path: Path) -> None:
