@@ -87,7 +87,9 @@ class RoundsConfig(Frozen):
 
     rounds: int = Field(3, ge=1)
     cohort: int = Field(8, ge=1, description="Expected cohort: the fixed denominator.")
-    deadline: float = Field(3600.0, gt=0, allow_inf_nan=False, description="Seconds that a round may take.")
+    deadline: float = Field(
+        3600.0, gt=0, allow_inf_nan=False, description="Seconds that a round may take."
+    )
 
 
 class FederationConfig(Frozen):

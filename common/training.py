@@ -35,7 +35,9 @@ class LocalTraining(BaseModel):
     max_tokens: int = Field(64, ge=4, le=65_536, description="Longer records are cut.")
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     optimizer: Literal["sgd", "adamw"] = "adamw"
-    max_gradient_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="0 means no limit.")
+    max_gradient_norm: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="0 means no limit."
+    )
     seed: int = Field(0, ge=0, description="Public seed of the batch order.")
 
 

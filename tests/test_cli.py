@@ -113,7 +113,7 @@ def test_an_unknown_key_is_two_lines_and_exit_code_1(cli: Cli, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["simulate", "absent.toml"], "absent.toml: cannot be read", ""),
+        (["simulate", "absent.toml"], "absent.toml: no such file", ""),
         (["simulate", "--set", "federation.rounds"], "expected key=value", ""),
         (["prepare", "--set", "federation.rounds=0"], "federation.rounds", ""),
         (["prepare", "--name", "../elsewhere"], "'../elsewhere' is not a plain name", "letters"),

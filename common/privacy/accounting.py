@@ -98,7 +98,12 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def poisson_epsilon(
-    noise_multiplier: float, *, sampling_rate: float, rounds: int, delta: float, step: float | None = None
+    noise_multiplier: float,
+    *,
+    sampling_rate: float,
+    rounds: int,
+    delta: float,
+    step: float | None = None,
 ) -> float:
     """Epsilon of Poisson-sampled Gaussian rounds, by privacy loss distributions (PLD).
 
@@ -107,8 +112,8 @@ def poisson_epsilon(
         sampling_rate: q.
         rounds: T.
         delta: In (0, 1).
-        step: Discretization of the privacy loss; pessimistic at any value. By default 1e-4, and 1e-3
-            where losses are so large that finer steps take gigabytes.
+        step: Discretization of the privacy loss; pessimistic at any value. By default 1e-4, or
+            1e-3 where losses are so large that finer steps take gigabytes.
 
     Guarantees:
         Upper bound: losses are rounded up; the value never exceeds the unamplified one.

@@ -166,7 +166,7 @@ def test_whatever_goes_wrong_the_server_gets_the_same_words(
 def test_a_device_without_a_user_fails_in_the_same_words(
     home: Home, plan: RoundPlan, message_maker: Make, user: int
 ) -> None:
-    with pytest.raises(DeviceError, match="^the device could not answer; its own log says why$"):
+    with pytest.raises(DeviceError, match=r"^the device could not answer; its own log says why$"):
         ask(message_maker, plan, device_context(home.folder, user=user))
 
 

@@ -212,7 +212,7 @@ def test_privacy_has_no_default() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), (b"users = ", "not TOML"), (b"\xff", "not TOML")],
+    [(None, "no such file"), (b"users = ", "not TOML"), (b"\xff", "not TOML")],
 )
 def test_an_unreadable_file_is_refused_by_name(
     tmp_path: Path, content: bytes | None, message: str
