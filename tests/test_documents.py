@@ -1,0 +1,79 @@
+"""What the documents tell people to type is understood; what they link to exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer.main
+
+from homefire.__main__ import app
+from homefire.common.config import read_toml, validate
+from homefire.simulations.experiment import Experiment
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "simulations").rglob("*.md"),
+    ]
+)
+
+
+def blocks(document: Path, language: str = "") -> list[str]:
+    text = document.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for path in DOCUMENTS for block in blocks(path) for line in block.splitlines()]
+    return sorted({line for line in lines if line.startswith("homefire ")})
+
+
+def parse(group: click.Command, arguments: list[str]) -> None:
+    """Let the command line read its arguments; nothing is run."""
+    if isinstance(group, click.Group):
+        context = click.Context(group, info_name="homefire")
+        _, command, rest = group.resolve_command(context, arguments)
+        assert command is not None
+        parse(command, rest)
+    else:
+        group.make_context("homefire", arguments)
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_are_understood(line: str) -> None:
+    parse(typer.main.get_command(app), shlex.split(line)[1:])
+
+
+def test_a_command_that_does_not_exist_is_noticed() -> None:
+    with pytest.raises(click.UsageError):
+        parse(typer.main.get_command(app), ["simulate", "--no-such-option"])
+
+
+def test_targets_of_the_makefile_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {line.split(":")[0] for line in makefile.splitlines() if "## " in line}
+    named = {
+        name
+        for path in DOCUMENTS
+        for name in re.findall(r"\bmake ([a-z-]+)$", "\n".join(blocks(path)), re.MULTILINE)
+    }
+    assert {"simulate", "test"} <= named <= targets
+
+
+def test_the_example_experiment_is_valid(tmp_path: Path) -> None:
+    (example,) = blocks(ROOT / "README.md", "toml")
+    path = tmp_path / "mine.toml"
+    path.write_text(example, encoding="utf-8")
+    assert validate(Experiment, read_toml(path), where="README").federation.cohort == 16
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8"))
+    for link in links:
+        if not link.startswith("https://"):
+            assert (document.parent / link).exists(), link
