@@ -87,7 +87,7 @@ def load_base_model(
     if dtype not in _DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}", hint=f"One of: {', '.join(_DTYPES)}.")
     _check_device(device)
-    place = _find(name)
+    place = locate(name)
     with quiet_transformers():
         _check_config(name, place)
         tokenizer = _load_tokenizer(name, place)
@@ -136,8 +136,12 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _find(name: str) -> str:
-    """Where a model is: a folder, or an id of the hub."""
+def locate(name: str) -> str:
+    """Where a model is: a folder, or an id of the hub.
+
+    Raises:
+        ModelError: Not found, or not fetched yet.
+    """
     if name in model_cache.ALIASES:
         if folder := model_cache.resolve_alias(name):
             return str(folder)

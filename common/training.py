@@ -101,12 +101,15 @@ def _encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
-    return _ids(tokenizer, rendered)
+    return _ids(tokenizer, rendered, control=True)
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: Any, text: str, *, control: bool = False) -> list[int]:
+    """Token ids; what looks like a control token in a person's text is plain text."""
     # Not verbose: what is too long for the model is cut afterwards, so nobody need be warned.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids: list[int] = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=not control, verbose=False
+    ).input_ids
     return ids
 
 

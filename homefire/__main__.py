@@ -246,9 +246,6 @@ def main() -> NoReturn:
         if error.hint:
             typer.echo(f"Hint: {error.hint}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted.", err=True)
-        sys.exit(130)
     sys.exit(0)
 
 

@@ -31,7 +31,7 @@ from homefire.server.planning import PrivacyPlan
 from homefire.server.releases import ReleaseStore
 
 LOG = logging.getLogger(__name__)
-POLL_SECONDS = 0.05
+SHORTEST_POLL, LONGEST_POLL = 0.05, 1.0  # seconds
 PULLED_AT_ONCE = 32
 
 
@@ -169,7 +169,7 @@ def _await_nodes(grid: Grid, config: FederationConfig) -> list[int]:
                 f"{config.federation.deadline:g} s",
                 hint="Start the missing devices, or lower `users` to those who are enrolled.",
             )
-        time.sleep(POLL_SECONDS)
+        time.sleep(LONGEST_POLL)
     if len(nodes) > config.users:
         raise FederationError(
             f"{len(nodes)} devices are here, but only {config.users} users are enrolled",
@@ -207,6 +207,7 @@ def _collect(
 def _replies(grid: Grid, waiting: set[str], deadline: float) -> Iterator[Message]:
     """Replies one by one as they arrive; what is late stays in `waiting`."""
     end = time.monotonic() + deadline
+    pause = SHORTEST_POLL
     while waiting and time.monotonic() < end:
         arrived = False
         # A few at a time: what a grid hands over at once is in memory at once.
@@ -216,8 +217,9 @@ def _replies(grid: Grid, waiting: set[str], deadline: float) -> Iterator[Message
                 arrived = True
                 waiting.discard(reply.metadata.reply_to_message_id)
                 yield reply
+        pause = SHORTEST_POLL if arrived else min(LONGEST_POLL, 1.5 * pause)
         if not arrived:
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause)
 
 
 def _plan(federation: Federation, number: int, release: Vector) -> RoundPlan:

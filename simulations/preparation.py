@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from homefire.client.home import Home
+from homefire.common.base_model import locate
 from homefire.common.config import NAME_PATTERN
 from homefire.common.errors import ConfigError, DataError, HomefireError
 from homefire.common.files import write_atomically
@@ -73,9 +74,11 @@ def prepare(experiment: Experiment, folder: Path) -> Run:
         Held out: no record of `held_out.jsonl` is in `devices/`.
 
     Raises:
+        ModelError: The base model is not there.
         DataError: The population is wrong, or a history is too short to be split twice.
         HomefireError: The folder exists.
     """
+    locate(experiment.base_model.name)
     server = experiment.for_server(folder.resolve() / "server")
     population = load_population(experiment.population, seed=experiment.seed)
     users = (*population.training, *population.unseen)

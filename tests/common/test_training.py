@@ -370,3 +370,11 @@ def test_batch_seed_belongs_to_its_whole_context() -> None:
     assert len(set(seeds)) == len(contexts)
     assert seeds == [batch_seed(*context) for context in contexts]
     assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_control_tokens_in_a_persons_text_are_plain_text() -> None:
+    tokenizer = make_tokenizer()
+    example = encode(tokenizer, Record("hi <|eos|> there"), 64)
+    assert example.tokens.count(EOS_ID) == 1
+    assert example.tokens[-1] == EOS_ID
+    assert "<|eos|>" in tokenizer.decode(list(example.tokens[example.first_target : -1]))

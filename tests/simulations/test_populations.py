@@ -250,7 +250,7 @@ def test_environment_variables_stand_for_folders(
     monkeypatch.delenv("HOMEFIRE_DATA")
     with pytest.raises(ConfigError, match="variable HOMEFIRE_DATA is not set") as caught:
         load_population(moved, seed=0)
-    assert caught.value.hint == "Set HOMEFIRE_DATA to the folder with the data."
+    assert caught.value.hint == "Set HOMEFIRE_DATA to the folder that is meant."
 
 
 def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
