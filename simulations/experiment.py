@@ -78,10 +78,10 @@ class Experiment(Frozen):
 DEFAULT: dict[str, object] = {
     "name": "default",
     "base_model": {"name": "smollm2-135m"},
-    "population": {"kind": "synthetic", "users": 10, "unseen": 4, "records": 20},
+    "population": {"kind": "synthetic", "users": 8, "unseen": 4, "records": 20},
     "shared": {"method": "ffa", "rank": 4, "alpha": 8},
     "local": {"steps": 4, "batch_size": 2, "max_tokens": 64, "learning_rate": 5e-3},
-    "federation": {"rounds": 3, "cohort": 5},
+    "federation": {"rounds": 3, "cohort": 4},
     "privacy": {
         "mechanism": "gaussian",
         "clip_norm": 1.0,
@@ -91,8 +91,8 @@ DEFAULT: dict[str, object] = {
     },
     "private": {
         "adapter": {"method": "lora", "rank": 8, "alpha": 16, "targets": "auto", "seed": 1},
-        "training": {"steps": 16, "batch_size": 2, "max_tokens": 64, "learning_rate": 2e-3},
-        "validate_every": 8,
+        "training": {"steps": 12, "batch_size": 2, "max_tokens": 64, "learning_rate": 3e-3},
+        "validate_every": 6,
     },
     "evaluation": {"generated": 1, "reply_tokens": 20},
 }

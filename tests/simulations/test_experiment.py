@@ -38,7 +38,7 @@ def test_without_a_file_it_is_the_default_experiment() -> None:
     assert experiment.name == "default"
     assert experiment.privacy.deployment is not None
     assert isinstance(experiment.population, Synthetic)
-    assert experiment.population.users == 10
+    assert experiment.population.users == 8
 
 
 def test_a_file_says_what_differs_from_the_defaults(file: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_servers_part_is_the_experiments(tmp_path: Path) -> None:
     experiment = load_experiment(None, ["seed=9"])
     server = experiment.for_server(tmp_path)
     assert isinstance(server, FederationConfig)
-    assert (server.users, server.output, server.seed) == (10, tmp_path, 9)
+    assert (server.users, server.output, server.seed) == (8, tmp_path, 9)
     for name in ("base_model", "shared", "local", "federation", "optimizer", "privacy"):
         assert getattr(server, name) == getattr(experiment, name)
 
