@@ -9,22 +9,16 @@
 Files are plain: this is the store of simulations and try-outs.
 """
 
-import json
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
-
 from homefire.common.adapter import Vector
 from homefire.common.config import DeviceConfig, load_config
-from homefire.common.encoding import digest
-from homefire.common.errors import AdapterError, ConfigError
-from homefire.common.files import write_atomically
+from homefire.common.errors import ConfigError
 from homefire.common.records import User, UserFile
+from homefire.common.vector_file import read_vector, write_vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +66,8 @@ class Home:
 
     def save_private(self, user_id: str, adapter: PrivateAdapter) -> None:
         """Store a user's private adapter; a crash leaves the old one or the new one."""
-        text, vector = json.dumps(adapter.about), adapter.vector.astype(np.float32)
-        metadata = {"homefire": f"{_file_digest(text, vector)} {text}"}
-        write_atomically(self._private_path(user_id), save({"private": vector}, metadata=metadata))
+        path = self._private_path(user_id)
+        write_vector(path, adapter.vector, adapter.about, kind="private adapter")
 
     def load_private(self, user_id: str) -> PrivateAdapter:
         """Read a user's private adapter.
@@ -85,25 +78,9 @@ class Home:
         Raises:
             AdapterError: It is missing or damaged.
         """
-        path = self._private_path(user_id)
-        try:
-            payload = path.read_bytes()
-            vector = load(payload)["private"]  # first, for it checks the header's form
-            header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-            named, _, text = header["__metadata__"]["homefire"].partition(" ")
-        except FileNotFoundError as error:
-            raise AdapterError(f"{path}: no private adapter yet") from error
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise AdapterError(f"{path}: damaged private adapter ({error})") from error
-        if vector.dtype != np.float32 or vector.ndim != 1 or named != _file_digest(text, vector):
-            raise AdapterError(f"{path}: damaged private adapter (it does not have its digest)")
-        return PrivateAdapter(vector, json.loads(text))
+        return PrivateAdapter(*read_vector(self._private_path(user_id), kind="private adapter"))
 
     def _private_path(self, user_id: str) -> Path:
         # User ids are data; only their hash may name a path.
         name = sha256(user_id.encode()).hexdigest()[:32]
         return self.folder / "private" / name / "adapter.safetensors"
-
-
-def _file_digest(text: str, vector: Vector) -> str:
-    return digest("homefire/private-file/v1", text.encode(), vector.astype("<f4").tobytes())

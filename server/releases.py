@@ -1,19 +1,13 @@
 """Releases on disk: numbered versions of the shared adapter, whole or absent."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
-
 from homefire.common.adapter import AdapterSpec, Vector
-from homefire.common.encoding import digest
 from homefire.common.errors import AdapterError
-from homefire.common.files import write_atomically
 from homefire.common.protocol import release_digest
+from homefire.common.vector_file import read_vector, write_vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +37,9 @@ class ReleaseStore:
 
     def write(self, round_number: int, vector: Vector, about: dict[str, Any]) -> Release:
         """Store a release; a crash leaves all of it or nothing."""
-        text = json.dumps({**about, "round": round_number, "digest": release_digest(vector)})
-        stored = vector.astype(np.float32)
-        # One entry, for safetensors writes several in no fixed order.
-        metadata = {"homefire": f"{_file_digest(text, stored)} {text}"}
-        write_atomically(self._path(round_number), save({"release": stored}, metadata=metadata))
-        return Release(round_number, vector, json.loads(text))
+        described = {**about, "round": round_number, "digest": release_digest(vector)}
+        write_vector(self._path(round_number), vector, described, kind="release")
+        return Release(round_number, vector, described)
 
     def rounds(self) -> list[int]:
         """The rounds that have a release, in order."""
@@ -63,19 +54,7 @@ class ReleaseStore:
             AdapterError: It is missing, damaged, or another round's.
         """
         path = self._path(round_number)
-        try:
-            payload = path.read_bytes()
-            vector = load(payload)["release"]  # first, for it checks the header's form
-            header_size = int.from_bytes(payload[:8], "little")
-            header = json.loads(payload[8 : 8 + header_size])
-            named, _, text = header["__metadata__"]["homefire"].partition(" ")
-        except FileNotFoundError as error:
-            raise AdapterError(f"{path}: no such release") from error
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise AdapterError(f"{path}: damaged release ({error})") from error
-        if vector.dtype != np.float32 or vector.ndim != 1 or named != _file_digest(text, vector):
-            raise AdapterError(f"{path}: the release does not have its digest")
-        about = json.loads(text)
+        vector, about = read_vector(path, kind="release")
         if about["round"] != round_number:
             raise AdapterError(f"{path}: this is the release of round {about['round']}")
         return Release(round_number, vector, about)
@@ -96,7 +75,3 @@ class ReleaseStore:
 
     def _path(self, round_number: int) -> Path:
         return self.folder / f"{round_number:06d}.safetensors"
-
-
-def _file_digest(text: str, vector: Vector) -> str:
-    return digest("homefire/release-file/v1", text.encode(), vector.astype("<f4").tobytes())

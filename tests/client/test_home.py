@@ -100,7 +100,7 @@ def test_users_do_not_share_an_adapter(tmp_path: Path, users: list[str]) -> None
 
 
 def test_a_missing_adapter_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="no private adapter yet"):
+    with pytest.raises(AdapterError, match="no such private adapter"):
         Home(tmp_path).load_private("ann")
 
 

@@ -68,8 +68,8 @@ def test_release_has_the_same_bytes_each_time(store: ReleaseStore, stored: Path)
 
 def test_release_is_a_plain_safetensors_file(stored: Path) -> None:
     tensors = load_file(stored)
-    assert list(tensors) == ["release"]
-    assert tensors["release"].tobytes() == VECTOR.tobytes()
+    assert list(tensors) == ["vector"]
+    assert tensors["vector"].tobytes() == VECTOR.tobytes()
 
 
 def test_newest_release_is_the_one_of_the_last_round(store: ReleaseStore) -> None:

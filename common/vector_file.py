@@ -1,0 +1,58 @@
+"""One vector and what is to be known about it, in one safetensors file that is whole or refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from homefire.common.adapter import Vector
+from homefire.common.encoding import digest
+from homefire.common.errors import AdapterError
+from homefire.common.files import write_atomically
+
+
+def write_vector(path: Path, vector: Vector, about: dict[str, Any], *, kind: str) -> None:
+    """Store a vector; a crash leaves all of it or what was there before.
+
+    Args:
+        path: A `.safetensors` file.
+        vector: float32, shape (n,).
+        about: JSON; kept in the file's header.
+        kind: What the vector is, such as "release"; enters the digest.
+    """
+    text, stored = json.dumps(about), vector.astype(np.float32)
+    # One entry, for safetensors writes several in no fixed order.
+    metadata = {"homefire": f"{_file_digest(kind, text, stored)} {text}"}
+    write_atomically(path, save({"vector": stored}, metadata=metadata))
+
+
+def read_vector(path: Path, *, kind: str) -> tuple[Vector, dict[str, Any]]:
+    """Read a vector and what is known about it.
+
+    Guarantees:
+        Whole or refused: a file with a single changed bit, or of another kind, is not read.
+
+    Raises:
+        AdapterError: It is missing or damaged.
+    """
+    try:
+        payload = path.read_bytes()
+        vector = load(payload)["vector"]  # first, for it checks the header's form
+        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+        named, _, text = header["__metadata__"]["homefire"].partition(" ")
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path}: no such {kind}") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AdapterError(f"{path}: damaged {kind} ({error})") from error
+    if vector.dtype != np.float32 or vector.ndim != 1 or named != _file_digest(kind, text, vector):
+        raise AdapterError(f"{path}: damaged {kind} (it does not have its digest)")
+    about: dict[str, Any] = json.loads(text)
+    return vector, about
+
+
+def _file_digest(kind: str, text: str, vector: Vector) -> str:
+    stored = vector.astype("<f4").tobytes()
+    return digest("homefire/vector-file/v1", kind.encode(), text.encode(), stored)
