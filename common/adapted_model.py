@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from homefire.common.adapter import AdapterSpec, Slot, Vector, quiet_peft
+from homefire.common.adapter import AdapterSpec, Vector, quiet_peft
 from homefire.common.base_model import BaseModel
 from homefire.common.errors import AdapterError
 
@@ -69,7 +69,7 @@ class AdaptedModel:
         with torch.no_grad():
             for slot in spec.slots:
                 values = np.array(vector[slot.start : slot.stop]).reshape(slot.shape)
-                self._parameter(name, slot).copy_(torch.from_numpy(values))
+                self._parameter(name, slot.module, slot.factor).copy_(torch.from_numpy(values))
 
     def vector(self, name: str) -> Vector:
         """An adapter's trained tensors as one flat vector, copied.
@@ -80,7 +80,7 @@ class AdaptedModel:
         spec = self._spec(name)
         vector = np.empty(spec.size, np.float32)
         for slot in spec.slots:
-            tensor = self._parameter(name, slot).detach().float().cpu()
+            tensor = self._parameter(name, slot.module, slot.factor).detach().float().cpu()
             vector[slot.start : slot.stop] = tensor.numpy().ravel()
         return vector
 
@@ -111,7 +111,8 @@ class AdaptedModel:
             parameter.requires_grad_(False)
         if train is None:
             return []
-        trained = [self._parameter(train, slot) for slot in self._spec(train).slots]
+        slots = self._spec(train).slots
+        trained = [self._parameter(train, slot.module, slot.factor) for slot in slots]
         for parameter in trained:
             parameter.requires_grad_(True)
         return trained
@@ -128,9 +129,8 @@ class AdaptedModel:
         with torch.no_grad():
             for module in spec.modules:
                 a = torch.from_numpy(spec.public_a(module.name))
-                slot = Slot(module.name, "A", (spec.config.rank, module.in_features), 0)
-                self._parameter(name, slot).copy_(a)
+                self._parameter(name, module.name, "A").copy_(a)
 
-    def _parameter(self, name: str, slot: Slot) -> nn.Parameter:
-        key = f"base_model.model.{slot.module}.lora_{slot.factor}.{name}.weight"
+    def _parameter(self, name: str, module: str, factor: str) -> nn.Parameter:
+        key = f"base_model.model.{module}.lora_{factor}.{name}.weight"
         return self._parameters[key]
