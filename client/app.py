@@ -14,7 +14,8 @@ from flwr.clientapp import ClientApp
 
 from homefire.client.device import Device
 from homefire.client.home import Home
-from homefire.common.errors import ConfigError, DeviceError, ProtocolError
+from homefire.common.errors import ConfigError, DeviceError, ProtocolError, SignatureError
+from homefire.common.privacy.clipping import Clipped
 from homefire.common.protocol import (
     ACTION,
     Refusal,
@@ -39,18 +40,25 @@ def contribute(message: Message, context: Context) -> Message:
     """
     try:
         plan = decode_plan(message.content)
+    except SignatureError as error:
+        refusal = Refusal(reason="bad signature", detail=str(error)[:500])
+        return Message(encode_refusal(refusal), reply_to=message)
     except ProtocolError as error:
         refusal = Refusal(reason="malformed plan", detail=str(error)[:500])
         return Message(encode_refusal(refusal), reply_to=message)
     try:
-        answer = open_device(context).answer(plan)
+        device = open_device(context)
+        answer = device.answer(plan)
+        if isinstance(answer, Clipped):
+            key = device.home.identity(device.user.user_id)
+            content = encode_contribution(plan, answer, node=context.node_id, key=key)
+        else:
+            content = encode_refusal(answer)
     except Exception as error:
         # Flower would send the error's own words to the server, and they may quote the user.
         LOG.exception("this device could not answer")
         raise DeviceError("the device could not answer; its own log says why") from error
-    if isinstance(answer, Refusal):
-        return Message(encode_refusal(answer), reply_to=message)
-    return Message(encode_contribution(plan, answer), reply_to=message)
+    return Message(content, reply_to=message)
 
 
 def open_device(context: Context) -> Device:

@@ -7,14 +7,17 @@ from itertools import islice
 import numpy as np
 
 from homefire.client.home import Home, PrivateAdapter
+from homefire.client.participation import open_participations
 from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult, train_private
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector, resolve_spec
 from homefire.common.base_model import load_base_model
 from homefire.common.config import BaseModelConfig, DeviceConfig
 from homefire.common.errors import AdapterError
+from homefire.common.plan import RoundPlan, release_digest
+from homefire.common.policy import check_plan
 from homefire.common.privacy.clipping import Clipped, clip_to_grid, is_clipped
-from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal, RoundPlan, release_digest
+from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal
 from homefire.common.records import User, split_newest
 from homefire.common.training import Example, batch_seed, cycle_batches, encode, train
 
@@ -32,13 +35,31 @@ class Device:
     user: User
 
     def answer(self, plan: RoundPlan) -> Clipped | Refusal:
-        """Check a plan, train on this user's records, clip.
+        """Check a plan against policy and ledger, train on this user's records, clip, charge.
+
+        Args:
+            plan: Its signature is verified already.
 
         Guarantees:
-            Refused before work: a plan that does not fit base model or adapter trains nothing.
+            Refused before work: a plan that the policy or the ledger forbids, or that does not fit
+                base model or adapter, trains nothing and charges nothing.
+            Charged before it leaves: what comes back is in the ledger, on the disk.
             Own settings: nothing but the plan's local training and privacy block comes from the
-                server; base model and history are this device's own.
+                server; policy, base model and history are this device's own.
+
+        Raises:
+            LedgerError: The ledger is damaged, rolled back or in use.
         """
+        with open_participations(self.home, self.user.user_id) as ledger:
+            refusal = check_plan(self.home.policy, plan.header, ledger.history)
+            if refusal is not None:
+                return refusal
+            answer = self._train(plan)
+            if isinstance(answer, Clipped):
+                ledger.charge(plan)
+            return answer
+
+    def _train(self, plan: RoundPlan) -> Clipped | Refusal:
         config = self.home.config
         try:
             model = adapted_model(config, plan.header.adapter)
@@ -158,7 +179,7 @@ def contribute(
     clip_norm = header.privacy.clip_norm
     loss = min(max(log.mean_loss, 0.0), LOSS_SCALE) / LOSS_SCALE
     clipped = is_clipped(update, clip_norm=clip_norm, statistics=STATISTICS)
-    statistics = np.array([1.0, loss, float(clipped)])
+    statistics = np.array([1.0, loss, -1.0 if clipped else 1.0])
     return clip_to_grid(update, statistics, clip_norm=clip_norm)
 
 

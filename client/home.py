@@ -3,10 +3,13 @@
 ::
 
     device.toml            base model and private training; see `DeviceConfig`
+    policy.toml            what servers may ask; see `DevicePolicy`
     users.jsonl, .idx      one history for a person's device, many for a simulation
+    participations/        ledgers of what was taken part in, one a user
     private/USER/          private adapters, one folder a user
 
-Files are plain: this is the store of simulations and try-outs.
+Beside it, in `<home>.keys`, lies the keystore: the devices' identities and the anchors of their
+ledgers. Files are plain: this is the store of simulations and try-outs.
 """
 
 from dataclasses import dataclass
@@ -14,9 +17,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from homefire.common.adapter import Vector
 from homefire.common.config import DeviceConfig, load_config
 from homefire.common.errors import ConfigError
+from homefire.common.keystore import Keystore
+from homefire.common.policy import DevicePolicy
+from homefire.common.privacy.randomness import derive_key
 from homefire.common.records import User, UserFile
 from homefire.common.vector_file import read_vector, write_vector
 
@@ -44,6 +52,27 @@ class Home:
     def config(self) -> DeviceConfig:
         """The device's own settings."""
         return load_config(DeviceConfig, self.folder / "device.toml")
+
+    @property
+    def policy(self) -> DevicePolicy:
+        """What servers may ask of this device.
+
+        Raises:
+            ConfigError: The file is missing or wrong: then nothing may be asked.
+        """
+        return load_config(DevicePolicy, self.folder / "policy.toml")
+
+    @property
+    def keystore(self) -> Keystore:
+        """Secrets and anchors, outside of this folder."""
+        return Keystore.beside(self.folder)
+
+    def identity(self, user_id: str) -> Ed25519PrivateKey:
+        """The key that signs this user's contributions."""
+        root = self.keystore.secret("devices")
+        return Ed25519PrivateKey.from_private_bytes(
+            derive_key(root, "homefire/device-identity/v1", user_id.encode())
+        )
 
     @property
     def users(self) -> UserFile:

@@ -4,10 +4,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from homefire.common.adapter import AdapterConfig
 from homefire.common.errors import ConfigError
+from homefire.common.privacy.statement import WRONG_PATHS, MechanismName
 from homefire.common.training import LocalTraining
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -47,6 +48,9 @@ class DeploymentConfig(Frozen):
     users: int = Field(ge=1)
     cohort: int = Field(ge=1)
     rounds: int | None = Field(None, ge=1, description="As many as the simulation, if absent.")
+    participations: int | None = Field(
+        None, ge=1, description="k of that deployment; with banded-sqrt the least that it needs."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DeploymentConfig":
@@ -55,30 +59,69 @@ class DeploymentConfig(Frozen):
         return self
 
 
+class AdaptiveClipConfig(Frozen):
+    """The clip norm follows a quantile of the update norms (Andrew et al. 2021).
+
+    The bit that it needs rides inside the clipped vector, so it is paid for.
+    """
+
+    quantile: float = Field(0.5, gt=0, lt=1, description="Share of updates to leave unclipped.")
+    rate: Positive = Field(0.2, description="eta: C moves by at most this factor's exponential.")
+    largest: Positive = Field(description="C never grows above this; devices' policies see it.")
+
+
 class PrivacyConfig(Frozen):
     """How releases are made private. There is no default: a run says what it wants.
 
-    Exactly one of `noise_multiplier` and `epsilon` goes with the mechanism "gaussian"; "none" takes
-    neither. With `deployment`, they speak for that deployment.
+    Exactly one of `noise_multiplier` and `epsilon` goes with "banded-sqrt" and "gaussian"; "none"
+    takes neither. With `deployment`, they speak for that deployment.
     """
 
-    mechanism: Literal["gaussian", "none"]
+    mechanism: MechanismName
     clip_norm: Positive
     noise_multiplier: Positive | None = None
     epsilon: Positive | None = None
     delta: float | None = Field(None, gt=0, lt=1)
+    participations: int | None = Field(
+        None, ge=1, description="k: the most rounds of one user; devices keep it too."
+    )
+    separation: int | None = Field(
+        None, ge=1, description="b: the fewest rounds between two turns of a user (banded-sqrt)."
+    )
+    adaptive_clip: AdaptiveClipConfig | None = None
     deployment: DeploymentConfig | None = None
+
+    @field_validator("mechanism", mode="before")
+    @classmethod
+    def _known_wrong(cls, value: object) -> object:
+        if isinstance(value, str) and value in WRONG_PATHS:
+            raise ValueError(f"{value} is refused: {WRONG_PATHS[value]}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> "PrivacyConfig":
         given = [name for name in ("noise_multiplier", "epsilon") if getattr(self, name)]
-        if self.mechanism == "gaussian":
-            if len(given) != 1:
-                raise ValueError('"gaussian" needs one of noise_multiplier and epsilon')
-            if self.delta is None:
-                raise ValueError('"gaussian" needs delta')
-        elif given or self.delta is not None or self.deployment is not None:
-            raise ValueError('"none" takes no noise_multiplier, epsilon, delta or deployment')
+        if self.mechanism == "none":
+            extra = (self.delta, self.deployment, self.participations, self.separation)
+            if given or any(value is not None for value in extra):
+                raise ValueError(
+                    '"none" takes no noise_multiplier, epsilon, delta, participations, separation '
+                    "or deployment"
+                )
+            return self
+        if len(given) != 1:
+            raise ValueError(f'"{self.mechanism}" needs one of noise_multiplier and epsilon')
+        if self.delta is None:
+            raise ValueError(f'"{self.mechanism}" needs delta')
+        if self.mechanism == "gaussian" and self.separation is not None:
+            raise ValueError('"gaussian" draws cohorts at random and keeps no separation')
+        if self.mechanism == "banded-sqrt" and self.adaptive_clip is not None:
+            raise ValueError(
+                '"banded-sqrt" takes noise back in later rounds, so its clip norm is fixed: '
+                "estimate it beforehand (homefire privacy clip)"
+            )
+        if self.adaptive_clip is not None and self.clip_norm > self.adaptive_clip.largest:
+            raise ValueError("clip_norm is larger than adaptive_clip.largest")
         return self
 
 
@@ -97,8 +140,9 @@ class FederationConfig(Frozen):
 
     name: str = Field("homefire", pattern=NAME_PATTERN)
     seed: int = Field(0, ge=0)
-    users: int = Field(ge=1, description="Enrolled users: the population of Poisson sampling.")
+    users: int = Field(ge=1, description="Enrolled users: the population that epsilon counts on.")
     output: Path
+    roster: Path = Field(description="Public keys of the enrolled devices, one a line.")
     base_model: BaseModelConfig
     shared: AdapterConfig
     local: LocalTraining

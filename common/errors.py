@@ -6,9 +6,12 @@ HomefireError
 ├── ModelError             a base model is missing, damaged or unsuitable
 ├── AdapterError           an adapter does not fit its specification or its base model
 ├── ProtocolError          a message between server and device is malformed
+│   ├── SignatureError   a message is not from the holder of the key that it names
 │   └── RejectedContributionError   one contribution failed the server's gate
 ├── DeviceError            a device could not answer; says nothing else, for it leaves the device
 ├── PrivacyError           a privacy parameter or claim is invalid; nothing was released
+│   ├── LedgerError             a ledger is damaged, rolled back or in use; nothing may be spent
+│   └── BudgetExhaustedError    the privacy that was planned is spent; nothing was released
 └── FederationError        a run cannot go on
 """
 
@@ -56,6 +59,10 @@ class ProtocolError(HomefireError):
     """A message between server and device is malformed."""
 
 
+class SignatureError(ProtocolError):
+    """A message is not from the holder of the key that it names."""
+
+
 class RejectedContributionError(ProtocolError):
     """One contribution failed the server's gate; the run goes on without it.
 
@@ -75,6 +82,14 @@ class DeviceError(HomefireError):
 
 class PrivacyError(HomefireError):
     """A privacy parameter or claim is invalid; nothing was released."""
+
+
+class LedgerError(PrivacyError):
+    """A ledger is damaged, rolled back or in use; nothing may be spent."""
+
+
+class BudgetExhaustedError(PrivacyError):
+    """The privacy that was planned is spent; nothing was released."""
 
 
 class FederationError(HomefireError):

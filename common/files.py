@@ -7,27 +7,43 @@ from pathlib import Path
 from homefire.common.errors import ConfigError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Replace a file so that a crash leaves either the old content or the new one.
 
     The data goes to a temporary file beside it, is forced to disk, renamed over the old file, and
     the folder is forced to disk.
+
+    Args:
+        path: The file; its folder is made where it is absent.
+        data: The whole content.
+        mode: The file's permissions, which it has before it holds any data; without it, what the
+            umask leaves.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Made anew: somebody may hold a leftover open that had other permissions.
+    temporary.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
-        with temporary.open("wb") as file:
+        with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)  # the umask may have taken some away
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force to disk which names a folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def expand(path: str) -> str:

@@ -6,83 +6,52 @@ unexpected is an error before any arithmetic. A contribution says nothing about 
 clipped vector: no example counts, no losses, no timings.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from homefire.common.adapter import AdapterConfig, Vector
 from homefire.common.encoding import canonical_json, digest
-from homefire.common.errors import ProtocolError, RejectedContributionError
+from homefire.common.errors import ProtocolError, RejectedContributionError, SignatureError
+from homefire.common.plan import Hex, PlanHeader, RoundPlan, release_digest
 from homefire.common.privacy.clipping import Clipped, check_grid
-from homefire.common.training import LocalTraining
+from homefire.common.signatures import SIGNATURE_BYTES, public_key, sign, verify
 
 VERSION = 1
 STATISTICS = 3
-"""Extra slots of a contribution: presence, mean training loss, whether the update was clipped."""
+"""Extra slots of a contribution: presence, mean training loss, and +1 where the update was not
+clipped, -1 where it was."""
 
 LOSS_SCALE = 12.0
 """The training loss, in nats, that fills its slot."""
 
+LARGEST_HEADER = 1 << 16
+"""Bytes; what is longer is not parsed."""
+
 ACTION = "contribute"
 """The Flower train action that carries a plan."""
 
-Hex = Field(pattern=r"^[0-9a-f]{64}$")
-RefusalReason = Literal["malformed plan", "wrong base model", "wrong adapter spec"]
+RefusalReason = Literal[
+    "malformed plan",
+    "bad signature",
+    "unknown key",
+    "no secure aggregation",
+    "unaccepted mechanism",
+    "weaker noise",
+    "larger clip",
+    "smaller cohort",
+    "replayed round",
+    "too soon",
+    "too often",
+    "lifetime epsilon spent",
+    "wrong base model",
+    "wrong adapter spec",
+]
 Header = TypeVar("Header", bound=BaseModel)
-
-
-class PrivacyBlock(BaseModel):
-    """What a plan says about privacy; devices clip as it says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    mechanism: Literal["gaussian", "none"]
-    clip_norm: float = Field(gt=0, allow_inf_nan=False)
-    noise_multiplier: float | None = Field(gt=0, allow_inf_nan=False)
-    expected_cohort: int = Field(ge=1)
-    sampling_rate: float = Field(gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> "PrivacyBlock":
-        if (self.mechanism == "none") != (self.noise_multiplier is None):
-            raise ValueError("a noise multiplier goes with gaussian, and only with it")
-        return self
-
-
-class PlanHeader(BaseModel):
-    """Everything in a plan but the release vector. The same for every device."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    run: str = Field(pattern=r"^[0-9a-f]{32}$")
-    round: int = Field(ge=1, lt=2**63)
-    base_model: str = Hex
-    adapter: AdapterConfig
-    adapter_digest: str = Hex
-    training: LocalTraining
-    privacy: PrivacyBlock
-    release_digest: str = Hex
-
-
-@dataclass(frozen=True, slots=True)
-class RoundPlan:
-    """What the server asks of the devices of one cohort.
-
-    Attributes:
-        header: The settings.
-        release: The shared adapter to start from, float32, shape (adapter parameters,).
-    """
-
-    header: PlanHeader
-    release: Vector
-
-    @property
-    def digest(self) -> str:
-        """Names the plan; covers the release through its digest."""
-        return digest("homefire/plan/v1", canonical_json(self.header.model_dump(mode="json")))
 
 
 class ContributionHeader(BaseModel):
@@ -92,8 +61,23 @@ class ContributionHeader(BaseModel):
 
     run: str = Field(pattern=r"^[0-9a-f]{32}$")
     round: int = Field(ge=1, lt=2**63)
+    node: int = Field(ge=0, lt=2**64)
+    device_key: str = Hex
     plan_digest: str = Hex
     payload_digest: str = Hex
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One contribution that passed the gate.
+
+    Attributes:
+        device_key: The enrolled device that signed it.
+        clipped: The vector, with its bound.
+    """
+
+    device_key: str
+    clipped: Clipped
 
 
 class Refusal(BaseModel):
@@ -105,17 +89,19 @@ class Refusal(BaseModel):
     detail: str = Field(max_length=500)
 
 
-def release_digest(release: Vector) -> str:
-    """Names a release by its bytes."""
-    return digest("homefire/release/v1", release.astype("<f4").tobytes())
+def encode_plan(plan: RoundPlan, key: Ed25519PrivateKey) -> ConfigRecord:
+    """The record of a plan, signed; wrap it in a `RecordDict` of its own for each message.
 
-
-def encode_plan(plan: RoundPlan) -> ConfigRecord:
-    """The record of a plan; wrap it in a `RecordDict` of its own for each message."""
+    Args:
+        plan: Names the public half of `key`.
+        key: The server's.
+    """
+    header = canonical_json(plan.header.model_dump(mode="json"))
     return ConfigRecord(
         {
             "version": VERSION,
-            "header": canonical_json(plan.header.model_dump(mode="json")),
+            "header": header,
+            "signature": sign(key, "homefire/signed-plan/v1", header),
             "release": plan.release.astype("<f4").tobytes(),
         }
     )
@@ -124,12 +110,19 @@ def encode_plan(plan: RoundPlan) -> ConfigRecord:
 def decode_plan(content: RecordDict) -> RoundPlan:
     """Read a plan.
 
+    Guarantees:
+        Signed: header and release come from the holder of the key that the header names; whether
+            that key may ask anything is the policy's question.
+
     Raises:
+        SignatureError: The signature is not that of the key that the header names.
         ProtocolError: Anything missing, unexpected, of the wrong type, or a release that does not
             have the digest that the header names.
     """
-    record = _only_record(content, "plan", {"version", "header", "release"})
+    record = _only_record(content, "plan", {"version", "header", "signature", "release"})
+    signature = _bytes(record["signature"], "signature", length=SIGNATURE_BYTES)
     header = _parse(PlanHeader, record["header"])
+    verify(header.server_key, signature, "homefire/signed-plan/v1", _bytes(record["header"], ""))
     payload = _bytes(record["release"], "release")
     if len(payload) % 4:
         raise ProtocolError(f"a release of {len(payload)} bytes is not a float32 vector")
@@ -139,56 +132,93 @@ def decode_plan(content: RecordDict) -> RoundPlan:
     return RoundPlan(header, release)
 
 
-def encode_contribution(plan: RoundPlan, contribution: Clipped) -> RecordDict:
-    """A device's answer to a plan."""
+def encode_contribution(
+    plan: RoundPlan, contribution: Clipped, *, node: int, key: Ed25519PrivateKey
+) -> RecordDict:
+    """A device's answer to a plan, signed.
+
+    Args:
+        plan: What was asked.
+        contribution: What leaves.
+        node: The Flower node that sends it.
+        key: The device's.
+    """
     payload = contribution.payload
     header = ContributionHeader(
         run=plan.header.run,
         round=plan.header.round,
+        node=node,
+        device_key=public_key(key),
         plan_digest=plan.digest,
         payload_digest=digest("homefire/contribution/v1", payload),
     )
+    text = canonical_json(header.model_dump(mode="json"))
     record: dict[str, int | bytes] = {
         "version": VERSION,
-        "header": canonical_json(header.model_dump(mode="json")),
+        "header": text,
+        "signature": sign(key, "homefire/signed-contribution/v1", text),
         "payload": payload,
     }
     return RecordDict({"contribution": ConfigRecord({**record})})
 
 
-def decode_contribution(content: RecordDict, plan: RoundPlan, *, size: int) -> Clipped:
+def decode_contribution(
+    content: RecordDict, plan: RoundPlan, *, size: int, sender: int, roster: Set[str]
+) -> Contribution:
     """The server's gate: read one contribution to one plan, or reject it.
 
     Args:
         content: The reply.
         plan: What was asked.
         size: The number of coordinates of the update.
+        sender: The Flower node that the reply came from.
+        roster: The public keys of the enrolled devices.
 
     Guarantees:
         Bounded norm: what comes back moves the sum by at most one clip norm.
         No surprises: exact length, exact type, this run, this round, this plan.
+        Signed: an enrolled device made it for this node.
 
     Raises:
         RejectedContributionError: With a machine-readable reason.
     """
+    keys = {"version", "header", "signature", "payload"}
     try:
-        record = _only_record(content, "contribution", {"version", "header", "payload"})
-        header = _parse(ContributionHeader, record["header"])
+        record = _only_record(content, "contribution", keys)
         payload = _bytes(record["payload"], "payload")
+        if len(payload) != 4 * (size + STATISTICS):
+            expected = 4 * (size + STATISTICS)
+            raise RejectedContributionError("length", f"{len(payload)} bytes instead of {expected}")
+        signature = _bytes(record["signature"], "signature", length=SIGNATURE_BYTES)
+        header = _parse(ContributionHeader, record["header"])
+        _check_addressed(header, plan, sender=sender, roster=roster)
+        text = _bytes(record["header"], "")
+        verify(header.device_key, signature, "homefire/signed-contribution/v1", text)
+    except RejectedContributionError:
+        raise
+    except SignatureError as error:
+        raise RejectedContributionError("signature", str(error)) from error
     except ProtocolError as error:
         raise RejectedContributionError("malformed", str(error)) from error
-    if (header.run, header.round) != (plan.header.run, plan.header.round):
-        raise RejectedContributionError("round", "made for another run or round")
-    if header.plan_digest != plan.digest:
-        raise RejectedContributionError("plan", "made for another plan")
-    if len(payload) != 4 * (size + STATISTICS):
-        expected = 4 * (size + STATISTICS)
-        raise RejectedContributionError("length", f"{len(payload)} bytes instead of {expected}")
     if header.payload_digest != digest("homefire/contribution/v1", payload):
         raise RejectedContributionError("digest", "the payload does not have its digest")
     values = np.frombuffer(payload, "<i4").astype(np.int32)
     check_grid(values, statistics=STATISTICS)
-    return Clipped(values, plan.header.privacy.clip_norm, STATISTICS)
+    clipped = Clipped(values, plan.header.privacy.clip_norm, STATISTICS)
+    return Contribution(header.device_key, clipped)
+
+
+def _check_addressed(
+    header: ContributionHeader, plan: RoundPlan, *, sender: int, roster: Set[str]
+) -> None:
+    if (header.run, header.round) != (plan.header.run, plan.header.round):
+        raise RejectedContributionError("round", "made for another run or round")
+    if header.plan_digest != plan.digest:
+        raise RejectedContributionError("plan", "made for another plan")
+    if header.node != sender:
+        raise RejectedContributionError("node", "made by another node")
+    if header.device_key not in roster:
+        raise RejectedContributionError("not enrolled", "signed by a key that is not enrolled")
 
 
 def encode_refusal(refusal: Refusal) -> RecordDict:
@@ -228,6 +258,8 @@ def _only_record(content: RecordDict, name: str, keys: set[str]) -> dict[str, ob
 
 def _parse(model: type[Header], value: object) -> Header:
     text = _bytes(value, "header")
+    if len(text) > LARGEST_HEADER:
+        raise ProtocolError(f"header: {len(text)} bytes are more than {LARGEST_HEADER}")
     try:
         header = model.model_validate_json(text, strict=True)
         canonical = canonical_json(header.model_dump(mode="json"))
@@ -242,7 +274,9 @@ def _parse(model: type[Header], value: object) -> Header:
     return header
 
 
-def _bytes(value: object, name: str) -> bytes:
+def _bytes(value: object, name: str, *, length: int | None = None) -> bytes:
     if not isinstance(value, bytes):
         raise ProtocolError(f"{name} must be bytes, not {type(value).__name__}")
+    if length is not None and len(value) != length:
+        raise ProtocolError(f"{name} has {length} bytes, not {len(value)}")
     return value

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from homefire import __version__
 from homefire.common.errors import HomefireError
+from homefire.privacy_commands import privacy_app
 
 # Set before torch, Flower and Ray are imported, unless the caller chose otherwise. No command of
 # homefire tells anybody that it runs; Flower and Ray would. Threads that wait for each other sleep
@@ -37,6 +38,7 @@ models_app = typer.Typer(help="Base models: fetch and list.", no_args_is_help=Tr
 app.add_typer(models_app, name="models")
 bench_app = typer.Typer(help="Measurements against peers, in one run.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(privacy_app, name="privacy")
 
 ExperimentFile = Annotated[
     Path | None, typer.Argument(help="An experiment file; without it, the default experiment.")

@@ -12,8 +12,10 @@ from homefire.common.adapter import resolve_spec
 from homefire.common.base_model import load_base_model
 from homefire.common.config import FederationConfig, load_config
 from homefire.common.errors import ConfigError
-from homefire.server.federation import Federation, new_run_id, run_federation
+from homefire.server.federation import run_federation
 from homefire.server.planning import plan_privacy
+from homefire.server.roster import read_roster
+from homefire.server.run_state import Federation
 
 app = ServerApp()
 
@@ -34,6 +36,7 @@ def main(grid: Grid, context: Context) -> None:
 def open_federation(config: FederationConfig) -> Federation:
     """Everything a run needs, checked before any device is asked."""
     privacy = plan_privacy(config)
+    roster = read_roster(config.roster, users=config.users)
     base = load_base_model(config.base_model.name, dtype=config.base_model.dtype)
     if config.local.max_tokens > base.context_length:
         raise ConfigError(
@@ -41,4 +44,4 @@ def open_federation(config: FederationConfig) -> Federation:
             f"tokens that {base.name} reads"
         )
     spec = resolve_spec(config.shared, base.model.config)
-    return Federation(config, spec, base.fingerprint, privacy, new_run_id())
+    return Federation(config, spec, base.fingerprint, privacy, roster)

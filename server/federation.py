@@ -5,58 +5,37 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from homefire.common.adapter import AdapterSpec, Vector
+from homefire.common.adapter import Vector
 from homefire.common.config import FederationConfig
 from homefire.common.errors import FederationError
-from homefire.common.privacy.mechanism import Gaussian, NoPrivacy
-from homefire.common.privacy.randomness import KeyStream, derive_key, new_key
-from homefire.common.protocol import (
-    ACTION,
-    PlanHeader,
-    PrivacyBlock,
-    RoundPlan,
-    encode_plan,
-    release_digest,
-)
+from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
+from homefire.common.privacy.adaptive_clip import next_clip_norm
+from homefire.common.protocol import ACTION, encode_plan
+from homefire.common.signatures import public_key
 from homefire.server import optimizers
 from homefire.server.aggregator import NoisyAverage, OpenRound, accept, close_round, open_round
-from homefire.server.planning import PrivacyPlan
-from homefire.server.releases import ReleaseStore
+from homefire.server.cohorts import cohort_of
+from homefire.server.run_state import (
+    Federation,
+    RunState,
+    begin,
+    commit,
+    finish,
+    open_ledger,
+    resume,
+)
 
 LOG = logging.getLogger(__name__)
 SHORTEST_POLL, LONGEST_POLL = 0.05, 1.0  # seconds
 PULLED_AT_ONCE = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Federation:
-    """What a run is about.
-
-    Attributes:
-        config: The settings.
-        spec: The shared adapter's shape.
-        base_model: The base model's fingerprint.
-        privacy: The mechanism and what it may claim.
-        run: 16 random bytes in hex.
-    """
-
-    config: FederationConfig
-    spec: AdapterSpec
-    base_model: str
-    privacy: PrivacyPlan
-    run: str
-
-    @property
-    def store(self) -> ReleaseStore:
-        """Where the releases go."""
-        return ReleaseStore(self.config.output / "releases")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,53 +64,74 @@ class RoundLog:
 
 
 def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
-    """Train the shared adapter.
+    """Train the shared adapter, from the start or from where an interrupted run stopped.
 
     Args:
         grid: In-process, Ray simulation or SuperLink: the loop does not know which.
         federation: What the run is about.
 
     Returns:
-        The operator's log; releases and log are under `config.output` as well.
+        The operator's log of this process's rounds; releases and log are under `config.output`.
+
+    Guarantees:
+        Charged first: a round is in the ledger, on the disk, before its plan leaves.
 
     Raises:
-        FederationError: The output folder holds another run, there are fewer or more devices than
-            enrolled users, or training diverged.
+        FederationError: The output folder holds a run that is over or another one, there are fewer
+            or more devices than enrolled users, or training diverged.
+        BudgetExhaustedError: The run has spent what was planned.
+        LedgerError: The ledger is damaged, rolled back or in use.
     """
-    config, spec = federation.config, federation.spec
-    if federation.store.rounds():
-        raise FederationError(
-            f"{federation.store.folder} holds the releases of another run",
-            hint="Name another output folder, or move that one away.",
+    config = federation.config
+    ledger = open_ledger(federation)
+    try:
+        nodes = _await_nodes(grid, config)
+        if ledger.facts:
+            state = resume(federation, ledger, nodes)
+        else:
+            state = begin(federation, ledger, nodes, new_run_id())
+        logs: list[RoundLog] = []
+        while state.next_round <= config.federation.rounds:
+            logs.append(_round(grid, federation, state))
+            _append_line(config.output / "rounds.jsonl", asdict(logs[-1]))
+            LOG.info("round %d of %d released", logs[-1].round, config.federation.rounds)
+        finish(federation, state)
+        return logs
+    finally:
+        ledger.ledger.close()
+
+
+def _round(grid: Grid, federation: Federation, state: RunState) -> RoundLog:
+    """One round, from plan to release."""
+    started, config = time.monotonic(), federation.config
+    mechanism, number = federation.privacy.mechanism, state.next_round
+    state.ledger.open_round(number)
+    cohort = cohort_of(
+        number,
+        state.nodes,
+        mechanism,
+        cohort=config.federation.cohort,
+        run_key=state.secrets.run_key,
+    )
+    current = _collect(grid, federation, _plan(federation, state, number), state.key, cohort)
+    average, past = close_round(current, mechanism, state.secrets)
+    values, moments = optimizers.apply(
+        config.optimizer, state.optimizer, state.release.astype(np.float64), average.update
+    )
+    state.release = _checked(values, number)
+    # As precise as the checkpoint, so that an interrupted run goes on as it would have.
+    state.optimizer = optimizers.rounded(moments)
+    state.secrets = replace(state.secrets, past=past)
+    if (adaptive := config.privacy.adaptive_clip) is not None:
+        state.clip_norm = next_clip_norm(
+            state.clip_norm,
+            average.fitting_share,
+            quantile=adaptive.quantile,
+            rate=adaptive.rate,
+            largest=adaptive.largest,
         )
-    nodes = _await_nodes(grid, config)
-    run_key = _run_key(federation)
-    sampler = KeyStream(derive_key(run_key, "homefire/cohorts/v1"))
-    about = {
-        "run": federation.run,
-        "base_model": federation.base_model,
-        "adapter_digest": spec.digest,
-        **federation.privacy.to_json(),
-    }
-    release = spec.initial()
-    state = optimizers.init(spec.size)
-    federation.store.write(0, release, about)
-    logs: list[RoundLog] = []
-    for number in range(1, config.federation.rounds + 1):
-        started = time.monotonic()
-        drawn = sampler.bernoulli(len(nodes), federation.privacy.mechanism.sampling_rate)
-        cohort = [node for node, taken in zip(nodes, drawn, strict=True) if taken]
-        current = _collect(grid, federation, number, release, cohort)
-        average = close_round(current, federation.privacy.mechanism, run_key)
-        values, state = optimizers.apply(
-            config.optimizer, state, release.astype(np.float64), average.update
-        )
-        release = _checked(values, number)
-        federation.store.write(number, release, about)
-        logs.append(_log_round(current, average, len(cohort), time.monotonic() - started))
-        _append_line(config.output / "rounds.jsonl", asdict(logs[-1]))
-        LOG.info("round %d of %d released", number, config.federation.rounds)
-    return logs
+    commit(federation, state, number)
+    return _log_round(current, average, len(cohort), time.monotonic() - started)
 
 
 def _checked(values: optimizers.Values, number: int) -> Vector:
@@ -148,16 +148,6 @@ def _checked(values: optimizers.Values, number: int) -> Vector:
 def new_run_id() -> str:
     """16 random bytes in hex."""
     return secrets.token_hex(16)
-
-
-def _run_key(federation: Federation) -> bytes:
-    """The run's secret; without privacy, and only then, it follows from the experiment's seed."""
-    match federation.privacy.mechanism:
-        case Gaussian():
-            return new_key()
-        case NoPrivacy():
-            seed = federation.config.seed.to_bytes(32, "little")
-            return derive_key(seed, "homefire/reproducible-run/v1")
 
 
 def _await_nodes(grid: Grid, config: FederationConfig) -> list[int]:
@@ -179,11 +169,15 @@ def _await_nodes(grid: Grid, config: FederationConfig) -> list[int]:
 
 
 def _collect(
-    grid: Grid, federation: Federation, number: int, release: Vector, cohort: list[int]
+    grid: Grid, federation: Federation, plan: RoundPlan, key: Ed25519PrivateKey, cohort: list[int]
 ) -> OpenRound:
-    plan = _plan(federation, number, release)
-    current = open_round(plan, size=federation.spec.contribution_size, asked=set(cohort))
-    record = encode_plan(plan)
+    current = open_round(
+        plan,
+        size=federation.spec.contribution_size,
+        asked=set(cohort),
+        roster=federation.roster,
+    )
+    record = encode_plan(plan, key)
     deadline = federation.config.federation.deadline
     messages = (
         Message(
@@ -191,7 +185,7 @@ def _collect(
             dst_node_id=node,
             message_type=f"{MessageType.TRAIN}.{ACTION}",
             ttl=deadline,
-            group_id=str(number),
+            group_id=str(plan.header.round),
         )
         for node in cohort
     )
@@ -222,25 +216,24 @@ def _replies(grid: Grid, waiting: set[str], deadline: float) -> Iterator[Message
             time.sleep(pause)
 
 
-def _plan(federation: Federation, number: int, release: Vector) -> RoundPlan:
-    config, mechanism = federation.config, federation.privacy.mechanism
+def _plan(federation: Federation, state: RunState, number: int) -> RoundPlan:
+    config = federation.config
     header = PlanHeader(
-        run=federation.run,
+        run=state.run,
         round=number,
+        server_key=public_key(state.key),
         base_model=federation.base_model,
         adapter=config.shared,
         adapter_digest=federation.spec.digest,
         training=config.local,
-        privacy=PrivacyBlock(
-            mechanism=config.privacy.mechanism,
-            clip_norm=config.privacy.clip_norm,
-            noise_multiplier=federation.privacy.statement.noise_multiplier,
-            expected_cohort=config.federation.cohort,
-            sampling_rate=mechanism.sampling_rate,
+        privacy=PrivacyBlock.announce(
+            federation.privacy.mechanism,
+            clip_norm=state.clip_norm,
+            cohort=config.federation.cohort,
         ),
-        release_digest=release_digest(release),
+        release_digest=release_digest(state.release),
     )
-    return RoundPlan(header, release)
+    return RoundPlan(header, state.release)
 
 
 def _log_round(current: OpenRound, average: NoisyAverage, cohort: int, seconds: float) -> RoundLog:

@@ -28,6 +28,14 @@ def init(size: int) -> OptimizerState:
     return OptimizerState(np.zeros(size), np.zeros(size))
 
 
+def rounded(state: OptimizerState) -> OptimizerState:
+    """The state as precise as float32, which is what a checkpoint keeps."""
+    return OptimizerState(
+        state.momentum.astype(np.float32).astype(np.float64),
+        state.second_moment.astype(np.float32).astype(np.float64),
+    )
+
+
 def apply(
     config: OptimizerConfig, state: OptimizerState, release: Values, average: Values
 ) -> tuple[Values, OptimizerState]:

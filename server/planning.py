@@ -1,18 +1,13 @@
 """From a privacy table to a mechanism and the numbers that it may claim."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from homefire.common.config import FederationConfig, PrivacyConfig
+from homefire.common.config import DeploymentConfig, FederationConfig, PrivacyConfig
 from homefire.common.errors import PrivacyError
-from homefire.common.privacy.accounting import (
-    PrivacyStatement,
-    calibrate_noise,
-    gaussian_epsilon,
-    poisson_epsilon,
-)
-from homefire.common.privacy.mechanism import Gaussian, Mechanism, NoPrivacy
+from homefire.common.privacy.mechanism import Mechanism, NoPrivacy
+from homefire.common.privacy.schedule import Schedule
+from homefire.common.privacy.statement import PrivacyStatement, calibrate, make_mechanism, state
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,61 +63,74 @@ def plan_privacy(config: FederationConfig) -> PrivacyPlan:
         Small delta: delta is below one over the number of users that the claim speaks for.
 
     Raises:
-        PrivacyError: The noise, the target or delta makes no sense.
+        PrivacyError: The noise, the target, the rule of participation or delta makes no sense.
     """
-    privacy, rounds = config.privacy, config.federation
-    users = privacy.deployment.users if privacy.deployment else config.users
-    if privacy.delta is not None and privacy.delta * users >= 1:
+    privacy, schedule = config.privacy, _schedule(config)
+    large = None
+    if privacy.deployment is not None:
+        large = _large_schedule(privacy, privacy.deployment, schedule)
+    check_small_delta(privacy.delta, (large or schedule).users)
+    if privacy.mechanism == "none":
+        return PrivacyPlan(
+            NoPrivacy(schedule.sampling_rate),
+            _state(privacy, NoPrivacy(schedule.sampling_rate), schedule),
+            None,
+        )
+    if large is None:
+        mechanism = _mechanism(privacy, schedule)
+        return PrivacyPlan(mechanism, _state(privacy, mechanism, schedule), None)
+    claimed = _state(privacy, _mechanism(privacy, large), large)
+    # A float, for `_mechanism` never gives the mechanism without noise here.
+    z = float(claimed.noise_multiplier or 0.0) * schedule.cohort / large.cohort
+    mechanism = make_mechanism(privacy.mechanism, z, schedule)
+    deployment = DeploymentStatement(large.users, large.cohort, claimed)
+    return PrivacyPlan(mechanism, _state(privacy, mechanism, schedule), deployment)
+
+
+def check_small_delta(delta: float | None, users: int) -> None:
+    """Refuse a delta that would let somebody's whole history be published.
+
+    Raises:
+        PrivacyError: Not below one over the number of users.
+    """
+    if delta is not None and delta * users >= 1:
         raise PrivacyError(
-            f"delta {privacy.delta:g} is not below 1 / {users:,} users: it would allow to publish "
+            f"delta {delta:g} is not below 1 / {users:,} users: it would allow to publish "
             "somebody's whole history",
             hint=f"Use at most {min(1e-5, users**-1.1):.1g}.",
         )
-    if privacy.mechanism == "none":
-        rate = rounds.cohort / config.users
-        statement = _statement(privacy, None, config.users, rounds.cohort, rounds.rounds)
-        return PrivacyPlan(NoPrivacy(rate), statement, None)
-    if (large := privacy.deployment) is None:
-        z = _noise(privacy, config.users, rounds.cohort, rounds.rounds)
-        statement = _statement(privacy, z, config.users, rounds.cohort, rounds.rounds)
-        return PrivacyPlan(Gaussian(z, rounds.cohort / config.users), statement, None)
-    large_rounds = large.rounds or rounds.rounds
-    large_z = _noise(privacy, large.users, large.cohort, large_rounds)
-    z = large_z * rounds.cohort / large.cohort
-    claimed = _statement(privacy, large_z, large.users, large.cohort, large_rounds)
-    statement = _statement(privacy, z, config.users, rounds.cohort, rounds.rounds)
-    deployment = DeploymentStatement(large.users, large.cohort, claimed)
-    return PrivacyPlan(Gaussian(z, rounds.cohort / config.users), statement, deployment)
 
 
-def _noise(privacy: PrivacyConfig, users: int, cohort: int, rounds: int) -> float:
+def _schedule(config: FederationConfig) -> Schedule:
+    privacy, rounds = config.privacy, config.federation
+    # The noise of a deployment is what its own limit says; the small run asks its few users more.
+    limit = privacy.participations if privacy.deployment is None else None
+    return Schedule(config.users, rounds.cohort, rounds.rounds, limit, privacy.separation)
+
+
+def _large_schedule(
+    privacy: PrivacyConfig, large: DeploymentConfig, schedule: Schedule
+) -> Schedule:
+    separation = schedule.separation
+    if privacy.mechanism == "banded-sqrt" and separation is None:
+        # The bands of the run, for the noise must be the same.
+        separation = schedule.rota()[1]
+    return Schedule(
+        large.users,
+        large.cohort,
+        large.rounds or schedule.rounds,
+        large.participations or privacy.participations,
+        separation,
+    )
+
+
+def _mechanism(privacy: PrivacyConfig, schedule: Schedule) -> Mechanism:
     if privacy.noise_multiplier is not None:
-        return privacy.noise_multiplier
+        return make_mechanism(privacy.mechanism, privacy.noise_multiplier, schedule)
     if privacy.epsilon is None or privacy.delta is None:
         raise PrivacyError("neither a noise multiplier nor an epsilon with its delta was given")
-    return calibrate_noise(
-        privacy.epsilon, sampling_rate=cohort / users, rounds=rounds, delta=privacy.delta
-    )
+    return calibrate(privacy.mechanism, privacy.epsilon, delta=privacy.delta, schedule=schedule)
 
 
-def _statement(
-    privacy: PrivacyConfig, z: float | None, users: int, cohort: int, rounds: int
-) -> PrivacyStatement:
-    rate = cohort / users
-    release = known = None
-    if z is not None and privacy.delta is not None:
-        release = poisson_epsilon(z, sampling_rate=rate, rounds=rounds, delta=privacy.delta)
-        known = gaussian_epsilon(math.sqrt(rounds) / z, privacy.delta)
-    return PrivacyStatement(
-        mechanism=privacy.mechanism,
-        noise_multiplier=z,
-        clip_norm=privacy.clip_norm,
-        delta=privacy.delta,
-        rounds=rounds,
-        expected_cohort=cohort,
-        sampling_rate=rate,
-        participation=f"each of {users:,} users in each of {rounds} rounds independently "
-        f"with probability {rate:.4g}; no limit per user",
-        epsilon_release=release,
-        epsilon_known_cohort=known,
-    )
+def _state(privacy: PrivacyConfig, mechanism: Mechanism, schedule: Schedule) -> PrivacyStatement:
+    return state(mechanism, schedule=schedule, clip_norm=privacy.clip_norm, delta=privacy.delta)

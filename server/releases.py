@@ -4,10 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from homefire.common.adapter import AdapterSpec, Vector
-from homefire.common.errors import AdapterError
-from homefire.common.protocol import release_digest
+from homefire.common.encoding import canonical_json
+from homefire.common.errors import AdapterError, SignatureError
+from homefire.common.plan import release_digest
+from homefire.common.signatures import public_key, sign, verify
 from homefire.common.vector_file import read_vector, write_vector
+
+LABEL = "homefire/signed-release/v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,28 @@ class Release:
     vector: Vector
     about: dict[str, Any]
 
+    def verify(self, server_key: str) -> None:
+        """Check that a server made this release.
+
+        Args:
+            server_key: The public key that is trusted, in hex.
+
+        Guarantees:
+            Bound: the signature covers the vector and everything that is said about it, privacy
+                statement and ledger anchor included.
+
+        Raises:
+            SignatureError: Another key, or something was changed.
+        """
+        unsigned = {name: value for name, value in self.about.items() if name != "signature"}
+        if unsigned.get("digest") != release_digest(self.vector):
+            raise SignatureError(f"release {self.round} does not have the digest that is signed")
+        try:
+            signature = bytes.fromhex(self.about["signature"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise SignatureError(f"release {self.round} is not signed") from error
+        verify(server_key, signature, LABEL, canonical_json(unsigned))
+
 
 @dataclass(frozen=True, slots=True)
 class ReleaseStore:
@@ -35,9 +63,24 @@ class ReleaseStore:
 
     folder: Path
 
-    def write(self, round_number: int, vector: Vector, about: dict[str, Any]) -> Release:
-        """Store a release; a crash leaves all of it or nothing."""
-        described = {**about, "round": round_number, "digest": release_digest(vector)}
+    def write(
+        self, round_number: int, vector: Vector, about: dict[str, Any], key: Ed25519PrivateKey
+    ) -> Release:
+        """Sign and store a release; a crash leaves all of it or nothing.
+
+        Args:
+            round_number: The round that made it.
+            vector: float32, shape (adapter parameters,).
+            about: What is to be known of it, its privacy and its ledger's anchor among it.
+            key: The server's.
+        """
+        described = {
+            **about,
+            "round": round_number,
+            "digest": release_digest(vector),
+            "server_key": public_key(key),
+        }
+        described["signature"] = sign(key, LABEL, canonical_json(described)).hex()
         write_vector(self._path(round_number), vector, described, kind="release")
         return Release(round_number, vector, described)
 

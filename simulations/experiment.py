@@ -20,6 +20,7 @@ from homefire.common.config import (
     validate,
 )
 from homefire.common.errors import ConfigError
+from homefire.common.policy import DevicePolicy
 from homefire.common.training import LocalTraining
 from homefire.simulations.populations import PopulationConfig, Synthetic
 
@@ -51,6 +52,9 @@ class Experiment(Frozen):
     privacy: PrivacyConfig
     private: PrivateConfig = PrivateConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    policy: DevicePolicy | None = Field(
+        None, description="Of all devices; by default it accepts what the run announces, no less."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Experiment":
@@ -60,11 +64,16 @@ class Experiment(Frozen):
 
     def for_server(self, output: Path) -> FederationConfig:
         """The part that the server reads."""
-        names = set(FederationConfig.model_fields) - {"users", "output"}
+        names = set(FederationConfig.model_fields) - {"users", "output", "roster"}
         tables = {name: getattr(self, name) for name in names}
         return validate(
             FederationConfig,
-            {**tables, "users": self.population.users, "output": output},
+            {
+                **tables,
+                "users": self.population.users,
+                "output": output,
+                "roster": output / "roster.txt",
+            },
             where="experiment",
         )
 

@@ -5,10 +5,13 @@
     runs/NAME/
         experiment.toml     the experiment with every default filled in
         devices/            the home folder of all simulated devices: the older 80 % of histories
+        devices.keys/       their identities and the anchors of their ledgers
         held_out.jsonl      the newest records, which no device and no server ever reads
-        server/             federation.toml; later releases/ and rounds.jsonl
+        server/             federation.toml, roster.txt; later ledger.jsonl, releases/, rounds.jsonl
+        server.keys/        the server's keys and the anchor of its ledger
 """
 
+import math
 import re
 import socket
 from collections.abc import Iterator
@@ -21,12 +24,23 @@ from pydantic import BaseModel
 
 from homefire.client.home import Home
 from homefire.common.base_model import locate
-from homefire.common.config import NAME_PATTERN
+from homefire.common.config import NAME_PATTERN, FederationConfig
 from homefire.common.errors import ConfigError, DataError, HomefireError
 from homefire.common.files import write_atomically
+from homefire.common.keystore import Keystore
+from homefire.common.policy import DevicePolicy
+from homefire.common.privacy.mechanism import participation_charge
+from homefire.common.privacy.statement import known_participations
 from homefire.common.records import User, UserFile, split_newest, write_users
+from homefire.common.signatures import public_key
+from homefire.server.planning import PrivacyPlan, plan_privacy
+from homefire.server.roster import write_roster
+from homefire.server.run_state import SIGNING_KEY
 from homefire.simulations.experiment import Experiment
 from homefire.simulations.populations import load_population
+
+ROUNDING = 1e-9
+"""Relative room of a simulated device's limits, for what the run announces is computed twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +89,13 @@ def prepare(experiment: Experiment, folder: Path) -> Run:
 
     Raises:
         ModelError: The base model is not there.
+        PrivacyError: The privacy that was asked for cannot be stated.
         DataError: The population is wrong, or a history is too short to be split twice.
         HomefireError: The folder exists.
     """
     locate(experiment.base_model.name)
     server = experiment.for_server(folder.resolve() / "server")
+    privacy = plan_privacy(server)
     population = load_population(experiment.population, seed=experiment.seed)
     users = (*population.training, *population.unseen)
     share = experiment.evaluation.held_out
@@ -102,6 +118,7 @@ def prepare(experiment: Experiment, folder: Path) -> Run:
     write_users(run.held_out.path, _part(users, share, newest=True))
     write_toml(run.home.folder / "device.toml", experiment.for_devices())
     write_toml(run.federation_file, server)
+    _enrol(run, users, server, privacy)
     write_toml(folder / "experiment.toml", experiment)
     return run
 
@@ -138,6 +155,41 @@ def write_toml(path: Path, settings: BaseModel) -> None:
 
     tables: dict[str, Any] = settings.model_dump(mode="json", exclude_none=True)
     write_atomically(path, tomli_w.dumps(tables).encode())
+
+
+def accepting_policy(privacy: PrivacyPlan, server: FederationConfig) -> DevicePolicy:
+    """The policy that accepts what a run announces, and nothing weaker.
+
+    Args:
+        privacy: What the run announces.
+        server: The run's settings.
+    """
+    mechanism, statement, rounds = privacy.mechanism, privacy.statement, server.federation
+    noise = 1 / math.sqrt(participation_charge(mechanism))
+    clip = server.privacy.adaptive_clip
+    return DevicePolicy(
+        mechanisms=(statement.mechanism,),
+        smallest_noise_multiplier=noise * (1 - ROUNDING),
+        largest_clip_norm=clip.largest if clip else server.privacy.clip_norm,
+        smallest_cohort=rounds.cohort,
+        participations=known_participations(mechanism, rounds.rounds),
+        separation=statement.separation or 1,
+        # What a device charges is never amplified.
+        lifetime_epsilon=(statement.epsilon_known_cohort or 1.0) * (1 + ROUNDING),
+        delta=statement.delta or 1e-6,
+    )
+
+
+def _enrol(
+    run: Run, users: tuple[User, ...], server: FederationConfig, privacy: PrivacyPlan
+) -> None:
+    """Keys of server and devices, the roster, and the policy of all devices."""
+    key = public_key(Keystore.beside(run.folder / "server").signing_key(SIGNING_KEY))
+    policy = run.experiment.policy or accepting_policy(privacy, server)
+    trusted = policy.server_keys or (key,)
+    write_toml(run.home.folder / "policy.toml", policy.model_copy(update={"server_keys": trusted}))
+    identities = (run.home.identity(user.user_id) for user in users[: run.training])
+    write_roster(server.roster, [public_key(identity) for identity in identities])
 
 
 def _check_lengths(users: tuple[User, ...], share: float) -> None:

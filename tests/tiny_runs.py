@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -26,11 +27,14 @@ from homefire.common.config import (
     PrivateConfig,
     RoundsConfig,
 )
-from homefire.common.protocol import PlanHeader, PrivacyBlock, RoundPlan, release_digest
+from homefire.common.keystore import Keystore
+from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
+from homefire.common.policy import DevicePolicy
 from homefire.common.records import Record, User, write_users
+from homefire.common.signatures import public_key
 from homefire.common.training import LocalTraining
-from homefire.server.federation import Federation
 from homefire.server.planning import plan_privacy
+from homefire.server.run_state import SIGNING_KEY, Federation
 from homefire.simulations.grid import InProcessGrid
 from homefire.simulations.preparation import write_toml
 
@@ -42,6 +46,20 @@ PRIVATE = PrivateConfig(
     training=LocalTraining(steps=4, batch_size=2, max_tokens=32, learning_rate=5e-3),
     validate_every=2,
 )
+SERVER = Ed25519PrivateKey.from_private_bytes(bytes(31) + b"\x07")
+"""The signing key of the tests' servers."""
+
+POLICY = DevicePolicy(
+    server_keys=(public_key(SERVER),),
+    mechanisms=("banded-sqrt", "gaussian", "none"),
+    smallest_noise_multiplier=0.0,
+    largest_clip_norm=1e6,
+    smallest_cohort=1,
+    participations=1000,
+    lifetime_epsilon=1e12,
+)
+"""Accepts whatever `SERVER` asks."""
+
 WORDS = ("tea", "rain", "the", "cat", "blue", "often", "sings", "home", "fire", "slowly")
 Answer = Callable[[Message], Message | None]
 """What a device says to a plan; None means: what an honest device would say."""
@@ -76,14 +94,38 @@ def make_users(count: int, *, records: int = 6) -> list[User]:
 
 
 def make_home(
-    folder: Path, model: Path, users: Sequence[User], *, participants: int | None = None
+    folder: Path,
+    model: Path,
+    users: Sequence[User],
+    *,
+    participants: int | None = None,
+    policy: DevicePolicy = POLICY,
 ) -> Home:
-    """A home folder of simulated devices."""
+    """A home folder of simulated devices, which trust `SERVER` unless the policy says otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     config = DeviceConfig(base_model=base_config(model), private=PRIVATE, participants=participants)
     write_toml(folder / "device.toml", config)
+    write_toml(folder / "policy.toml", policy)
     write_users(folder / "users.jsonl", users)
     return Home(folder)
+
+
+def device_key(number: int) -> Ed25519PrivateKey:
+    """The key of a device that has no home."""
+    return Ed25519PrivateKey.from_private_bytes(number.to_bytes(32, "little"))
+
+
+def make_roster(count: int, home: Home | None = None) -> frozenset[str]:
+    """The public keys of a home's first users, or of as many `device_key`s, from node 1 on."""
+    if home is None:
+        return frozenset(public_key(device_key(node)) for node in range(1, count + 1))
+    users = [home.user(number) for number in range(count)]
+    return frozenset(public_key(home.identity(user.user_id)) for user in users)
+
+
+def trust_server(output: Path) -> None:
+    """Give the server of an output folder the signing key `SERVER`."""
+    Keystore.beside(output).put(SIGNING_KEY, SERVER.private_bytes_raw())
 
 
 def base_config(model: Path) -> BaseModelConfig:
@@ -91,13 +133,20 @@ def base_config(model: Path) -> BaseModelConfig:
     return BaseModelConfig(name=str(model))
 
 
-def make_federation(output: Path, model: Path, *, users: int, **changes: Any) -> Federation:
-    """A federation without noise whose cohort is everybody; `changes` go to its settings."""
+def make_federation(
+    output: Path, model: Path, *, users: int, home: Home | None = None, **changes: Any
+) -> Federation:
+    """A federation without noise whose cohort is everybody; `changes` go to its settings.
+
+    Its server signs with `SERVER`; enrolled are the users of `home`, or else `device_key`s.
+    """
+    trust_server(output)
     tables: dict[str, Any] = {
         "name": "tiny",
         "seed": 3,
         "users": users,
         "output": output,
+        "roster": output / "roster.txt",
         "base_model": base_config(model),
         "shared": SHARED,
         "local": LOCAL,
@@ -108,7 +157,8 @@ def make_federation(output: Path, model: Path, *, users: int, **changes: Any) ->
     config = FederationConfig(**{**tables, **changes})
     base = load_base_model(str(model))
     spec = resolve_spec(config.shared, base.model.config)
-    return Federation(config, spec, base.fingerprint, plan_privacy(config), RUN)
+    roster = make_roster(users, home)
+    return Federation(config, spec, base.fingerprint, plan_privacy(config), roster)
 
 
 def make_plan(federation: Federation, release: Vector | None = None, **changes: Any) -> RoundPlan:
@@ -116,18 +166,17 @@ def make_plan(federation: Federation, release: Vector | None = None, **changes: 
     config = federation.config
     vector = federation.spec.initial() if release is None else release
     fields: dict[str, Any] = {
-        "run": federation.run,
+        "run": RUN,
         "round": 1,
+        "server_key": public_key(SERVER),
         "base_model": federation.base_model,
         "adapter": config.shared,
         "adapter_digest": federation.spec.digest,
         "training": config.local,
-        "privacy": PrivacyBlock(
-            mechanism="none",
+        "privacy": PrivacyBlock.announce(
+            federation.privacy.mechanism,
             clip_norm=config.privacy.clip_norm,
-            noise_multiplier=None,
-            expected_cohort=config.federation.cohort,
-            sampling_rate=1.0,
+            cohort=config.federation.cohort,
         ),
         "release_digest": release_digest(vector),
     }

@@ -1,62 +1,20 @@
-"""What a run's privacy costs: from noise to epsilon and back.
+"""From noise to epsilon and back.
 
-The unit is one user's whole history, the adjacency zero-out (the user is there with an all-zero
-contribution). Three numbers are stated, never one: see `PrivacyStatement`.
+Two accountants, each where it is right: the exact Gaussian for correlated noise and wherever the
+cohort is known, privacy loss distributions (PLD) for Poisson-sampled cohorts. What a run claims is
+put together in `statement.py`.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
 
 from homefire.common.errors import HomefireError, PrivacyError
 
-ADJACENCY = "zero-out"
-UNIT = "one user's whole history"
-TRUST = "trusted aggregator"
 SMALLEST_PLD_NOISE = 0.2
 """Below this noise multiplier the unamplified value is stated: an upper bound, far from private."""
 
 LARGEST_MU = 1e150
 """Epsilon is about mu^2 / 2; beyond this it leaves float64."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrivacyStatement:
-    """What is promised to whom.
-
-    Attributes:
-        mechanism: "gaussian" or "none".
-        noise_multiplier: z, or None without noise.
-        clip_norm: C.
-        delta: The probability bound that goes with every epsilon.
-        rounds: How many releases the numbers cover.
-        expected_cohort: The fixed denominator.
-        sampling_rate: The chance of each enrolled user to take part in a round.
-        participation: The rule in words.
-        epsilon_release: Against whoever receives the releases; None means unbounded.
-        epsilon_known_cohort: Against a recipient who also knows who took part when.
-        epsilon_server: Against the server itself: None, for it sees every vector before the noise.
-    """
-
-    mechanism: str
-    noise_multiplier: float | None
-    clip_norm: float
-    delta: float | None
-    rounds: int
-    expected_cohort: int
-    sampling_rate: float
-    participation: str
-    epsilon_release: float | None
-    epsilon_known_cohort: float | None
-    epsilon_server: None = None
-    adjacency: str = ADJACENCY
-    unit: str = UNIT
-    trust: str = TRUST
-
-    def to_json(self) -> dict[str, Any]:
-        """The statement as a JSON object."""
-        return asdict(self)
 
 
 def gaussian_delta(epsilon: float, mu: float) -> float:
@@ -97,6 +55,27 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return high
 
 
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """The largest mu (to 1e-9) whose `gaussian_epsilon` is at most `epsilon`: its inverse.
+
+    Guarantees:
+        Never above: the epsilon of the returned mu does not exceed the target.
+
+    Raises:
+        PrivacyError: The target is not positive, or delta is out of range.
+    """
+    check_delta(delta)
+    check_epsilon(epsilon)
+    low, high = 0.0, 1.0
+    while gaussian_epsilon(high, delta) <= epsilon:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if gaussian_epsilon(middle, delta) <= epsilon else (low, middle)
+    return low
+
+
+@lru_cache(maxsize=64)
 def poisson_epsilon(
     noise_multiplier: float,
     *,
@@ -155,7 +134,8 @@ def poisson_epsilon(
     return min(float(accountant.get_epsilon(delta)), unamplified)
 
 
-def calibrate_noise(epsilon: float, *, sampling_rate: float, rounds: int, delta: float) -> float:
+@lru_cache(maxsize=64)
+def calibrate_poisson(epsilon: float, *, sampling_rate: float, rounds: int, delta: float) -> float:
     """The smallest noise multiplier (to 0.1 %) whose `poisson_epsilon` is at most `epsilon`.
 
     It is never below `SMALLEST_PLD_NOISE`: where that is enough, the run has less than `epsilon`.
@@ -163,8 +143,7 @@ def calibrate_noise(epsilon: float, *, sampling_rate: float, rounds: int, delta:
     Raises:
         PrivacyError: The target is not positive or needs more noise than makes sense.
     """
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise PrivacyError(f"epsilon {epsilon} is not a positive number")
+    check_epsilon(epsilon)
     measure = partial(
         poisson_epsilon, sampling_rate=sampling_rate, rounds=rounds, delta=delta, step=1e-3
     )
@@ -192,6 +171,16 @@ def check_delta(delta: float) -> None:
     """
     if not 0 < delta < 1:
         raise PrivacyError(f"delta {delta} is not between 0 and 1")
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Refuse a target that cannot be met, or that asks for nothing.
+
+    Raises:
+        PrivacyError: Not a positive finite number.
+    """
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise PrivacyError(f"epsilon {epsilon} is not a positive number")
 
 
 def _log_ndtr(x: float) -> float:

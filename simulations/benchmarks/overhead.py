@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -32,9 +33,11 @@ from homefire.common.config import (
 )
 from homefire.common.privacy.clipping import clip_to_grid
 from homefire.common.protocol import ACTION, STATISTICS, decode_plan, encode_contribution
+from homefire.common.signatures import public_key
 from homefire.common.training import LocalTraining
-from homefire.server.federation import Federation, new_run_id, run_federation
+from homefire.server.federation import run_federation
 from homefire.server.planning import plan_privacy
+from homefire.server.run_state import Federation
 from homefire.simulations.grid import InProcessGrid
 
 FEATURES = 64
@@ -96,15 +99,22 @@ def trivial_client() -> ClientApp:
         zeros = np.zeros(plan.release.shape, np.float32)
         clip_norm = plan.header.privacy.clip_norm
         clipped = clip_to_grid(zeros, np.zeros(STATISTICS), clip_norm=clip_norm)
-        return Message(encode_contribution(plan, clipped), reply_to=message)
+        key = _identity(int(context.node_config["partition-id"]))
+        content = encode_contribution(plan, clipped, node=context.node_id, key=key)
+        return Message(content, reply_to=message)
 
     return app
 
 
+def _identity(device: int) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(device.to_bytes(32, "little"))
+
+
 def _measure(run: Callable[[ServerApp, int], None], users: int, rounds: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        run(_server(users, rounds, Path(folder)), users)
-        lines = (Path(folder) / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        output = Path(folder) / "server"
+        run(_server(users, rounds, output), users)
+        lines = (output / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     logs = [json.loads(line) for line in lines]
     if len(logs) != rounds or any(log["accepted"] != users for log in logs):
         raise RuntimeError("not every trivial device contributed to every round")
@@ -115,6 +125,7 @@ def _server(users: int, rounds: int, output: Path) -> ServerApp:
     config = FederationConfig(
         users=users,
         output=output,
+        roster=output / "roster.txt",
         base_model=BaseModelConfig(),
         shared=AdapterConfig(),
         local=LocalTraining(),
@@ -122,7 +133,8 @@ def _server(users: int, rounds: int, output: Path) -> ServerApp:
         optimizer=OptimizerConfig(),
         privacy=PrivacyConfig(mechanism="none", clip_norm=1.0),
     )
-    federation = Federation(config, _spec(), "0" * 64, plan_privacy(config), new_run_id())
+    roster = frozenset(public_key(_identity(device)) for device in range(users))
+    federation = Federation(config, _spec(), "0" * 64, plan_privacy(config), roster)
     app = ServerApp()
 
     @app.main()

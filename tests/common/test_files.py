@@ -1,6 +1,7 @@
 """Files are whole or absent, and paths mean what the environment says."""
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,62 @@ def test_leftover_of_a_killed_process_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / f".file.bin.{os.getpid()}.tmp").write_bytes(b"half of a much longer con")
     write_atomically(tmp_path / "file.bin", b"new")
     assert written(tmp_path) == {"file.bin": b"new"}
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_mode_holds_before_any_data_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    path.chmod(0o644)
+    temporary = tmp_path / f".file.bin.{os.getpid()}.tmp"
+    temporary.write_bytes(b"a leftover that others read")
+    temporary.chmod(0o666)
+    modes: list[tuple[int, int]] = []
+    real_open, real_fchmod = os.open, os.fchmod
+
+    def seen() -> None:
+        status = temporary.stat()
+        modes.append((stat.S_IMODE(status.st_mode), status.st_size))
+
+    def opened(file: Path, flags: int, permissions: int = 0o777) -> int:
+        descriptor = real_open(file, flags, permissions)
+        if file == temporary:
+            seen()
+        return descriptor
+
+    def fchmod(descriptor: int, permissions: int) -> None:
+        real_fchmod(descriptor, permissions)
+        seen()
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    old = os.umask(0o027)
+    try:
+        write_atomically(path, b"new", mode=mode)
+    finally:
+        os.umask(old)
+    assert modes == [(mode & ~0o027, 0), (mode, 0)]
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert written(tmp_path) == {"file.bin": b"new"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_mode_is_what_the_umask_leaves_where_none_is_given(tmp_path: Path, umask: int) -> None:
+    old = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "file.bin", b"new")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "file.bin").stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"other")
+    (tmp_path / f".file.bin.{os.getpid()}.tmp").symlink_to("other")
+    write_atomically(tmp_path / "file.bin", b"new")
+    assert written(tmp_path) == {"file.bin": b"new", "other": b"other"}
 
 
 def test_expand_puts_variables_and_home_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

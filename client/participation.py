@@ -1,0 +1,86 @@
+"""A device's ledger of participations: what it took part in, and what that cost."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from homefire.client.home import Home
+from homefire.common.errors import LedgerError
+from homefire.common.keystore import Keystore
+from homefire.common.plan import RoundPlan
+from homefire.common.policy import Participation
+from homefire.common.privacy.ledger import Ledger
+from homefire.common.privacy.mechanism import participation_charge
+
+KIND = "participations"
+
+
+@dataclass(frozen=True, slots=True)
+class ParticipationLedger:
+    """An open ledger of one user's participations; see `open_participations`."""
+
+    ledger: Ledger
+    keystore: Keystore
+    name: str
+
+    @property
+    def history(self) -> tuple[Participation, ...]:
+        """All participations, oldest first.
+
+        Raises:
+            LedgerError: An entry is none of ours.
+        """
+        return tuple(_read(entry) for entry in self.ledger.entries)
+
+    def charge(self, plan: RoundPlan) -> None:
+        """Record that this device takes part; only then may the contribution leave.
+
+        Guarantees:
+            Charged first: when this returns, the entry is on the disk and anchored in the keystore.
+
+        Raises:
+            LedgerError: It could not be written; nothing may leave.
+        """
+        header = plan.header
+        charge = participation_charge(header.privacy.announced)
+        entry = {
+            "run": header.run,
+            "round": header.round,
+            "adapter_digest": header.adapter_digest,
+            "charge": charge if math.isfinite(charge) else None,
+            "plan_digest": plan.digest,
+        }
+        self.keystore.keep_anchor(self.name, self.ledger.append(entry))
+
+
+@contextmanager
+def open_participations(home: Home, user_id: str) -> Iterator[ParticipationLedger]:
+    """One user's ledger, checked against the keystore and locked while it is open.
+
+    Guarantees:
+        No rollback: a ledger that lacks an entry which was ever anchored is refused.
+        One at a time: two plans cannot be answered at once, each unaware of the other's charge.
+
+    Raises:
+        LedgerError: Damaged, rolled back or in use.
+    """
+    name = f"{KIND}-{sha256(user_id.encode()).hexdigest()[:32]}"
+    path = home.folder / KIND / f"{name}.jsonl"
+    with Ledger.open(path, kind=KIND, anchor=home.keystore.anchor(name)) as ledger:
+        yield ParticipationLedger(ledger, home.keystore, name)
+
+
+def _read(entry: dict[str, Any]) -> Participation:
+    try:
+        charge = entry["charge"]
+        return Participation(
+            str(entry["run"]),
+            int(entry["round"]),
+            str(entry["adapter_digest"]),
+            None if charge is None else float(charge),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise LedgerError(f"a participation cannot be read ({error})") from error

@@ -1,0 +1,301 @@
+"""What a run must not forget: its ledger, its secrets, the newest release, the optimizer's state.
+
+::
+
+    OUTPUT/
+        ledger.jsonl            what was opened, summed, burnt
+        nodes.json              the nodes in the order of the rota
+        releases/               NNNNNN.safetensors, signed; a round's release is its commit
+        checkpoints/            the optimizer's state and the clip norm after the newest releases
+        rounds.jsonl            the operator's log
+    OUTPUT.keys/                signing key, run key, anchor of the ledger
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from homefire.common.adapter import AdapterSpec, Vector
+from homefire.common.config import FederationConfig
+from homefire.common.encoding import canonical_json, digest
+from homefire.common.errors import FederationError, LedgerError
+from homefire.common.files import write_atomically
+from homefire.common.keystore import Keystore
+from homefire.common.privacy.ledger import Anchor, Ledger
+from homefire.common.privacy.mechanism import Mechanism, NoPrivacy, Past, advance
+from homefire.common.privacy.randomness import derive_key, new_key
+from homefire.common.protocol import STATISTICS
+from homefire.common.signatures import public_key
+from homefire.server import optimizers
+from homefire.server.aggregator import RunSecrets, noise_stream
+from homefire.server.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from homefire.server.optimizers import OptimizerState
+from homefire.server.planning import PrivacyPlan
+from homefire.server.releases import ReleaseStore
+from homefire.server.run_ledger import KIND, RunLedger
+
+LOG = logging.getLogger(__name__)
+SIGNING_KEY, RUN_KEY = "server-signing", "run-key"
+LEDGER = "ledger.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Federation:
+    """What a run is about.
+
+    Attributes:
+        config: The settings.
+        spec: The shared adapter's shape.
+        base_model: The base model's fingerprint.
+        privacy: The mechanism and what it may claim.
+        roster: Public keys of the enrolled devices.
+    """
+
+    config: FederationConfig
+    spec: AdapterSpec
+    base_model: str
+    privacy: PrivacyPlan
+    roster: frozenset[str]
+
+    @property
+    def store(self) -> ReleaseStore:
+        """Where the releases go."""
+        return ReleaseStore(self.config.output / "releases")
+
+    @property
+    def keystore(self) -> Keystore:
+        """Secrets and anchors, outside of the output folder."""
+        return Keystore.beside(self.config.output)
+
+    @property
+    def vector_size(self) -> int:
+        """Coordinates of a contribution, statistics included."""
+        return self.spec.contribution_size + STATISTICS
+
+
+@dataclass(slots=True)
+class RunState:
+    """Where a run stands between two rounds.
+
+    Attributes:
+        run: 16 random bytes in hex.
+        key: Signs plans and releases.
+        secrets: Ledger, run key and the noise of the rounds before.
+        nodes: In the order of the rota.
+        release: The newest one, shape (adapter parameters,).
+        optimizer: The optimizer's state after it.
+        clip_norm: Of the next round.
+    """
+
+    run: str
+    key: Ed25519PrivateKey
+    secrets: RunSecrets
+    nodes: list[int]
+    release: Vector
+    optimizer: OptimizerState
+    clip_norm: float
+
+    @property
+    def ledger(self) -> RunLedger:
+        """The run's ledger."""
+        return self.secrets.ledger
+
+    @property
+    def next_round(self) -> int:
+        """The number of the next round: burnt ones are not used again."""
+        return self.ledger.opened + 1
+
+
+def open_ledger(federation: Federation) -> RunLedger:
+    """The run's ledger, checked against the keystore's anchor and the newest release's.
+
+    Raises:
+        LedgerError: Damaged, rolled back, or in use.
+        FederationError: The run is over, or the folder holds releases without a ledger.
+    """
+    output = federation.config.output
+    if federation.store.rounds():
+        _check_release_anchor(federation)
+    ledger = RunLedger.open(output / LEDGER, federation.keystore)
+    if _key_destroyed(federation, ledger):
+        ledger.end()
+    if ledger.ended:
+        ledger.ledger.close()
+        raise FederationError(
+            f"{output} holds a run that is over", hint="Name another output folder."
+        )
+    return ledger
+
+
+def begin(federation: Federation, ledger: RunLedger, nodes: Sequence[int], run: str) -> RunState:
+    """Start a run: key, ledger, first release.
+
+    Guarantees:
+        Key first: the run key is on the disk before the ledger says that there is a run.
+    """
+    config, keystore = federation.config, federation.keystore
+    order = sorted(nodes)
+    write_atomically(config.output / "nodes.json", canonical_json(order))
+    run_key = _new_run_key(federation)
+    keystore.put(RUN_KEY, run_key)
+    ledger.start({"run": run, "rounds": config.federation.rounds, **_facts(federation, order)})
+    state = RunState(
+        run,
+        keystore.signing_key(SIGNING_KEY),
+        RunSecrets(ledger, run_key),
+        order,
+        federation.spec.initial(),
+        optimizers.init(federation.spec.size),
+        config.privacy.clip_norm,
+    )
+    commit(federation, state, 0)
+    return state
+
+
+def resume(federation: Federation, ledger: RunLedger, nodes: Sequence[int]) -> RunState:
+    """Take up a run that was interrupted; a round that has no release yet is burnt.
+
+    Guarantees:
+        Never again: the number of a round that was opened is not used again.
+        Same noise: correlated noise goes on from what the rounds before drew, burnt ones included.
+
+    Raises:
+        FederationError: Privacy, base model, adapter or nodes are not those of the run.
+        LedgerError: The run key is gone, or the newest release or its checkpoint is.
+    """
+    config, keystore = federation.config, federation.keystore
+    order = _read_nodes(config.output / "nodes.json")
+    if set(order) != set(nodes):
+        raise FederationError(
+            "the devices that are here are not those of the interrupted run",
+            hint="The rota and the privacy statement count on them; start those that are missing.",
+        )
+    expected = _facts(federation, order)
+    differing = sorted(name for name, value in expected.items() if ledger.facts.get(name) != value)
+    if differing or ledger.facts["rounds"] != config.federation.rounds:
+        raise FederationError(
+            f"the interrupted run had other settings: {', '.join(differing) or 'rounds'}",
+            hint="What its privacy stands on cannot change; start another run in another folder.",
+        )
+    if (run_key := keystore.get(RUN_KEY)) is None:
+        raise LedgerError(f"{keystore.folder}: the run key is gone; the run cannot go on")
+    run = str(ledger.facts["run"])
+    if not federation.store.rounds():
+        # Killed before the first release: round 0 releases nothing of anybody.
+        if ledger.opened:
+            raise LedgerError(f"{federation.store.folder}: the releases of this run are gone")
+        release, optimizer = federation.spec.initial(), optimizers.init(federation.spec.size)
+        clip_norm = config.privacy.clip_norm
+    else:
+        newest = federation.store.latest()
+        release = newest.vector
+        checkpoint = read_checkpoint(config.output / "checkpoints", newest.round, release)
+        optimizer, clip_norm = checkpoint.optimizer, checkpoint.clip_norm
+        _burn_interrupted(ledger, newest.round)
+    past = _rebuild_past(federation, ledger, run, run_key)
+    state = RunState(
+        run,
+        keystore.signing_key(SIGNING_KEY),
+        RunSecrets(ledger, run_key, past),
+        order,
+        release,
+        optimizer,
+        clip_norm,
+    )
+    if not federation.store.rounds():
+        commit(federation, state, 0)
+    return state
+
+
+def commit(federation: Federation, state: RunState, number: int) -> None:
+    """Write checkpoint, then release: the release file is what commits the round."""
+    checkpoint = Checkpoint(state.release, state.optimizer, state.clip_norm)
+    write_checkpoint(federation.config.output / "checkpoints", number, checkpoint)
+    about = {
+        "run": state.run,
+        "base_model": federation.base_model,
+        "adapter_digest": federation.spec.digest,
+        **federation.privacy.to_json(),
+        "ledger": {"length": state.ledger.anchor.length, "head": state.ledger.anchor.head},
+    }
+    federation.store.write(number, state.release, about, state.key)
+
+
+def finish(federation: Federation, state: RunState) -> None:
+    """End a run.
+
+    Guarantees:
+        Key destroyed: afterwards nobody can draw this run's noise again.
+    """
+    federation.keystore.destroy(RUN_KEY)
+    state.ledger.end()
+    state.ledger.ledger.close()
+
+
+def _key_destroyed(federation: Federation, ledger: RunLedger) -> bool:
+    """Whether the process died between the run's last two acts."""
+    unfinished = bool(ledger.facts) and not ledger.ended
+    return (
+        unfinished
+        and ledger.opened == ledger.facts["rounds"]
+        and federation.keystore.get(RUN_KEY) is None
+    )
+
+
+def _check_release_anchor(federation: Federation) -> None:
+    """The newest release's anchor too: releases newer than their ledger show a rollback."""
+    newest = federation.store.latest()
+    newest.verify(public_key(federation.keystore.signing_key(SIGNING_KEY)))
+    known = Anchor(newest.about["ledger"]["length"], newest.about["ledger"]["head"])
+    Ledger.open(federation.config.output / LEDGER, kind=KIND, anchor=known).close()
+
+
+def _facts(federation: Federation, order: list[int]) -> dict[str, Any]:
+    """What the privacy statement stands on, and what the releases are of."""
+    config = federation.config
+    return {
+        "users": config.users,
+        "cohort": config.federation.cohort,
+        "statement": federation.privacy.to_json(),
+        "adaptive_clip": config.privacy.model_dump(mode="json")["adaptive_clip"],
+        "base_model": federation.base_model,
+        "adapter_digest": federation.spec.digest,
+        "nodes": digest("homefire/nodes/v1", canonical_json(order)),
+        "roster": digest("homefire/roster/v1", canonical_json(sorted(federation.roster))),
+    }
+
+
+def _new_run_key(federation: Federation) -> bytes:
+    """The run's secret; without privacy, and only then, it follows from the experiment's seed."""
+    if isinstance(federation.privacy.mechanism, NoPrivacy):
+        seed = federation.config.seed.to_bytes(32, "little")
+        return derive_key(seed, "homefire/reproducible-run/v1")
+    return new_key()
+
+
+def _burn_interrupted(ledger: RunLedger, released: int) -> None:
+    if ledger.opened > released and ledger.opened not in ledger.burnt:
+        LOG.warning("round %d was interrupted: it is spent, and not repeated", ledger.opened)
+        ledger.burn(ledger.opened)
+
+
+def _rebuild_past(federation: Federation, ledger: RunLedger, run: str, run_key: bytes) -> Past:
+    mechanism: Mechanism = federation.privacy.mechanism
+    past: Past = ()
+    for number in range(1, ledger.opened + 1):
+        stream = noise_stream(run_key, run, number, ledger.sums.get(number, ""))
+        past = advance(mechanism, federation.vector_size, stream, past)
+    return past
+
+
+def _read_nodes(path: Path) -> list[int]:
+    try:
+        nodes = json.loads(path.read_bytes())
+        return [int(node) for node in nodes]
+    except (OSError, ValueError, TypeError) as error:
+        raise LedgerError(f"{path}: the order of the rota cannot be read ({error})") from error

@@ -1,0 +1,1 @@
+"""Attacks on our own releases that give a number: what they can show must not exceed the claim."""
