@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 # Threads that wait for each other sleep: on shared cores, spinning ones are ten times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help simulate test test-fast lint wheel clean
+.PHONY: help simulate test test-fast torture lint wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test: lint wheel  ## Everything CI checks
 
 test-fast: .venv/.installed  ## The tests that need no more than a few seconds each
 	$(BIN)/python -m pytest -m 'not slow'
+
+torture: .venv/.installed  ## Kill a federation at 200 random moments; check what must hold
+	$(BIN)/python tests/torture.py --kills 200
 
 lint: .venv/.installed  ## Format, lint, types
 	$(BIN)/ruff format --check .

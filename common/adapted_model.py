@@ -43,6 +43,7 @@ class AdaptedModel:
             for name in names[1:]:
                 self._peft.add_adapter(name, self._peft_config(name))
         self._parameters: dict[str, nn.Parameter] = dict(self._peft.named_parameters())
+        self._active: tuple[tuple[str, ...], str | None] | None = None
         for name, spec in self.specs.items():
             if spec.config.method == "ffa":
                 self._load_frozen(name)
@@ -101,7 +102,12 @@ class AdaptedModel:
             self._spec(name)  # PEFT overlooks a name that it does not know
         if train is not None and train not in names:
             raise AdapterError(f"adapter {train!r} cannot be trained while it is not active")
+        slots = self._spec(train).slots if train is not None else ()
+        trained = [self._parameter(str(train), slot.module, slot.factor) for slot in slots]
+        if self._active == (names, train):
+            return trained  # PEFT walks through all modules several times: a tenth of a step
         tuner = cast(LoraModel, self._peft.base_model)
+        self._active = None
         if names:
             tuner.enable_adapter_layers()
             tuner.set_adapter(list(names))
@@ -109,12 +115,9 @@ class AdaptedModel:
             tuner.disable_adapter_layers()
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
-        if train is None:
-            return []
-        slots = self._spec(train).slots
-        trained = [self._parameter(train, slot.module, slot.factor) for slot in slots]
         for parameter in trained:
             parameter.requires_grad_(True)
+        self._active = (names, train)
         return trained
 
     def _spec(self, name: str) -> AdapterSpec:

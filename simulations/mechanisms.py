@@ -1,0 +1,135 @@
+"""One table: the same users and training under each mechanism, at the same epsilon."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from homefire.client.personalize.private import SHARED
+from homefire.common.adapted_model import AdaptedModel
+from homefire.common.config import PrivacyConfig
+from homefire.common.errors import ConfigError
+from homefire.common.files import write_atomically
+from homefire.common.privacy.accounting import gaussian_mu
+from homefire.common.training import encode, mean_loss
+from homefire.simulations.experiment import Experiment
+from homefire.simulations.metrics import PairedComparison, compare
+from homefire.simulations.preparation import Run, prepare
+from homefire.simulations.progress import Reporter
+from homefire.simulations.rounds import ROUNDS, releases, train_shared
+
+SCORING = "Held-out records"
+
+
+@dataclass(frozen=True, slots=True)
+class MechanismResult:
+    """What one mechanism gave.
+
+    Attributes:
+        name: Of the row.
+        privacy: The run's statement.
+        base_loss: Mean held-out token loss of the base model: seen users, unseen users; nats.
+        loss: The same with the shared adapter.
+        gain: What the shared adapter gains over the base model, per user: seen, unseen.
+        seconds: Wall time of the training.
+    """
+
+    name: str
+    privacy: dict[str, Any]
+    base_loss: tuple[float, float]
+    loss: tuple[float, float]
+    gain: tuple[PairedComparison, PairedComparison]
+    seconds: float
+
+
+def variants(privacy: PrivacyConfig, *, rounds: int) -> dict[str, PrivacyConfig]:
+    """The rows of the table, from the settings of a `banded-sqrt` run with a target epsilon.
+
+    Args:
+        privacy: Names epsilon, delta, participations and separation.
+        rounds: T.
+
+    Raises:
+        ConfigError: The settings are not those of such a run.
+    """
+    if privacy.mechanism != "banded-sqrt" or privacy.epsilon is None or privacy.delta is None:
+        raise ConfigError(
+            "the comparison starts from banded-sqrt with epsilon and delta",
+            hint='Set privacy.mechanism="banded-sqrt" and privacy.epsilon.',
+        )
+    epsilon, delta, clip_norm = privacy.epsilon, privacy.delta, privacy.clip_norm
+    # Without a limit a known cohort means: known to be in all T rounds.
+    known = math.sqrt(rounds) / gaussian_mu(epsilon, delta) * (1 + 1e-12)
+    independent = {"mechanism": "gaussian", "clip_norm": clip_norm, "delta": delta}
+    return {
+        "none": PrivacyConfig(mechanism="none", clip_norm=clip_norm),
+        "banded-sqrt": privacy,
+        "gaussian, equal ε_release": PrivacyConfig(**independent, epsilon=epsilon),
+        "gaussian, equal ε_known_cohort": PrivacyConfig(**independent, noise_multiplier=known),
+    }
+
+
+def compare_mechanisms(
+    experiment: Experiment, folder: Path, reporter: Reporter, *, users: int
+) -> list[MechanismResult]:
+    """Train the shared adapter once under each mechanism and score it on held-out records.
+
+    Args:
+        experiment: Names the `banded-sqrt` run.
+        folder: Made here; gets a run's folder for each mechanism, and `comparison.json`.
+        reporter: Shows progress.
+        users: How many seen and how many unseen users are scored, at the most.
+    """
+    rows = variants(experiment.privacy, rounds=experiment.federation.rounds)
+    results: list[MechanismResult] = []
+    for number, (name, privacy) in enumerate(rows.items(), 1):
+        changed = experiment.model_copy(update={"privacy": privacy})
+        run = prepare(changed, folder / f"{number}-{privacy.mechanism}")
+        results.append(_measure(name, run, reporter, users=users))
+        text = json.dumps([asdict(result) for result in results], indent=2)
+        write_atomically(folder / "comparison.json", text.encode())
+    return results
+
+
+def _measure(name: str, run: Run, reporter: Reporter, *, users: int) -> MechanismResult:
+    shared = train_shared(run, reporter)
+    groups = (
+        range(min(users, run.training)),
+        range(run.training, run.training + min(users, run.unseen)),
+    )
+    with reporter.phase(SCORING, sum(len(group) for group in groups)) as advance:
+        scores = [
+            [_score(run, shared.model, number, advance) for number in group] for group in groups
+        ]
+    seed = run.experiment.seed
+    return MechanismResult(
+        name=name,
+        privacy=releases(run).latest().about["privacy"],
+        base_loss=_means(scores, 0),
+        loss=_means(scores, 1),
+        gain=tuple(compare([b - s for b, s in group], seed=seed) for group in scores),  # type: ignore[arg-type]
+        seconds=reporter.seconds[ROUNDS],
+    )
+
+
+def _score(run: Run, model: AdaptedModel, number: int, advance: Any) -> tuple[float, float]:
+    """Base and shared loss of one user."""
+    tokens = run.experiment.evaluation.max_tokens
+    records = run.held_out[number].records
+    examples = [encode(model.base.tokenizer, record, tokens) for record in records]
+    model.activate()
+    base, _ = mean_loss(model.network, examples)
+    model.activate(SHARED)
+    loss, _ = mean_loss(model.network, examples)
+    model.activate()
+    advance()
+    return base, loss
+
+
+def _means(scores: Sequence[Sequence[tuple[float, float]]], part: int) -> tuple[float, float]:
+    seen, unseen = (
+        math.fsum(score[part] for score in group) / max(1, len(group)) for group in scores
+    )
+    return seen, unseen

@@ -1,0 +1,330 @@
+"""Kill a federation at random moments, take it up again, and check what must hold afterwards.
+
+`make torture` kills 200 times. Each federation runs in a forked process over the in-process Grid:
+the real round loop, ledgers, policies and signatures; only the local training is replaced by a
+vector that follows from user and round, so that every sum is known. After each kill the parent,
+which remembers what it saw before, examines server and devices.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from homefire.client.app import open_device
+from homefire.client.home import Home
+from homefire.client.participation import KIND as PARTICIPATIONS
+from homefire.client.participation import open_participations
+from homefire.common.adapter import AdapterConfig, AdapterSpec, TargetModule
+from homefire.common.config import (
+    BaseModelConfig,
+    DeviceConfig,
+    FederationConfig,
+    OptimizerConfig,
+    PrivacyConfig,
+    RoundsConfig,
+)
+from homefire.common.encoding import digest
+from homefire.common.errors import HomefireError, LedgerError
+from homefire.common.policy import check_plan
+from homefire.common.privacy.clipping import STEPS, Clipped, clip_to_grid
+from homefire.common.privacy.ledger import Ledger
+from homefire.common.privacy.mechanism import FINER, BandedSqrt, Past, advance
+from homefire.common.protocol import (
+    ACTION,
+    STATISTICS,
+    decode_plan,
+    encode_contribution,
+    encode_refusal,
+)
+from homefire.common.records import Record, User, write_users
+from homefire.common.signatures import public_key
+from homefire.common.training import LocalTraining
+from homefire.server.aggregator import noise_stream
+from homefire.server.federation import run_federation
+from homefire.server.planning import plan_privacy
+from homefire.server.run_ledger import KIND as RELEASES
+from homefire.server.run_state import RUN_KEY, SIGNING_KEY, Federation
+from homefire.simulations.grid import InProcessGrid
+from homefire.simulations.preparation import accepting_policy, write_toml
+
+USERS, COHORT, ROUNDS = 12, 3, 12
+CLIP_NORM = 1.0
+LONGEST_LIFE = 0.35
+"""Seconds: about what a federation takes, so that most processes are killed before its end."""
+
+
+def contribution_of(user: int, round_number: int, size: int) -> Clipped:
+    """What a user contributes in a round; known to device and examiner."""
+    rng = np.random.default_rng([user, round_number])
+    return clip_to_grid(rng.normal(size=size), np.ones(STATISTICS), clip_norm=CLIP_NORM)
+
+
+def torture_client(folder: Path) -> ClientApp:
+    """Devices with real policies and ledgers, which note what they saw and what they sent."""
+    app = ClientApp()
+
+    @app.train(ACTION)
+    def answer(message: Message, context: Context) -> Message:
+        plan = decode_plan(message.content)
+        device, user = open_device(context), int(context.node_config["partition-id"])
+        _note(folder / "seen", {"round": plan.header.round, "plan": plan.digest})
+        with open_participations(device.home, device.user.user_id) as ledger:
+            refusal = check_plan(device.home.policy, plan.header, ledger.history)
+            if refusal is not None:
+                return Message(encode_refusal(refusal), reply_to=message)
+            ledger.charge(plan)
+        clipped = contribution_of(user, plan.header.round, plan.release.size)
+        _note(folder / "sent", {"round": plan.header.round, "user": user})
+        key = device.home.identity(device.user.user_id)
+        content = encode_contribution(plan, clipped, node=context.node_id, key=key)
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def prepare(folder: Path, mechanism: str) -> Federation:
+    """A federation of twelve users who take turns."""
+    config = FederationConfig(
+        users=USERS,
+        output=folder / "server",
+        roster=folder / "server" / "roster.txt",
+        base_model=BaseModelConfig(),
+        shared=AdapterConfig(rank=2, alpha=4),
+        local=LocalTraining(),
+        federation=RoundsConfig(rounds=ROUNDS, cohort=COHORT),
+        optimizer=OptimizerConfig(name="fedavg"),
+        privacy=PrivacyConfig.model_validate(
+            {"mechanism": mechanism, "clip_norm": CLIP_NORM, "epsilon": 8.0, "delta": 1e-5}
+        ),
+    )
+    home, privacy = Home(folder / "devices"), plan_privacy(config)
+    home.folder.mkdir(parents=True)
+    write_users(
+        home.folder / "users.jsonl",
+        [User(str(i), (Record("x"), Record("y"))) for i in range(USERS)],
+    )
+    write_toml(home.folder / "device.toml", DeviceConfig())
+    keys = [public_key(home.identity(str(user))) for user in range(USERS)]
+    spec = AdapterSpec(config.shared, (TargetModule("layer", 32, 32),), ("layer",))
+    federation = Federation(config, spec, "0" * 64, privacy, frozenset(keys))
+    server = public_key(federation.keystore.signing_key(SIGNING_KEY))
+    policy = accepting_policy(privacy, config).model_copy(update={"server_keys": (server,)})
+    write_toml(home.folder / "policy.toml", policy)
+    return federation
+
+
+@dataclass
+class Examiner:
+    """What must hold after every kill, checked against what was seen before.
+
+    Attributes:
+        folder: The federation's.
+        federation: What it is about.
+        entries: The server's ledger when last seen.
+        releases: The digest of every release ever seen, by round.
+        run_key: Copied while it exists.
+    """
+
+    folder: Path
+    federation: Federation
+    entries: tuple[dict[str, object], ...] = ()
+    releases: dict[int, str] = field(default_factory=dict)
+    run_key: bytes = b""
+
+    def examine(self) -> None:
+        """Check everything; raises AssertionError with what does not hold."""
+        keystore, output = self.federation.keystore, self.federation.config.output
+        self.run_key = keystore.get(RUN_KEY) or self.run_key
+        anchor = keystore.anchor(RELEASES)
+        with Ledger.open(output / "ledger.jsonl", kind=RELEASES, anchor=anchor) as ledger:
+            entries = ledger.entries
+        require(entries[: len(self.entries)] == self.entries, "the ledger lost an entry")
+        self.entries = entries
+        opened = [entry["round"] for entry in entries if entry["kind"] == "open"]
+        sums = {entry["round"]: entry["digest"] for entry in entries if entry["kind"] == "sum"}
+        require(opened == list(range(1, len(opened) + 1)), "a round was opened twice")
+        require(len(sums) == sum(entry["kind"] == "sum" for entry in entries), "two sums a round")
+        require(len(opened) <= ROUNDS, "more rounds than planned")
+        self._examine_releases(opened, sums)
+        self._examine_devices(opened)
+        self._examine_noise(sums)
+
+    def _examine_releases(self, opened: list[int], sums: dict[int, str]) -> None:
+        key = public_key(self.federation.keystore.signing_key(SIGNING_KEY))
+        found = {}
+        for number in self.federation.store.rounds():
+            release = self.federation.store.read(number)
+            release.verify(key)
+            require(number == 0 or number in opened, "a release that was never charged")
+            require(number == 0 or number in sums, "a release whose sum is not in the ledger")
+            found[number] = str(release.about["digest"])
+        for number, known in self.releases.items():
+            require(found.get(number) == known, f"release {number} changed or vanished")
+        self.releases = found
+
+    def _examine_devices(self, opened: list[int]) -> None:
+        plans = defaultdict(set)
+        for line in _notes(self.folder / "seen"):
+            plans[line["round"]].add(line["plan"])
+            require(line["round"] in opened, "a plan left before its round was charged")
+        require(all(len(seen) == 1 for seen in plans.values()), "one round, two plans")
+        home = Home(self.folder / "devices")
+        charged = set()
+        for user in range(USERS):
+            with open_participations(home, str(user)) as ledger:
+                rounds = [participation.round for participation in ledger.history]
+            charged |= {(user, number) for number in rounds}
+            policy = home.policy
+            gaps = [after - before for before, after in zip(rounds, rounds[1:], strict=False)]
+            require(len(rounds) <= policy.participations, "a device took part too often")
+            require(min(gaps, default=policy.separation) >= policy.separation, "too soon")
+        for line in _notes(self.folder / "sent"):
+            require((line["user"], line["round"]) in charged, "sent before it was charged")
+        require((home.folder / PARTICIPATIONS).is_dir() or not charged, "no ledgers")
+
+    def _examine_noise(self, sums: dict[int, str]) -> None:
+        """Every release is the one before, plus its own sum, plus the noise of its own round."""
+        federation, size = self.federation, self.federation.spec.size
+        mechanism, past = federation.privacy.mechanism, Past()
+        run = str(self.entries[0]["run"]) if self.entries else ""
+        sent: dict[int, set[int]] = defaultdict(set)
+        for line in _notes(self.folder / "sent"):
+            sent[line["round"]].add(line["user"])
+        store, previous, noises = federation.store, 0, set()
+        for number in range(1, max([*self.releases, *sums, 0]) + 1):
+            stream = noise_stream(self.run_key, run, number, sums.get(number, ""))
+            if isinstance(mechanism, BandedSqrt):
+                past = advance(mechanism, federation.vector_size, stream, past)
+                noise = np.rint(past[0] / FINER)
+            else:
+                z = mechanism.noise_multiplier  # type: ignore[union-attr]
+                noise = np.rint(stream.gaussian(federation.vector_size) * (z * STEPS))
+            if number not in self.releases:
+                continue
+            total = np.zeros(federation.vector_size, np.int64)
+            for user in sent[number]:
+                total += contribution_of(user, number, size).values
+            named = digest("homefire/sum/v1", total.astype("<i8").tobytes())
+            require(sums[number] == named, "the ledger names another sum")
+            update = (total + noise)[:size] * (CLIP_NORM / COHORT / STEPS)
+            expected = store.read(previous).vector.astype(np.float64) + update
+            actual = store.read(number).vector
+            require(np.allclose(actual, expected, atol=1e-4), f"release {number}: other noise")
+            noises.add(noise.tobytes())
+            previous = number
+        require(len(noises) == len(self.releases) - (0 in self.releases), "one noise, two sums")
+
+
+def run_and_kill(folder: Path, federation: Federation, life: float) -> bool:
+    """Run or resume the federation in a process of its own and kill it after a while.
+
+    Returns:
+        Whether it was killed; otherwise it came to its end.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            home = Home(folder / "devices")
+            run_federation(InProcessGrid(torture_client(folder), home.folder, USERS), federation)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    deadline = time.monotonic() + life
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            require(os.waitstatus_to_exitcode(status) == 0, "a federation failed by itself")
+            return False
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def one_federation(folder: Path, mechanism: str, rng: random.Random, kills: int) -> int:
+    """One federation from start to end, killed at most so many times; returns how often it was."""
+    federation = prepare(folder, mechanism)
+    examiner, killed = Examiner(folder, federation), 0
+    backup: Path | None = None
+    while True:
+        life = rng.uniform(0.0, LONGEST_LIFE) if killed < kills else 600.0
+        was_killed = run_and_kill(folder, federation, life)
+        if (federation.config.output / "ledger.jsonl").exists():
+            examiner.examine()
+        killed += was_killed
+        if not was_killed:
+            break
+        if backup is None and len(examiner.releases) > 1:
+            backup = folder / "backup"
+            shutil.copytree(federation.config.output, backup)
+    require(federation.keystore.get(RUN_KEY) is None, "the run key outlived the run")
+    if backup is not None:
+        _restore_is_refused(folder, federation, backup)
+    return killed
+
+
+def _restore_is_refused(folder: Path, federation: Federation, backup: Path) -> None:
+    shutil.rmtree(federation.config.output)
+    shutil.copytree(backup, federation.config.output)
+    try:
+        home = Home(folder / "devices")
+        run_federation(InProcessGrid(torture_client(folder), home.folder, USERS), federation)
+    except LedgerError:
+        return
+    require(False, "a restored older state folder was taken up")
+
+
+def require(holds: bool, what: str) -> None:
+    """An assertion that no interpreter flag turns off."""
+    if not holds:
+        raise AssertionError(what)
+
+
+def _note(path: Path, line: dict[str, object]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _notes(path: Path) -> list[dict[str, int]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def main() -> None:
+    """Kill until enough; exit code 1 with the reason where something does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    rng, killed, federations = random.Random(options.seed), 0, 0
+    started = time.monotonic()
+    while killed < options.kills:
+        mechanism = ("banded-sqrt", "gaussian")[federations % 2]
+        with tempfile.TemporaryDirectory(prefix="homefire-torture-") as folder:
+            killed += one_federation(Path(folder), mechanism, rng, options.kills - killed)
+        federations += 1
+        print(f"{killed} of {options.kills} kills, {federations} federations", flush=True)
+    print(f"all invariants held; {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (AssertionError, HomefireError) as failure:
+        print(f"FAILED: {failure}", file=sys.stderr)
+        sys.exit(1)
