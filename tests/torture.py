@@ -15,8 +15,10 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +190,7 @@ class Examiner:
                 rounds = [participation.round for participation in ledger.history]
             charged |= {(user, number) for number in rounds}
             policy = home.policy
-            gaps = [after - before for before, after in zip(rounds, rounds[1:], strict=False)]
+            gaps = [after - before for before, after in pairwise(rounds)]
             require(len(rounds) <= policy.participations, "a device took part too often")
             require(min(gaps, default=policy.separation) >= policy.separation, "too soon")
         for line in _notes(self.folder / "sent"):
@@ -239,10 +241,11 @@ def run_and_kill(folder: Path, federation: Federation, life: float) -> bool:
         try:
             home = Home(folder / "devices")
             run_federation(InProcessGrid(torture_client(folder), home.folder, USERS), federation)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # whatever it was: never back into the parent's code
     deadline = time.monotonic() + life
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -311,7 +314,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    rng, killed, federations = random.Random(options.seed), 0, 0
+    rng, killed, federations = random.Random(options.seed), 0, 0  # noqa: S311
     started = time.monotonic()
     while killed < options.kills:
         mechanism = ("banded-sqrt", "gaussian")[federations % 2]
