@@ -19,7 +19,14 @@ from homefire.common.policy import check_plan
 from homefire.common.privacy.clipping import Clipped, clip_to_grid, is_clipped
 from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal
 from homefire.common.records import User, split_newest
-from homefire.common.training import Example, batch_seed, cycle_batches, encode, train
+from homefire.common.training import (
+    Example,
+    LocalTraining,
+    batch_seed,
+    cycle_batches,
+    encode,
+    train,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,17 +177,42 @@ def contribute(
         PrivacyError: Training gave a value that is not finite; nothing may be sent.
     """
     header = plan.header
-    model.load(SHARED, plan.release)
-    parameters = model.activate(SHARED, train=SHARED)
-    seed = batch_seed("shared", user_id, header.round, header.training.seed)
-    batches = cycle_batches(examples, batch_size=header.training.batch_size, seed=seed)
-    log = train(model.network, parameters, islice(batches, header.training.steps), header.training)
-    update = model.vector(SHARED) - plan.release
+    update, mean_loss = local_update(
+        model, plan.release, examples, header.training, order=(user_id, header.round)
+    )
     clip_norm = header.privacy.clip_norm
-    loss = min(max(log.mean_loss, 0.0), LOSS_SCALE) / LOSS_SCALE
+    loss = min(max(mean_loss, 0.0), LOSS_SCALE) / LOSS_SCALE
     clipped = is_clipped(update, clip_norm=clip_norm, statistics=STATISTICS)
     statistics = np.array([1.0, loss, -1.0 if clipped else 1.0])
     return clip_to_grid(update, statistics, clip_norm=clip_norm)
+
+
+def local_update(
+    model: AdaptedModel,
+    release: Vector,
+    examples: tuple[Example, ...],
+    settings: LocalTraining,
+    *,
+    order: tuple[str, int],
+) -> tuple[Vector, float]:
+    """Train from a release for exactly K steps.
+
+    Args:
+        model: With an adapter named "shared"; private ones take no part.
+        release: Shape (adapter parameters,).
+        examples: One user's records.
+        settings: K, batch, learning rate.
+        order: User and round, of which the order of the batches follows.
+
+    Returns:
+        The difference to the release, unclipped, and the mean training loss in nats.
+    """
+    model.load(SHARED, release)
+    parameters = model.activate(SHARED, train=SHARED)
+    seed = batch_seed("shared", *order, settings.seed)
+    batches = cycle_batches(examples, batch_size=settings.batch_size, seed=seed)
+    log = train(model.network, parameters, islice(batches, settings.steps), settings)
+    return model.vector(SHARED) - release, log.mean_loss
 
 
 def adapted_model(config: DeviceConfig, shared: AdapterConfig) -> AdaptedModel:

@@ -1,6 +1,5 @@
 """The command line: `homefire` or `python -m homefire`."""
 
-import importlib.util
 import logging
 import os
 import sys
@@ -13,8 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from homefire import __version__
-from homefire.common.errors import HomefireError
+from homefire.common.errors import ConfigError, HomefireError
+from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
+from homefire.privacy_experiments import clip, compare
 
 # Set before torch, Flower and Ray are imported, unless the caller chose otherwise. No command of
 # homefire tells anybody that it runs; Flower and Ray would. Threads that wait for each other sleep
@@ -38,21 +39,9 @@ models_app = typer.Typer(help="Base models: fetch and list.", no_args_is_help=Tr
 app.add_typer(models_app, name="models")
 bench_app = typer.Typer(help="Measurements against peers, in one run.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+privacy_app.command()(clip)
+privacy_app.command()(compare)
 app.add_typer(privacy_app, name="privacy")
-
-ExperimentFile = Annotated[
-    Path | None, typer.Argument(help="An experiment file; without it, the default experiment.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change one setting, such as federation.rounds=5; KEY= takes it out. Repeatable.",
-    ),
-]
-Runs = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
-Name = Annotated[str | None, typer.Option(help="Name of the run; default: the experiment's.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -71,26 +60,36 @@ def simulate(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
     name: Name = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with an interrupted run: its folder.")
+    ] = None,
 ) -> None:
     """Train a shared adapter by all users, a private one for each, and report who gained what.
 
     Without a file: a synthetic population on SmolLM2-135M-Instruct, some minutes on two cores.
+    A run that was interrupted goes on with --resume; the round that it was in is spent.
 
     Examples:
       homefire simulate
       homefire simulate --set population.users=24 --set federation.rounds=5
       homefire simulate --set privacy='{mechanism="none", clip_norm=1.0}'
       homefire simulate simulations/experiments/chat/experiment.toml
+      homefire simulate --resume runs/default
     """
-    _need("simulation", "ray", "plotly", "dp_accounting")
+    need("simulation", "ray", "plotly", "dp_accounting")
     from homefire.simulations.experiment import load_experiment
-    from homefire.simulations.preparation import free_folder, prepare
+    from homefire.simulations.preparation import free_folder, prepare, reopen
     from homefire.simulations.progress import Reporter
     from homefire.simulations.simulate import simulate as run_simulation
 
-    settings = load_experiment(experiment, overrides or [])
     console = Console()
-    run = prepare(settings, free_folder(runs, name or settings.name))
+    if resume is not None:
+        if experiment or overrides or name:
+            raise ConfigError("--resume takes the settings of the interrupted run, and no others")
+        run = reopen(resume)
+    else:
+        settings = load_experiment(experiment, overrides or [])
+        run = prepare(settings, free_folder(runs, name or settings.name))
     console.print(f"Run [bold]{escape(str(run.folder))}[/]", soft_wrap=True)
     report = run_simulation(run, Reporter(console))
     _show_summary(console, report)
@@ -110,7 +109,7 @@ def prepare(
     Then any Flower runtime can carry it out; the commands are printed. Flower leaves a SuperLink
     running that keeps the environment it was started with: the printed ports are this run's own.
     """
-    _need("simulation", "ray", "plotly", "dp_accounting")
+    need("simulation", "ray", "plotly", "dp_accounting")
     from homefire.simulations.experiment import load_experiment
     from homefire.simulations.preparation import free_folder, free_ports
     from homefire.simulations.preparation import prepare as prepare_run
@@ -148,7 +147,7 @@ def tune(
     Example:
       homefire tune --grid privacy.clip_norm=1,3 --grid local.learning_rate=0.003,0.01
     """
-    _need("simulation", "ray", "plotly", "dp_accounting")
+    need("simulation", "ray", "plotly", "dp_accounting")
     from homefire.simulations.progress import Reporter
     from homefire.simulations.tuning import tune as run_tuning
 
@@ -173,7 +172,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/default.")],
 ) -> None:
     """Rebuild a run's HTML report from its report.json."""
-    _need("simulation", "plotly")
+    need("simulation", "plotly")
     from homefire.simulations.report import load_report, write_report
 
     write_report(run, load_report(run))
@@ -211,10 +210,10 @@ def bench_overhead(
         int, typer.Option(min=1, help="Trivial devices, all of them in a round.")
     ] = 100,
     rounds: Annotated[int, typer.Option(min=2, help="Rounds; the first is a warm-up.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a round costs besides training: in-process against Flower's Ray simulation."""
-    _need("simulation", "ray")
+    need("simulation", "ray")
     from homefire.simulations.benchmarks.overhead import measure_overhead, show
 
     show(measure_overhead(users=users, rounds=rounds), as_json=as_json)
@@ -225,15 +224,6 @@ def _show_summary(console: Console, report: dict[str, object]) -> None:
 
     for part in summary_tables(report):
         console.print(part)
-
-
-def _need(extra: str, *packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise HomefireError(
-                f"this command needs the package {package}",
-                hint=f"Install homefire[{extra}].",
-            )
 
 
 def main() -> NoReturn:

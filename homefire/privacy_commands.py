@@ -143,7 +143,8 @@ def _show(
     console.print(_answer_table(answer))
     said = answer.statement
     console.print(f"Who takes part: {said.participation}.", markup=False)
-    console.print(f"Promised for {said.unit} ({said.adjacency} adjacency).", markup=False)
+    if answer.charge is not None:
+        console.print(f"Promised for {said.unit} ({said.adjacency} adjacency).", markup=False)
     for caution in answer.cautions:
         console.print(Text(f"Caution: {caution}.", style="yellow"))
     if question.epsilon is None:
@@ -182,7 +183,7 @@ def _answer_rows(answer: "Budget") -> tuple[tuple[str, str, str], ...]:
 
 def _answer_table(answer: "Budget") -> Table:
     table = Table(title=_title(answer), title_justify="left", box=None, show_header=False)
-    table.add_column(min_width=20, overflow="fold")
+    table.add_column(overflow="fold")
     table.add_column(justify="right", style="bold", overflow="fold")
     table.add_column(overflow="fold")
     for row in _answer_rows(answer):
@@ -216,7 +217,7 @@ def _comparison(others: Sequence["Alternative"], epsilon: float) -> Table:
             _short(found.statement.noise_multiplier, digits=4),
             _bound(found.statement.epsilon_release),
             _bound(found.statement.epsilon_known_cohort),
-            _short(found.prefix_rmse / found.schedule.cohort, digits=3),
+            _short(found.prefix_rmse, digits=3),
         )
     return table
 
@@ -231,6 +232,12 @@ def _notes(others: Sequence["Alternative"]) -> list[str]:
     if len(found) > 1:
         (best, first), (second, _) = found[:2]
         lines.append(f"Least noise: {first.name}; the next has {second / best:.2f} times as much.")
+        said = first.budget.statement if first.budget else None
+        if said and said.epsilon_release != said.epsilon_known_cohort:
+            lines.append(
+                f"That holds while nobody learns who took part when; then it is ε = "
+                f"{_bound(said.epsilon_known_cohort)}."
+            )
     return lines + [line for other in others if other.budget for line in _refusals(other.budget)]
 
 
@@ -324,47 +331,17 @@ def render_page(answer: "Budget", points: Sequence["Point"]) -> str:
     Raises:
         HomefireError: Plotly is missing.
     """
-    try:
-        import plotly.graph_objects as go
-    except ImportError as error:
-        raise HomefireError(
-            "--html needs the package plotly", hint="Install homefire[simulation]."
-        ) from error
     from homefire.simulations.report_html import Markup, facts, join, tag
     from homefire.simulations.report_style import POLICY, STYLE
 
-    said = answer.statement
-    figure = go.Figure()
-    noise = [point.noise_multiplier for point in points]
-    series = (
-        (_NAMES[0], [p.epsilon_release for p in points], "circle", "solid", "#d9691e"),
-        (_NAMES[1], [p.epsilon_known_cohort for p in points], "diamond-open", "dash", "#3b8fd4"),
-    )
-    for name, values, symbol, dash, colour in series:
-        figure.add_scatter(
-            x=noise,
-            y=values,
-            name=name,
-            mode="lines+markers",
-            line={"color": colour, "dash": dash},
-            marker={"symbol": symbol, "size": 9},
-            hovertemplate="z %{x:.4g}: ε %{y:.2f}",
-        )
-    figure.add_vline(x=said.noise_multiplier, line={"color": "#8a8f98", "dash": "dot"})
-    figure.update_layout(template={}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
-    figure.update_xaxes(title="noise multiplier z", type="log")
-    figure.update_yaxes(title="ε", type="log")
-    plot = figure.to_html(
-        full_html=False, include_plotlyjs=True, config={"displayModeBar": False, "responsive": True}
-    )
-    title = _title(answer)
+    said, title = answer.statement, _title(answer)
     body = join(
         tag("header", tag("p", "homefire privacy plan", class_="kicker"), tag("h1", title)),
         tag(
             "main",
             facts((name, value) for name, value, _ in _answer_rows(answer)),
             tag("p", f"{said.participation}; {said.unit} ({said.adjacency}).", class_="note"),
-            tag("div", Markup(plot), class_="plot"),
+            tag("div", Markup(_plot(answer, points)), class_="plot"),
         ),
     )
     return (
@@ -374,6 +351,41 @@ def render_page(answer: "Budget", points: Sequence["Point"]) -> str:
         f"{tag('title', title)}\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _plot(answer: "Budget", points: Sequence["Point"]) -> str:
+    """The plot as HTML that brings its own script."""
+    try:
+        import plotly.graph_objects as go
+    except ImportError as error:
+        raise HomefireError(
+            "--html needs the package plotly", hint="Install homefire[simulation]."
+        ) from error
+    figure = go.Figure()
+    series = (
+        (_NAMES[0], [p.epsilon_release for p in points], "circle", "solid", "#d9691e"),
+        (_NAMES[1], [p.epsilon_known_cohort for p in points], "diamond-open", "dash", "#3b8fd4"),
+    )
+    for name, epsilons, symbol, dash, colour in series:
+        figure.add_scatter(
+            x=[point.noise_multiplier for point in points],
+            y=epsilons,
+            name=name,
+            mode="lines+markers",
+            line={"color": colour, "dash": dash},
+            marker={"symbol": symbol, "size": 9},
+            hovertemplate="z %{x:.4g}: ε %{y:.2f}",
+        )
+    answered = answer.statement.noise_multiplier
+    figure.add_vline(x=answered, line={"color": "#8a8f98", "dash": "dot"})
+    # Transparent, without a template: the page's style sheet colours text and grid.
+    figure.update_layout(
+        template="none", paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", height=460
+    )
+    figure.update_xaxes(title="noise multiplier z", type="log")
+    figure.update_yaxes(title="ε", type="log")
+    settings = {"displayModeBar": False, "responsive": True}
+    return str(figure.to_html(full_html=False, include_plotlyjs=True, config=settings))
 
 
 def _bound(epsilon: float | None) -> str:

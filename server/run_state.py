@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from homefire.common.adapter import AdapterSpec, Vector
 from homefire.common.config import FederationConfig
 from homefire.common.encoding import canonical_json, digest
-from homefire.common.errors import FederationError, LedgerError
+from homefire.common.errors import FederationError, LedgerError, SignatureError
 from homefire.common.files import write_atomically
 from homefire.common.keystore import Keystore
 from homefire.common.privacy.ledger import Anchor, Ledger
@@ -33,7 +33,12 @@ from homefire.common.protocol import STATISTICS
 from homefire.common.signatures import public_key
 from homefire.server import optimizers
 from homefire.server.aggregator import RunSecrets, noise_stream
-from homefire.server.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from homefire.server.checkpoints import (
+    Checkpoint,
+    forget_older,
+    read_checkpoint,
+    write_checkpoint,
+)
 from homefire.server.optimizers import OptimizerState
 from homefire.server.planning import PrivacyPlan
 from homefire.server.releases import ReleaseStore
@@ -115,8 +120,8 @@ def open_ledger(federation: Federation) -> RunLedger:
     """The run's ledger, checked against the keystore's anchor and the newest release's.
 
     Raises:
-        LedgerError: Damaged, rolled back, or in use.
-        FederationError: The run is over, or the folder holds releases without a ledger.
+        LedgerError: Damaged, rolled back, in use, or gone, as the keystore may be too.
+        FederationError: The run is over.
     """
     output = federation.config.output
     if federation.store.rounds():
@@ -130,6 +135,19 @@ def open_ledger(federation: Federation) -> RunLedger:
             f"{output} holds a run that is over", hint="Name another output folder."
         )
     return ledger
+
+
+def rounds_spent(output: Path) -> tuple[int, bool]:
+    """How many rounds of an output folder's run are spent, and whether the run is over.
+
+    Raises:
+        LedgerError: The ledger is damaged, rolled back or in use.
+    """
+    if not (output / LEDGER).exists():
+        return 0, False
+    ledger = RunLedger.open(output / LEDGER, Keystore.beside(output))
+    ledger.ledger.close()
+    return ledger.opened, ledger.ended
 
 
 def begin(federation: Federation, ledger: RunLedger, nodes: Sequence[int], run: str) -> RunState:
@@ -215,7 +233,8 @@ def resume(federation: Federation, ledger: RunLedger, nodes: Sequence[int]) -> R
 def commit(federation: Federation, state: RunState, number: int) -> None:
     """Write checkpoint, then release: the release file is what commits the round."""
     checkpoint = Checkpoint(state.release, state.optimizer, state.clip_norm)
-    write_checkpoint(federation.config.output / "checkpoints", number, checkpoint)
+    checkpoints = federation.config.output / "checkpoints"
+    write_checkpoint(checkpoints, number, checkpoint)
     about = {
         "run": state.run,
         "base_model": federation.base_model,
@@ -224,6 +243,7 @@ def commit(federation: Federation, state: RunState, number: int) -> None:
         "ledger": {"length": state.ledger.anchor.length, "head": state.ledger.anchor.head},
     }
     federation.store.write(number, state.release, about, state.key)
+    forget_older(checkpoints)
 
 
 def finish(federation: Federation, state: RunState) -> None:
@@ -250,7 +270,14 @@ def _key_destroyed(federation: Federation, ledger: RunLedger) -> bool:
 def _check_release_anchor(federation: Federation) -> None:
     """The newest release's anchor too: releases newer than their ledger show a rollback."""
     newest = federation.store.latest()
-    newest.verify(public_key(federation.keystore.signing_key(SIGNING_KEY)))
+    try:
+        newest.verify(public_key(federation.keystore.signing_key(SIGNING_KEY)))
+    except SignatureError as error:
+        raise LedgerError(
+            f"{federation.store.folder}: {error}",
+            hint=f"Put {federation.keystore.folder} in place, which belongs to these releases, or "
+            "name another output folder.",
+        ) from error
     known = Anchor(newest.about["ledger"]["length"], newest.about["ledger"]["head"])
     Ledger.open(federation.config.output / LEDGER, kind=KIND, anchor=known).close()
 

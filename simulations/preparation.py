@@ -4,6 +4,7 @@
 
     runs/NAME/
         experiment.toml     the experiment with every default filled in
+        population.json     how many users take part, how many do not, what was left out
         devices/            the home folder of all simulated devices: the older 80 % of histories
         devices.keys/       their identities and the anchors of their ledgers
         held_out.jsonl      the newest records, which no device and no server ever reads
@@ -11,6 +12,7 @@
         server.keys/        the server's keys and the anchor of its ledger
 """
 
+import json
 import math
 import re
 import socket
@@ -24,7 +26,7 @@ from pydantic import BaseModel
 
 from homefire.client.home import Home
 from homefire.common.base_model import locate
-from homefire.common.config import NAME_PATTERN, FederationConfig
+from homefire.common.config import NAME_PATTERN, FederationConfig, load_config
 from homefire.common.errors import ConfigError, DataError, HomefireError
 from homefire.common.files import write_atomically
 from homefire.common.keystore import Keystore
@@ -119,8 +121,24 @@ def prepare(experiment: Experiment, folder: Path) -> Run:
     write_toml(run.home.folder / "device.toml", experiment.for_devices())
     write_toml(run.federation_file, server)
     _enrol(run, users, server, privacy)
+    counts = {"training": run.training, "unseen": run.unseen, "skipped": run.skipped}
+    write_atomically(folder / "population.json", json.dumps(counts).encode())
     write_toml(folder / "experiment.toml", experiment)
     return run
+
+
+def reopen(folder: Path) -> Run:
+    """A run that was prepared before.
+
+    Raises:
+        ConfigError: The folder holds no whole preparation.
+    """
+    experiment = load_config(Experiment, folder / "experiment.toml")
+    try:
+        counts = json.loads((folder / "population.json").read_bytes())
+        return Run(folder, experiment, counts["training"], counts["unseen"], counts["skipped"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder}: not a prepared run ({error})") from error
 
 
 def free_folder(parent: Path, name: str) -> Path:

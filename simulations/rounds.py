@@ -16,6 +16,7 @@ from homefire.common.errors import ConfigError, FederationError
 from homefire.common.training import mean_loss
 from homefire.server.app import app as server_app
 from homefire.server.releases import ReleaseStore
+from homefire.server.run_state import rounds_spent
 from homefire.simulations.grid import InProcessGrid, Traffic
 from homefire.simulations.preparation import Run
 from homefire.simulations.progress import Reporter
@@ -53,8 +54,23 @@ def train_shared(run: Run, reporter: Reporter) -> SharedTraining:
     torch.set_num_threads(experiment.threads or len(os.sched_getaffinity(0)))
     model = adapted_model(experiment.for_devices(), experiment.shared)
     _check_lengths(run, model)
-    settings = experiment.federation
-    with reporter.phase(ROUNDS, settings.rounds * settings.cohort) as advance:
+    traffic = _run_rounds(run, reporter)
+    rounds = _score_releases(run, model)
+    if any(entry["cohort"] for entry in rounds) and not any(entry["accepted"] for entry in rounds):
+        raise FederationError(
+            "no device contributed anything in any round",
+            hint=f"Reasons by count: {rounds[-1]['dropped'] | rounds[-1]['refused']}. "
+            "The warnings above say more.",
+        )
+    return SharedTraining(model, rounds, traffic)
+
+
+def _run_rounds(run: Run, reporter: Reporter) -> Traffic:
+    """All rounds, or those that an interrupted run has left."""
+    settings, output = run.experiment.federation, run.folder / "server"
+    spent, is_over = rounds_spent(output)
+    left = 0 if is_over else settings.rounds - spent
+    with reporter.phase(ROUNDS, left * settings.cohort) as advance:
         grid = InProcessGrid(client_app, run.home.folder, run.training, advance)
         context = Context(
             run_id=grid.run.run_id,
@@ -63,15 +79,9 @@ def train_shared(run: Run, reporter: Reporter) -> SharedTraining:
             state=RecordDict(),
             run_config={"federation": str(run.federation_file)},
         )
-        server_app(grid, context)
-    rounds = _score_releases(run, model)
-    if any(entry["cohort"] for entry in rounds) and not any(entry["accepted"] for entry in rounds):
-        raise FederationError(
-            "no device contributed anything in any round",
-            hint=f"Reasons by count: {rounds[-1]['dropped'] | rounds[-1]['refused']}. "
-            "The warnings above say more.",
-        )
-    return SharedTraining(model, rounds, grid.traffic)
+        if not is_over:
+            server_app(grid, context)
+    return grid.traffic
 
 
 def releases(run: Run) -> ReleaseStore:

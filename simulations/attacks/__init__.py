@@ -1,0 +1,1 @@
+"""The adversaries of docs/THREATS.md, as code."""
