@@ -84,8 +84,8 @@ class RunSecrets:
     """
 
     ledger: RunLedger
-    run_key: bytes
-    past: Past = ()
+    run_key: bytes = field(repr=False)
+    past: Past = field(default=(), repr=False)
 
 
 def open_round(plan: RoundPlan, *, size: int, asked: set[int], roster: Set[str]) -> OpenRound:
@@ -94,8 +94,12 @@ def open_round(plan: RoundPlan, *, size: int, asked: set[int], roster: Set[str])
     return OpenRound(plan, size, set(asked), set(roster), total)
 
 
-def accept(current: OpenRound, reply: Message) -> None:
+def accept(current: OpenRound, reply: Message | RejectedContributionError) -> None:
     """Take one reply: add it, or count why not. Never raises for what a peer sent.
+
+    Args:
+        current: The round.
+        reply: Or why it was thrown away unread.
 
     Guarantees:
         One vote: a sender who was not asked, or who answered before, is not added; nor is a device
@@ -103,6 +107,9 @@ def accept(current: OpenRound, reply: Message) -> None:
         Too late: once the round is closed nothing is added.
         Isolation: a bad contribution is counted and leaves the sum as it was.
     """
+    if isinstance(reply, RejectedContributionError):
+        current.dropped[reply.reason] += 1
+        return
     if reply.has_error():
         current.dropped["device error"] += 1
         return

@@ -23,6 +23,7 @@ from homefire.common.signatures import public_key
 from homefire.server import optimizers
 from homefire.server.aggregator import NoisyAverage, OpenRound, accept, close_round, open_round
 from homefire.server.cohorts import cohort_of
+from homefire.server.inbox import Answer, Inbox
 from homefire.server.run_state import (
     Federation,
     RunState,
@@ -35,7 +36,8 @@ from homefire.server.run_state import (
 
 LOG = logging.getLogger(__name__)
 SHORTEST_POLL, LONGEST_POLL = 0.05, 1.0  # seconds
-PULLED_AT_ONCE = 32
+LARGEST_ENVELOPE = 1 << 17
+"""Bytes of a reply's record besides its vector: header, signature, names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,6 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
     Raises:
         FederationError: The output folder holds a run that is over or another one, there are fewer
             or more devices than enrolled users, or training diverged.
-        BudgetExhaustedError: The run has spent what was planned.
         LedgerError: The ledger is damaged, rolled back or in use.
     """
     config = federation.config
@@ -191,26 +192,24 @@ def _collect(
     )
     waiting = {identifier for identifier in grid.push_messages(list(messages)) if identifier}
     unsent = len(cohort) - len(waiting)
-    for reply in _replies(grid, waiting, deadline):
-        accept(current, reply)
+    inbox = Inbox(grid, largest=4 * federation.vector_size + LARGEST_ENVELOPE)
+    for answer in _replies(inbox, waiting, deadline):
+        accept(current, answer)
     if missing := unsent + len(waiting):
         current.dropped["no answer"] += missing
     return current
 
 
-def _replies(grid: Grid, waiting: set[str], deadline: float) -> Iterator[Message]:
+def _replies(inbox: Inbox, waiting: set[str], deadline: float) -> Iterator[Answer]:
     """Replies one by one as they arrive; what is late stays in `waiting`."""
     end = time.monotonic() + deadline
     pause = SHORTEST_POLL
     while waiting and time.monotonic() < end:
         arrived = False
-        # A few at a time: what a grid hands over at once is in memory at once.
-        asked = list(waiting)
-        for start in range(0, len(asked), PULLED_AT_ONCE):
-            for reply in grid.pull_messages(asked[start : start + PULLED_AT_ONCE]):
-                arrived = True
-                waiting.discard(reply.metadata.reply_to_message_id)
-                yield reply
+        for identifier, answer in inbox.pull(list(waiting)):
+            arrived = True
+            waiting.discard(identifier)
+            yield answer
         pause = SHORTEST_POLL if arrived else min(LONGEST_POLL, 1.5 * pause)
         if not arrived:
             time.sleep(pause)
