@@ -1,5 +1,6 @@
 """The command line: `homefire` or `python -m homefire`."""
 
+import json
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from homefire import __version__
-from homefire.common.errors import ConfigError, HomefireError
+from homefire.common.errors import ConfigError, HomefireError, PrivacyError
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
 from homefire.privacy_experiments import clip, compare
@@ -177,6 +178,41 @@ def report(
 
     write_report(run, load_report(run))
     typer.echo(f"Report: {(run / 'report.html').resolve()}")
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/default.")],
+    users: Annotated[
+        int, typer.Option(min=4, help="Users of each group for the membership attack.")
+    ] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Attack a finished run: canaries, statistics of its noise, membership inference.
+
+    The lower bound that the canaries give must not exceed ε_known_cohort; where it does, the noise
+    or the accounting is wrong and the exit code is 1. The figures go into the run's report.
+
+    Example:
+      homefire audit runs/default
+    """
+    need("simulation", "plotly", "scipy")
+    from homefire.simulations.audit.of_run import audit_run
+    from homefire.simulations.progress import Reporter
+    from homefire.simulations.report_text import audit_table
+
+    found = audit_run(run, Reporter(Console(stderr=True)), users=users)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        Console().print(audit_table(found))
+        typer.echo(f"Report: {(run / 'report.html').resolve()}")
+    noise = found["noise"]
+    if not found["canary"]["claim_holds"] or (noise is not None and not noise["passed"]):
+        raise PrivacyError(
+            "the audit contradicts what the run claims",
+            hint="Once in a hundred audits chance does it; repeat it, and look at the noise.",
+        )
 
 
 @models_app.command("get")

@@ -16,7 +16,7 @@ from homefire.common.errors import ConfigError, HomefireError
 if TYPE_CHECKING:
     from homefire.server.budget import Alternative, Budget, Point, Question
 
-privacy_app = typer.Typer(help="Privacy: plan what a run may promise.", no_args_is_help=True)
+privacy_app = typer.Typer(help="Plan, calibrate and compare what a run may promise.", no_args_is_help=True)
 
 _MEANINGS = {
     "release": "against whoever receives the releases",
@@ -217,7 +217,7 @@ def _comparison(others: Sequence["Alternative"], epsilon: float) -> Table:
             _short(found.statement.noise_multiplier, digits=4),
             _bound(found.statement.epsilon_release),
             _bound(found.statement.epsilon_known_cohort),
-            _short(found.prefix_rmse, digits=3),
+            _short(found.prefix_rmse / found.schedule.cohort, digits=3),
         )
     return table
 

@@ -76,7 +76,7 @@ class Question:
 
     def __post_init__(self) -> None:
         _name(self.mechanism)
-        check_accounting(self.accountant)
+        _refuse_wrong(self.accountant, "Leave --accountant out.")
         if self.accountant not in ("auto", "exact", "pld"):
             raise PrivacyError(
                 f"unknown accountant {self.accountant!r}", hint="Use auto, exact or pld."
@@ -197,7 +197,7 @@ def default_delta(users: int) -> float:
     >>> [default_delta(users) for users in (1, 1000, 1_000_000)]
     [1e-05, 1e-05, 2e-07]
     """
-    digits, exponent = f"{min(1e-5, users**-1.1):.15e}".split("e")
+    digits, exponent = f"{min(1e-5, min(users, MANY_USERS) ** -1.1):.15e}".split("e")
     return float(f"{digits[0]}e{exponent}")
 
 
@@ -344,8 +344,16 @@ def _accountant(mechanism: Mechanism) -> Accountant | None:
             return "exact"
 
 
+def _refuse_wrong(name: str, hint: str) -> None:
+    try:
+        check_accounting(name)
+    except PrivacyError as error:
+        error.hint = hint
+        raise
+
+
 def _name(name: str) -> MechanismName:
-    check_accounting(name)
+    _refuse_wrong(name, "Use --mechanism banded-sqrt, or gaussian for random cohorts.")
     for known in _MECHANISMS:
         if name == known:
             return known

@@ -12,7 +12,7 @@ from homefire.common.vector_file import read_vector, write_vector
 from homefire.server.optimizers import OptimizerState
 
 KEPT = 2
-"""The newest release's checkpoint, and that of the one before while a new one is written."""
+"""The newest release's checkpoint and the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, number: int, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint of a round, before its release, and remove those that are older."""
+    """Write the checkpoint of a round, before its release."""
     state = checkpoint.optimizer
     moments = np.concatenate([state.momentum, state.second_moment]).astype(np.float32)
     about = {
@@ -40,8 +40,6 @@ def write_checkpoint(folder: Path, number: int, checkpoint: Checkpoint) -> None:
         "release_digest": release_digest(checkpoint.release),
     }
     write_vector(_path(folder, number), moments, about, kind="checkpoint")
-    for old in sorted(folder.glob("[0-9]*.safetensors"))[:-KEPT]:
-        old.unlink()
 
 
 def read_checkpoint(folder: Path, number: int, release: Vector) -> Checkpoint:
@@ -59,6 +57,15 @@ def read_checkpoint(folder: Path, number: int, release: Vector) -> Checkpoint:
         raise LedgerError(f"{path}: this is the checkpoint of another release")
     momentum, second = np.split(moments.astype(np.float64), 2)
     return Checkpoint(release, OptimizerState(momentum, second), float(about["clip_norm"]))
+
+
+def forget_older(folder: Path) -> None:
+    """Remove all but the newest checkpoints, once the newest one's release is there.
+
+    Not before: interrupted rounds leave checkpoints that are newer than the newest release.
+    """
+    for old in sorted(folder.glob("[0-9]*.safetensors"))[:-KEPT]:
+        old.unlink()
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -65,11 +65,11 @@ def plan_privacy(config: FederationConfig) -> PrivacyPlan:
     Raises:
         PrivacyError: The noise, the target, the rule of participation or delta makes no sense.
     """
-    privacy, schedule = config.privacy, _schedule(config)
+    privacy, schedule = config.privacy, schedule_of(config)
     large = None
     if privacy.deployment is not None:
         large = _large_schedule(privacy, privacy.deployment, schedule)
-    check_small_delta(privacy.delta, (large or schedule).users)
+    check_small_delta(privacy.delta, max(schedule.users, (large or schedule).users))
     if privacy.mechanism == "none":
         return PrivacyPlan(
             NoPrivacy(schedule.sampling_rate),
@@ -101,7 +101,8 @@ def check_small_delta(delta: float | None, users: int) -> None:
         )
 
 
-def _schedule(config: FederationConfig) -> Schedule:
+def schedule_of(config: FederationConfig) -> Schedule:
+    """Who is asked how often in a run: the facts that its own claim stands on."""
     privacy, rounds = config.privacy, config.federation
     # The noise of a deployment is what its own limit says; the small run asks its few users more.
     limit = privacy.participations if privacy.deployment is None else None

@@ -44,13 +44,17 @@ class Release:
             SignatureError: Another key, or something was changed.
         """
         unsigned = {name: value for name, value in self.about.items() if name != "signature"}
-        if unsigned.get("digest") != release_digest(self.vector):
-            raise SignatureError(f"release {self.round} does not have the digest that is signed")
+        signed = unsigned.get("round"), unsigned.get("digest")
+        if signed != (self.round, release_digest(self.vector)):
+            raise SignatureError(
+                f"release {self.round} does not have the number and digest that are signed"
+            )
         try:
             signature = bytes.fromhex(self.about["signature"])
+            text = canonical_json(unsigned)
         except (KeyError, TypeError, ValueError) as error:
             raise SignatureError(f"release {self.round} is not signed") from error
-        verify(server_key, signature, LABEL, canonical_json(unsigned))
+        verify(server_key, signature, LABEL, text)
 
 
 @dataclass(frozen=True, slots=True)

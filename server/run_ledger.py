@@ -131,7 +131,7 @@ class RunLedger:
                         f"all {self.facts['rounds']} rounds that this run may spend are spent",
                         hint="A run's privacy is planned beforehand; start another run.",
                     )
-                fits = type(number) is int and number == self.opened + 1
+                fits = type(number) is int and number == self.opened + 1 and self._is_settled()
             case "sum":
                 fits = self._is_open(number) and isinstance(entry["digest"], str)
             case "burnt":
@@ -142,6 +142,10 @@ class RunLedger:
                 fits = False
         if not fits:
             raise LedgerError(f"an entry {kind!r} for round {number} cannot come here")
+
+    def _is_settled(self) -> bool:
+        newest = self.opened
+        return newest == 0 or newest in self.sums or newest in self.burnt
 
     def _is_open(self, number: object) -> bool:
         return (

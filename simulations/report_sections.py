@@ -74,6 +74,61 @@ def training(rounds: Sequence[Mapping[str, Any]], plot: Plot | None) -> Markup:
     )
 
 
+def audit(found: Mapping[str, Any] | None) -> Markup:
+    """What `homefire audit` found; nothing where it was not run."""
+    if found is None:
+        return Markup()
+    canary, noise, attack = found["canary"], found["noise"], found["membership"]
+    claimed = canary["epsilon_claimed"]
+    rows: list[tuple[object, ...]] = [
+        (
+            f"One-shot canaries ({canary['canaries']:,} in, as many out, d = "
+            f"{canary['dimension']:,}): ε, lower bound at {canary['confidence']:.0%}",
+            h.number(canary["epsilon_lower"]),
+            "must not exceed ε_known_cohort, "
+            + ("which is unbounded" if claimed is None else h.number(claimed)),
+            _verdict(canary["claim_holds"]),
+        ),
+        ("The same: point estimate", h.number(canary["epsilon"]), "no bound", ""),
+    ]
+    if noise is not None:
+        rows.append(
+            (
+                "Noise: standard deviation over what was announced",
+                h.number(noise["scale"]),
+                f"p = {noise['p_value']:.2g} over scale, shape and independence",
+                _verdict(noise["passed"]),
+            )
+        )
+    if attack is not None:
+        low, high = attack["auc_interval"]
+        rows += [
+            (
+                f"Membership inference, {attack['members']:,} training against "
+                f"{attack['others']:,} unseen users: AUC",
+                h.number(attack["auc"]),
+                f"{attack['confidence']:.0%} interval {low:.3f} to {high:.3f}; a guess has 0.5",
+                "",
+            ),
+            ("The same: ε, lower bound", h.number(attack["epsilon_lower"]), "", ""),
+        ]
+    return section(
+        "Audit",
+        h.table("What attacks and statistics show", ["What", "Found", "Reading", ""], rows),
+        tag(
+            "p",
+            "The canaries audit the mechanism over the run's rounds at the worst participation that"
+            " its rule allows; the membership attack looks at the last release alone.",
+            class_="note",
+        ),
+        id_="audit",
+    )
+
+
+def _verdict(holds: bool) -> str:
+    return "holds" if holds else "FAILS"
+
+
 def efficiency(figures: Mapping[str, Any]) -> Markup:
     """Traffic, time and memory."""
     up, down = figures["bytes_up_per_contribution"], figures["bytes_down_per_contribution"]

@@ -46,6 +46,25 @@ def _privacy(privacy: dict[str, Any], deployment: dict[str, Any] | None) -> Iter
         )
 
 
+def audit_table(found: dict[str, Any]) -> Table:
+    """What `homefire audit` found."""
+    canary, noise, attack = found["canary"], found["noise"], found["membership"]
+    table = Table("", "found", "to compare with", title="Audit", title_justify="left")
+    table.add_row(
+        f"canaries: ε, {canary['confidence']:.0%} lower bound",
+        _epsilon(canary["epsilon_lower"]),
+        f"ε_known_cohort {_epsilon(canary['epsilon_claimed'])}",
+    )
+    table.add_row("canaries: ε, point estimate", _epsilon(canary["epsilon"]), "no bound")
+    if noise is not None:
+        table.add_row("noise: scale", f"{noise['scale']:.4f}", f"1; p = {noise['p_value']:.2g}")
+    if attack is not None:
+        low, high = attack["auc_interval"]
+        table.add_row("membership: AUC", f"{attack['auc']:.3f}", f"0.5; {low:.3f} … {high:.3f}")
+        table.add_row("membership: ε, lower bound", _epsilon(attack["epsilon_lower"]), "")
+    return table
+
+
 def _epsilon(value: float | None) -> str:
     return "∞" if value is None else f"{value:,.2f}"
 

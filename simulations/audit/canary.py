@@ -1,9 +1,9 @@
 """The one-shot canary audit: what a recipient who knows the cohorts can tell about one user.
 
-Many made-up users, the canaries, send contributions of exactly the clip norm in directions that the
-recipient knows. Half of them are held out. How well the releases tell the two halves apart bounds
-epsilon from below. (Andrew et al. 2023, "One-shot empirical privacy estimation for federated
-learning"; the directions here are orthogonal, so that no canary disturbs another.)
+Many made-up users, the canaries, put contributions of exactly the clip norm into the sums, in
+directions that the recipient knows. Half of them are held out. How well the releases tell the two
+halves apart bounds epsilon from below. (Andrew et al. 2023, "One-shot empirical privacy estimation
+for federated learning"; the directions here are orthogonal, so that no canary disturbs another.)
 """
 
 import math
@@ -30,7 +30,10 @@ from homefire.simulations.audit.path import Floats, releases, whiten
 
 CONFIDENCE = 0.99
 CANARIES = 4096
-DIMENSION = 16_384
+DIMENSION = 8192
+OVERSHOOT = 4.0
+"""How many clip norms a canary sends, so that clipping has work to do; what is left is one."""
+
 ROUNDS = "homefire audit: rounds of the canaries"
 DIRECTIONS = "homefire audit: directions of the canaries"
 
@@ -176,14 +179,14 @@ def _scores(
 ) -> tuple[Floats, Floats]:
     """The likelihood-ratio scores of the inserted and of the held-out canaries, shape (m,) each.
 
-    After whitening, a canary adds its signature to noise that is independent from round to round, so
-    that the inner product with the signature is all that there is to know. Unit: the clip norm.
+    After whitening, a canary adds its signature to noise that is independent from round to round,
+    so that the inner product with the signature is all there is to know. Unit: the clip norm.
     """
     pairs = len(took)
     sums = _sums(
         took,
         lambda index: clip_to_grid(
-            clip_norm * directions.direction(index), np.zeros(0), clip_norm=clip_norm
+            OVERSHOOT * clip_norm * directions.direction(index), np.zeros(0), clip_norm=clip_norm
         ),
     )
     seen = np.array(

@@ -42,12 +42,14 @@ class Directions:
         size, frequency = len(self._signs), int(self._order[index])
         phases = (frequency * (2 * np.arange(size) + 1)) % (4 * size)
         length = math.sqrt((2 if frequency else 1) / size)
-        return length * self._signs * self._cosines[phases]
+        unit: Floats = length * self._signs * self._cosines[phases]
+        return unit
 
     def project(self, values: Floats, count: int) -> Floats:
         """The inner products with the first `count` directions, shape (count,)."""
         spectrum: Floats = fft.dct(self._signs * values, norm="ortho")
-        return np.take(spectrum, self._order[:count])
+        chosen: Floats = spectrum[self._order[:count]]
+        return chosen
 
 
 def rounds_taken(

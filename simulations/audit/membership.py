@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from homefire.common.errors import DataError, PrivacyError
 from homefire.common.privacy.accounting import check_delta
@@ -19,6 +19,7 @@ from homefire.common.privacy.accounting import check_delta
 Floats = npt.NDArray[np.float64]
 FALSE_POSITIVE_RATES = (0.01, 0.02, 0.05, 0.1)
 CONFIDENCE = 0.99
+HAIR = 1e-12
 FEWEST = 4
 """Users in each group: two to choose a threshold, two to judge it."""
 
@@ -153,8 +154,9 @@ def auc_interval(
         variance = theta * (1 - theta) * spread / (members * others)
         return (area - theta) ** 2 - z * z * variance
 
-    low = 0.0 if area == 0 else float(optimize.brentq(excess, 0.0, area))
-    high = 1.0 if area == 1 else float(optimize.brentq(excess, area, 1.0))
+    # 0 and 1 are roots themselves where the area is 0 or 1: start a hair beside them.
+    low = 0.0 if area == 0 else float(optimize.brentq(excess, 0.0, min(area, 1 - HAIR)))
+    high = 1.0 if area == 1 else float(optimize.brentq(excess, max(area, HAIR), 1.0))
     return low, high
 
 
@@ -188,7 +190,7 @@ def epsilon_lower_bound(
 
 
 def _least_rate(hits: int, trials: int, tail: float) -> float:
-    return 0.0 if hits == 0 else float(stats.beta.ppf(tail, hits, trials - hits + 1))
+    return 0.0 if hits == 0 else float(special.betaincinv(hits, trials - hits + 1, tail))
 
 
 def _power(members: Floats, others: Floats, rate: float) -> float:

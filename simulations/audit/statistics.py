@@ -41,8 +41,8 @@ class NoiseFit:
         scale: Sample standard deviation over z C; 1 is right, 0.5 is half of the noise.
         scale_p: Chi-square test of the scale, two-sided.
         shape_p: Kolmogorov-Smirnov test of the distribution.
-        rounds_p: The largest correlation of the noise of any number of rounds apart, at any shift
-            of the coordinates.
+        rounds_p: The largest correlation between rounds, over all distances of rounds and shifts
+            of the coordinates; all pairs of rounds at one distance are taken together.
         coordinates_p: The largest correlation within rounds, at any shift of the coordinates.
     """
 

@@ -1,0 +1,89 @@
+"""The audit of one finished run: what its mechanism and its release really show."""
+
+from pathlib import Path
+from typing import Any
+
+from homefire.client.device import adapted_model
+from homefire.client.personalize.private import SHARED
+from homefire.common.adapted_model import AdaptedModel
+from homefire.common.config import FederationConfig, load_config
+from homefire.common.errors import DataError
+from homefire.common.privacy.mechanism import NoPrivacy
+from homefire.common.training import encode, mean_loss
+from homefire.server.planning import plan_privacy, schedule_of
+from homefire.simulations.audit import canary, membership, statistics
+from homefire.simulations.preparation import Run, reopen
+from homefire.simulations.progress import Advance, Reporter
+from homefire.simulations.report import load_report, write_report
+from homefire.simulations.rounds import releases
+
+CANARIES, NOISE, MEMBERSHIP = "Canaries", "Noise", "Membership inference"
+DELTA_WITHOUT_NOISE = 1e-5
+FEWEST_USERS = 4
+
+
+def audit_run(folder: Path, reporter: Reporter, *, users: int) -> dict[str, Any]:
+    """Audit a run and put the figures into its report.
+
+    Args:
+        folder: The run's folder.
+        reporter: Shows progress.
+        users: How many training and how many unseen users the membership attack scores at most.
+
+    Returns:
+        Three entries: `canary`, the one-shot audit of the run's mechanism over its rounds, at
+        worst-case participation; `noise`, goodness of fit, null without noise; `membership`, an
+        attack on the last release by the loss on the users' older records, null with too few users.
+
+    Raises:
+        DataError: The run has no report yet.
+        ConfigError: The folder is no run.
+    """
+    report, run = load_report(folder), reopen(folder)
+    config = load_config(FederationConfig, run.federation_file)
+    mechanism, schedule = plan_privacy(config).mechanism, schedule_of(config)
+    delta = config.privacy.delta or DELTA_WITHOUT_NOISE
+    with reporter.phase(CANARIES, 1) as advance:
+        canaries = canary.audit(mechanism, schedule, delta=delta)
+        advance()
+    fit = None
+    if not isinstance(mechanism, NoPrivacy):
+        with reporter.phase(NOISE, 1) as advance:
+            fit = statistics.fit_noise(mechanism).to_json()
+            advance()
+    found = {
+        "canary": canaries.to_json(),
+        "noise": fit,
+        "membership": _membership(run, reporter, users=users, delta=delta),
+    }
+    write_report(folder, {**report, "audit": found})
+    return found
+
+
+def _membership(run: Run, reporter: Reporter, *, users: int, delta: float) -> dict[str, Any] | None:
+    members = range(min(users, run.training))
+    others = range(run.training, run.training + min(users, run.unseen))
+    if min(len(members), len(others)) < FEWEST_USERS:
+        return None
+    model = adapted_model(run.experiment.for_devices(), run.experiment.shared)
+    model.load(SHARED, releases(run).latest().vector)
+    with reporter.phase(MEMBERSHIP, len(members) + len(others)) as advance:
+        inside = [_gain(run, model, number, advance) for number in members]
+        outside = [_gain(run, model, number, advance) for number in others]
+    return membership.attack(inside, outside, delta=delta, seed=run.experiment.seed).to_json()
+
+
+def _gain(run: Run, model: AdaptedModel, number: int, advance: Advance) -> float:
+    """By how much the release lowers the loss on what a device may have trained on."""
+    records = run.home.user(number).records
+    if not records:
+        raise DataError(f"user {number} has no records")
+    tokens = run.experiment.local.max_tokens
+    examples = [encode(model.base.tokenizer, record, tokens) for record in records]
+    model.activate()
+    base, _ = mean_loss(model.network, examples)
+    model.activate(SHARED)
+    loss, _ = mean_loss(model.network, examples)
+    model.activate()
+    advance()
+    return float(membership.loss_reduction([loss], [base])[0])
