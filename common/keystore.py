@@ -154,8 +154,8 @@ class Keystore:
         """Store an anchor; it is on the disk when this returns.
 
         Raises:
-            LedgerError: The stored anchor is longer, as long with another head, or damaged.
-            OSError: It could not be written; the old one stays.
+            LedgerError: The stored anchor is longer, as long with another head, or damaged; or it
+                could not be written, and the old one stays.
         """
         path = self._path(name)
         with self._locked():
@@ -168,7 +168,13 @@ class Keystore:
                     f"of {anchor.length}",
                     hint="The ledger was rolled back or replaced: put its newest copy in place.",
                 )
-            write_atomically(path, _anchor_file(name, anchor), mode=0o600)
+            try:
+                write_atomically(path, _anchor_file(name, anchor), mode=0o600)
+            except OSError as error:
+                raise LedgerError(
+                    f"{path}: the anchor could not be written ({error})",
+                    hint="Check the disk, its free room and the permissions.",
+                ) from error
 
     def signing_key(self, name: str) -> Ed25519PrivateKey:
         """The Ed25519 key whose seed is the secret of this name, drawn at first use."""

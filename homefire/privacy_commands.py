@@ -16,7 +16,9 @@ from homefire.common.errors import ConfigError, HomefireError
 if TYPE_CHECKING:
     from homefire.server.budget import Alternative, Budget, Point, Question
 
-privacy_app = typer.Typer(help="Plan, calibrate and compare what a run may promise.", no_args_is_help=True)
+privacy_app = typer.Typer(
+    help="Plan, calibrate and compare what a run may promise.", no_args_is_help=True
+)
 
 _MEANINGS = {
     "release": "against whoever receives the releases",

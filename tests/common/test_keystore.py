@@ -1,17 +1,18 @@
 """The keystore: private, whole, one secret for everybody, and anchors that only grow."""
 
-import multiprocessing
 import os
 import signal
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homefire.common.errors import ConfigError, LedgerError, PrivacyError
@@ -20,6 +21,16 @@ from homefire.common.keystore import Keystore
 from homefire.common.privacy.ledger import Anchor, Ledger
 
 HEADS = ["0" * 64, "ab" * 32]
+
+# Another process that asks for a secret once its input ends.
+ASK = """
+import sys
+from pathlib import Path
+from homefire.common.keystore import Keystore
+print("ready", flush=True)
+sys.stdin.read()
+print(Keystore(Path(sys.argv[1])).secret("run").hex())
+"""
 
 # Every way to use a name.
 USES: list[Callable[[Keystore, str], object]] = [
@@ -45,12 +56,6 @@ def names(store: Keystore) -> list[str]:
     return sorted(path.name for path in store.folder.iterdir())
 
 
-def ask(folder: Path, go: Connection, answer: Connection) -> None:
-    """In another process: wait for the signal, then ask for the secret."""
-    go.recv()
-    answer.send(Keystore(folder).secret("run"))
-
-
 def test_keystore_lies_beside_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Keystore.beside(tmp_path / "a" / "state").folder == tmp_path / "a" / "state.keys"
     assert Keystore.beside(tmp_path / "state.v1").folder == tmp_path / "state.v1.keys"
@@ -62,6 +67,7 @@ def test_keystore_lies_beside_the_state(tmp_path: Path, monkeypatch: pytest.Monk
         Keystore.beside(Path("/"))
 
 
+@settings(max_examples=20)
 @given(st.binary(max_size=100), st.binary(max_size=100))
 def test_what_was_put_is_what_is_got(
     tmp_path_factory: pytest.TempPathFactory, first: bytes, second: bytes
@@ -190,20 +196,23 @@ def test_secret_of_another_length_is_refused(store: Keystore, damaged: bytes) ->
 
 
 def test_one_secret_for_all_processes(store: Keystore) -> None:
-    context = multiprocessing.get_context("spawn")
-    pipes = [(context.Pipe(duplex=False), context.Pipe(duplex=False)) for _ in range(3)]
-    children = [
-        context.Process(target=ask, args=(store.folder, go[0], answer[1])) for go, answer in pipes
-    ]
-    for child in children:
-        child.start()
-    for go, _ in pipes:
-        go[1].send(None)
-    found = {answer[0].recv() for _, answer in pipes}
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
-    assert found == {store.secret("run")}
+    command = [sys.executable, "-c", ASK, str(store.folder)]
+    with ExitStack() as stack:
+        children = [
+            stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+            )
+            for _ in range(3)
+        ]
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+        for child in children:
+            assert child.stdin is not None
+            child.stdin.close()
+        found = {child.stdout.read() for child in children if child.stdout}
+    assert {child.returncode for child in children} == {0}
+    assert found == {store.secret("run").hex().encode() + b"\n"}
 
 
 def test_one_secret_for_all_threads(store: Keystore, monkeypatch: pytest.MonkeyPatch) -> None:

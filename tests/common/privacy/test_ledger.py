@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from homefire.common.encoding import canonical_json, digest
@@ -91,6 +91,7 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
+@settings(max_examples=40)
 @given(entry_lists)
 @example(ENTRIES)
 def test_prefix_an_opening_gives_what_was_appended_in_order(
@@ -230,6 +231,7 @@ def test_prefix_a_file_cut_at_every_byte_opens_to_a_prefix(tmp_path: Path) -> No
         check_cut(path, ENTRIES, anchor, size)
 
 
+@settings(max_examples=40)
 @given(entry_lists, st.binary(max_size=30).map(lambda tail: tail.replace(b"\n", b"")), st.data())
 def test_prefix_whatever_follows_the_last_newline_is_cut_off(
     tmp_path_factory: pytest.TempPathFactory,
@@ -261,7 +263,7 @@ def test_prefix_a_whole_line_without_newline_is_cut_off_with_a_warning(
 
 def test_damage_any_single_flipped_bit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
-    anchor = write(path, ENTRIES)
+    anchor = write(path, ENTRIES[:2])
     whole = path.read_bytes()
     for position in range(len(whole)):
         for bit in range(8):
@@ -273,10 +275,11 @@ def test_damage_any_single_flipped_bit_is_refused(tmp_path: Path) -> None:
                 error = refuse(path, f"{path}, line {line}: ")
                 assert error.hint
             else:  # the final newline: what was the last line looks torn
-                refuse(path, "holds 2 entries, but 3 were written", anchor)
-                assert read(path) == ENTRIES[:-1]
+                refuse(path, "holds 1 entries, but 2 were written", anchor)
+                assert read(path) == ENTRIES[:1]
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_damage_missing_swapped_repeated_and_added_lines_are_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -515,7 +518,7 @@ def test_a_closed_ledger_takes_nothing(tmp_path: Path) -> None:
     with Ledger.open(tmp_path / "ledger", kind=KIND) as ledger:
         anchor = ledger.append({"round": 1})
     ledger.close()
-    with pytest.raises(LedgerError, match="closed"):
+    with pytest.raises(LedgerError, match="the ledger is closed"):
         ledger.append({"round": 2})
     assert (ledger.entries, ledger.anchor) == (({"round": 1},), anchor)
 
