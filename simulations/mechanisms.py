@@ -12,7 +12,7 @@ from homefire.common.adapted_model import AdaptedModel
 from homefire.common.config import PrivacyConfig
 from homefire.common.errors import ConfigError
 from homefire.common.files import write_atomically
-from homefire.common.privacy.accounting import gaussian_mu
+from homefire.common.privacy.schedule import Schedule
 from homefire.common.training import encode, mean_loss
 from homefire.simulations.experiment import Experiment
 from homefire.simulations.metrics import PairedComparison, compare
@@ -44,11 +44,15 @@ class MechanismResult:
     seconds: float
 
 
-def variants(privacy: PrivacyConfig, *, rounds: int) -> dict[str, PrivacyConfig]:
+def variants(
+    privacy: PrivacyConfig, *, users: int, cohort: int, rounds: int
+) -> dict[str, PrivacyConfig]:
     """The rows of the table, from the settings of a `banded-sqrt` run with a target epsilon.
 
     Args:
         privacy: Names epsilon, delta, participations and separation.
+        users: N.
+        cohort: n.
         rounds: T.
 
     Raises:
@@ -59,15 +63,16 @@ def variants(privacy: PrivacyConfig, *, rounds: int) -> dict[str, PrivacyConfig]
             "the comparison starts from banded-sqrt with epsilon and delta",
             hint='Set privacy.mechanism="banded-sqrt" and privacy.epsilon.',
         )
-    epsilon, delta, clip_norm = privacy.epsilon, privacy.delta, privacy.clip_norm
-    # Without a limit a known cohort means: known to be in all T rounds.
-    known = math.sqrt(rounds) / gaussian_mu(epsilon, delta) * (1 + 1e-12)
-    independent = {"mechanism": "gaussian", "clip_norm": clip_norm, "delta": delta}
+    common = {"clip_norm": privacy.clip_norm, "delta": privacy.delta, "epsilon": privacy.epsilon}
+    k = Schedule(users, cohort, rounds, privacy.participations, privacy.separation).rota()[0]
     return {
-        "none": PrivacyConfig(mechanism="none", clip_norm=clip_norm),
+        "none": PrivacyConfig(mechanism="none", clip_norm=privacy.clip_norm),
         "banded-sqrt": privacy,
-        "gaussian, equal ε_release": PrivacyConfig(**independent, epsilon=epsilon),
-        "gaussian, equal ε_known_cohort": PrivacyConfig(**independent, noise_multiplier=known),
+        "gaussian, equal ε_release": PrivacyConfig(mechanism="gaussian", **common),
+        # With a limit nothing is amplified, so its target is the epsilon of a known cohort.
+        f"gaussian, at most {k} times, equal ε_known_cohort": PrivacyConfig(
+            mechanism="gaussian", participations=k, **common
+        ),
     }
 
 
@@ -82,7 +87,13 @@ def compare_mechanisms(
         reporter: Shows progress.
         users: How many seen and how many unseen users are scored, at the most.
     """
-    rows = variants(experiment.privacy, rounds=experiment.federation.rounds)
+    settings = experiment.federation
+    rows = variants(
+        experiment.privacy,
+        users=experiment.population.users,
+        cohort=settings.cohort,
+        rounds=settings.rounds,
+    )
     results: list[MechanismResult] = []
     for number, (name, privacy) in enumerate(rows.items(), 1):
         changed = experiment.model_copy(update={"privacy": privacy})
