@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from homefire.common.adapter import AdapterConfig
 from homefire.common.errors import ConfigError
+from homefire.common.plan import LARGEST_SEPARATION
 from homefire.common.privacy.statement import WRONG_PATHS, MechanismName
 from homefire.common.training import LocalTraining
 
@@ -66,7 +67,9 @@ class AdaptiveClipConfig(Frozen):
     """
 
     quantile: float = Field(0.5, gt=0, lt=1, description="Share of updates to leave unclipped.")
-    rate: Positive = Field(0.2, description="eta: C moves by at most this factor's exponential.")
+    rate: float = Field(
+        0.2, gt=0, le=10, description="eta: C moves by at most this factor's exponential."
+    )
     largest: Positive = Field(description="C never grows above this; devices' policies see it.")
 
 
@@ -86,7 +89,10 @@ class PrivacyConfig(Frozen):
         None, ge=1, description="k: the most rounds of one user; devices keep it too."
     )
     separation: int | None = Field(
-        None, ge=1, description="b: the fewest rounds between two turns of a user (banded-sqrt)."
+        None,
+        ge=1,
+        le=LARGEST_SEPARATION,
+        description="b: the fewest rounds between two turns of a user (banded-sqrt).",
     )
     adaptive_clip: AdaptiveClipConfig | None = None
     deployment: DeploymentConfig | None = None
@@ -205,13 +211,12 @@ def validate(model: type[Model], tables: dict[str, object], *, where: str) -> Mo
     except ValidationError as error:
         first, *more = error.errors()
         key = ".".join(str(part) for part in first["loc"]) or "settings"
-        unknown = first["type"] == "extra_forbidden"
-        message = "unknown key" if unknown else first["msg"]
-        known = ", ".join(sorted(_table(model, first["loc"][:-1]).model_fields))
-        raise ConfigError(
-            f"{where}: {key}: {message}" + (f" (and {len(more)} more)" if more else ""),
-            hint=f"Known here: {known}." if unknown else "",
-        ) from error
+        message, hint = first["msg"], ""
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted(_table(model, first["loc"][:-1]).model_fields))
+            message, hint = "unknown key", f"Known here: {known}."
+        others = f" (and {len(more)} more)" if more else ""
+        raise ConfigError(f"{where}: {key}: {message}{others}", hint=hint) from error
 
 
 def _table(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:

@@ -14,6 +14,12 @@ from homefire.common.training import LocalTraining
 
 Hex = Field(pattern=r"^[0-9a-f]{64}$")
 
+SMALLEST_NOISE = 2.0**-40
+"""Of a noise multiplier in a plan. With still less, what a participation costs leaves float64."""
+
+LARGEST_SEPARATION = 1 << 16
+"""Rounds. Devices compute one coefficient for each, so a plan must not name any number."""
+
 
 class PrivacyBlock(BaseModel):
     """What a plan says about privacy; devices clip as it says, if their policy allows it."""
@@ -22,11 +28,11 @@ class PrivacyBlock(BaseModel):
 
     mechanism: MechanismName
     clip_norm: float = Field(gt=0, allow_inf_nan=False)
-    noise_multiplier: float | None = Field(gt=0, allow_inf_nan=False)
+    noise_multiplier: float | None = Field(ge=SMALLEST_NOISE, allow_inf_nan=False)
     expected_cohort: int = Field(ge=1)
     sampling_rate: float | None = Field(gt=0, le=1)
     participations: int | None = Field(ge=1)
-    separation: int | None = Field(ge=1)
+    separation: int | None = Field(ge=1, le=LARGEST_SEPARATION)
 
     @model_validator(mode="after")
     def _check(self) -> "PrivacyBlock":

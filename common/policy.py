@@ -6,15 +6,15 @@ before anything is trained; what it does not allow is refused with a reason, and
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field
 
 from homefire.common.config import Frozen, Positive
 from homefire.common.plan import PlanHeader, PrivacyBlock
-from homefire.common.privacy.accounting import gaussian_epsilon
-from homefire.common.privacy.mechanism import participation_charge
+from homefire.common.privacy.accounting import LARGEST_MU, gaussian_epsilon
+from homefire.common.privacy.mechanism import Mechanism, NoPrivacy, participation_charge
 from homefire.common.privacy.statement import MechanismName
 from homefire.common.protocol import Refusal, RefusalReason
 
@@ -110,9 +110,8 @@ def _weaker(policy: DevicePolicy, privacy: PrivacyBlock) -> Objection:
     if privacy.mechanism not in policy.mechanisms:
         accepted = ", ".join(policy.mechanisms) or "none at all"
         return "unaccepted mechanism", f"{privacy.mechanism!r}; accepted here: {accepted}"
-    noise = 1 / math.sqrt(participation_charge(privacy.announced))
-    if privacy.mechanism != "none" and noise < policy.smallest_noise_multiplier:
-        least = policy.smallest_noise_multiplier
+    noise, least = _worth(privacy.announced), policy.smallest_noise_multiplier
+    if noise is not None and noise < least:
         return "weaker noise", f"worth a noise multiplier of {noise:.4g}; at least {least:g}"
     if privacy.clip_norm > policy.largest_clip_norm:
         most = policy.largest_clip_norm
@@ -121,6 +120,15 @@ def _weaker(policy: DevicePolicy, privacy: PrivacyBlock) -> Objection:
         least = policy.smallest_cohort
         return "smaller cohort", f"expected cohort {privacy.expected_cohort}; at least {least}"
     return NONE
+
+
+def _worth(mechanism: Mechanism) -> float | None:
+    """The multiplier of independent noise that costs as much: z / ||c||; None without noise."""
+    if isinstance(mechanism, NoPrivacy):
+        return None
+    # Not from the charge itself, whose rounding would refuse noise of exactly the least.
+    unit = participation_charge(replace(mechanism, noise_multiplier=1.0))
+    return mechanism.noise_multiplier / math.sqrt(unit)
 
 
 def _schedule(
@@ -165,9 +173,9 @@ def lifetime_epsilon(charges: Sequence[float | None], *, delta: float) -> float 
         delta: In (0, 1).
 
     Returns:
-        Epsilon; None without bound.
+        Epsilon; None without bound, and where a charge is none.
     """
-    if any(charge is None for charge in charges):
+    known = [charge for charge in charges if charge is not None and 0 < charge < LARGEST_MU]
+    if len(known) < len(charges):
         return None
-    total = math.fsum(charge for charge in charges if charge is not None)
-    return gaussian_epsilon(math.sqrt(total), delta) if total > 0 else 0.0
+    return gaussian_epsilon(math.sqrt(math.fsum(known)), delta) if known else 0.0

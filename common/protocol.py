@@ -248,9 +248,11 @@ def _only_record(content: RecordDict, name: str, keys: set[str]) -> dict[str, ob
     record: dict[str, object] = dict(content[name].items())
     if set(record) != keys:
         raise ProtocolError(f"a {name} has the entries {', '.join(sorted(keys))}")
-    if type(record["version"]) is not int or record["version"] != VERSION:
+    if type(version := record["version"]) is not int or version != VERSION:
+        # Not in its own words where it is no number: a peer may send many.
+        found = version if isinstance(version, int | float) else f"({type(version).__name__})"
         raise ProtocolError(
-            f"{name} of protocol version {record['version']!r}; this is version {VERSION}",
+            f"{name} of protocol version {found}; this is version {VERSION}",
             hint="Update the older side.",
         )
     return record

@@ -15,6 +15,17 @@ from homefire.common.errors import SignatureError
 
 SIGNATURE_BYTES = 64
 
+FIELD = 2**255 - 19
+SMALL_ORDER = (
+    0,
+    1,
+    FIELD - 1,
+    2707385501144840649318225287225658788936804267575313519463743609750303402022,
+    55188659117513257062467267217118295137698188065244968500265048394206261417927,
+)
+"""The y of the eight points whose order divides 8 (x adds the sign). As public keys they are
+nobody's: anybody can make signatures that fit them."""
+
 
 def public_key(key: Ed25519PrivateKey) -> str:
     """The public half, as 64 hex digits."""
@@ -42,7 +53,10 @@ def verify(signer: str, signature: bytes, label: str, *parts: bytes) -> None:
         SignatureError: The signature is not this key's over this.
     """
     try:
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signer))
+        raw = bytes.fromhex(signer)
+        key = Ed25519PublicKey.from_public_bytes(raw)
+        if (int.from_bytes(raw, "little") & (2**255 - 1)) % FIELD in SMALL_ORDER:
+            raise SignatureError(f"{signer[:16]}… is nobody's key: anybody can sign for it")
         key.verify(signature, bytes.fromhex(digest(label, *parts)))
     except (ValueError, InvalidSignature) as error:
         raise SignatureError(f"the signature is not that of key {signer[:16]}…") from error

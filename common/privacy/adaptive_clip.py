@@ -27,8 +27,9 @@ def next_clip_norm(
         Bounded step: C changes by at most exp(rate) in one round.
 
     Assumes:
-        `fitting` is what remains of the sum after the noise: then C is post-processing, and costs
-        nothing further. The noise of a round is not correlated with that of another.
+        C is not above `largest` before. `fitting` is what remains of the sum after the noise: then
+        C is post-processing, and costs nothing further. The noise of a round is not correlated with
+        that of another.
 
     Raises:
         PrivacyError: The share is not a number, or C is none.
@@ -37,4 +38,6 @@ def next_clip_norm(
     if not math.isfinite(fitting):
         raise PrivacyError(f"the share of updates that fit is {fitting}")
     share = min(1.0, max(0.0, fitting))
-    return min(largest, clip_norm * math.exp(-rate * (share - quantile)))
+    moved = min(largest, clip_norm * math.exp(-rate * (share - quantile)))
+    check_clip_norm(moved)
+    return moved

@@ -28,7 +28,7 @@ leave the last bits of a sum bare."""
 
 FINER = 2.0**20
 """How much finer than the contributions' grid correlated noise is drawn. On the same grid, with
-c_1 = 1/2, twice a release less the one before would show the parity of a sum."""
+c_1 = 1/2, two releases would show the parity of a sum (three times of four, as xi is rounded)."""
 
 LARGEST_CORRELATED_NOISE = 2.0**12
 """On the finer grid, float64 skips integers sooner."""

@@ -32,7 +32,7 @@ def audit_run(folder: Path, reporter: Reporter, *, users: int) -> dict[str, Any]
 
     Returns:
         Three entries: `canary`, the one-shot audit of the run's mechanism over its rounds, at
-        worst-case participation; `noise`, goodness of fit, null without noise; `membership`, an
+        worst-case participation; `noise`, goodness of fit, null where there is none or next to none; `membership`, an
         attack on the last release by the loss on the users' older records, null with too few users.
 
     Raises:
@@ -47,7 +47,8 @@ def audit_run(folder: Path, reporter: Reporter, *, users: int) -> dict[str, Any]
         canaries = canary.audit(mechanism, schedule, delta=delta)
         advance()
     fit = None
-    if not isinstance(mechanism, NoPrivacy):
+    noise = 0.0 if isinstance(mechanism, NoPrivacy) else mechanism.noise_multiplier
+    if noise >= statistics.LEAST_NOISE:
         with reporter.phase(NOISE, 1) as advance:
             fit = statistics.fit_noise(mechanism).to_json()
             advance()

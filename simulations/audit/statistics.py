@@ -29,6 +29,9 @@ SMALLEST_DIMENSION = 1024
 FINEST_STEPS = 1000.0
 """Noise of fewer grid steps is visibly rounded; the tests compare with the continuous normal."""
 
+LEAST_NOISE = FINEST_STEPS / STEPS
+"""The noise multiplier that is that many grid steps."""
+
 
 @dataclass(frozen=True, slots=True)
 class NoiseFit:
@@ -145,7 +148,7 @@ def _steps(mechanism: Mechanism, dimension: int) -> float:
         raise PrivacyError(
             f"the noise multiplier {mechanism.noise_multiplier:g} is {steps:.0f} grid steps: too "
             "few to be compared with a continuous normal",
-            hint=f"Use at least {FINEST_STEPS / STEPS:.3f}; less protects nobody.",
+            hint=f"Use at least {LEAST_NOISE:.3f}; less protects nobody.",
         )
     return steps
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from homefire.common.privacy.mechanism import (
     Gaussian,
     Mechanism,
     Past,
+    participation_charge,
     privatize,
 )
 from homefire.common.privacy.randomness import KeyStream, derive_key
@@ -86,7 +88,7 @@ def test_coefficients_fall_but_stay_positive(bands: int) -> None:
     # Closer participations would add to the sensitivity, and the bound on noise needs c_0 = 1.
     c = coefficients(bands)
     assert len(c) == bands and c[0] == 1.0
-    assert all(0 < after < before for before, after in zip(c, c[1:], strict=False))
+    assert all(0 < after < before for before, after in pairwise(c))
     assert coefficients(bands + 1)[:bands] == c
 
 
@@ -104,6 +106,55 @@ def test_prefix_error_of_independent_noise_is_a_random_walk(rounds: int) -> None
 @given(st.integers(1, 30), st.integers(2, 120))
 def test_prefix_error_falls_with_more_bands(bands: int, rounds: int) -> None:
     assert prefix_error(bands + 1, rounds) <= prefix_error(bands, rounds)
+
+
+@st.composite
+def turns(draw: st.DrawFn) -> tuple[int, list[int]]:
+    """A separation, and the rounds of one user that keep it."""
+    bands = draw(st.integers(1, 8))
+    gaps = draw(st.lists(st.integers(bands, bands + 6), max_size=4))
+    first = draw(st.integers(0, 5))
+    return bands, [first + sum(gaps[:i]) for i in range(len(gaps) + 1)]
+
+
+def distance(bands: int, rounds: int, *, contributions: dict[int, Matrix]) -> float:
+    """How far one user moves C x: the Frobenius norm of C times what they contribute."""
+    x = np.zeros((rounds, 3))
+    for t, contribution in contributions.items():
+        x[t] = contribution
+    return float(np.linalg.norm(strategy(bands, rounds) @ x))
+
+
+@given(turns(), st.floats(1e-3, 1e3), st.integers(0, 2**32 - 1))
+def test_adds_up_where_participations_keep_the_rule(
+    pattern: tuple[int, list[int]], z: float, seed: int
+) -> None:
+    bands, at = pattern
+    directions = np.random.default_rng(seed).standard_normal((len(at), 3))
+    unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    full = {t: unit[i] for i, t in enumerate(at)}
+    charge = participation_charge(BandedSqrt(z, bands, len(at)))
+    found = distance(bands, at[-1] + bands, contributions=full)
+    assert (found / z) ** 2 == pytest.approx(len(at) * charge)
+    assert found == pytest.approx(math.sqrt(len(at)) * np.linalg.norm(coefficients(bands)))
+    # A last turn near the end of the run costs no more, nor do shorter contributions.
+    assert distance(bands, at[-1] + 1, contributions=full) <= found * (1 + 1e-12)
+    shorter = {t: value * 0.7 for t, value in full.items()}
+    assert distance(bands, at[-1] + bands, contributions=shorter) <= found
+
+
+@given(st.integers(2, 12), st.data())
+def test_adds_up_only_where_participations_keep_the_rule(bands: int, data: st.DataObject) -> None:
+    gap = data.draw(st.integers(1, bands - 1))
+    same = {0: np.array([1.0, 0, 0]), gap: np.array([1.0, 0, 0])}
+    charge = participation_charge(BandedSqrt(1.0, bands, 2))
+    assert distance(bands, gap + bands, contributions=same) ** 2 > 2 * charge * 1.01
+
+
+@given(st.floats(1e-3, 1e3), st.integers(1, 9))
+def test_adds_up_one_participation_in_independent_noise(z: float, k: int) -> None:
+    assert participation_charge(Gaussian(z, 0.1, k)) == pytest.approx(1 / z**2)
+    assert participation_charge(BandedSqrt(z, 1, k)) == participation_charge(Gaussian(z, 0.1))
 
 
 def test_prefix_sums_measured_at_epsilon_8_beat_independent_noise() -> None:

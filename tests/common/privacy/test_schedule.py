@@ -1,6 +1,7 @@
 """Schedules: what a rota may promise, against a rota that is played through."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -35,7 +36,7 @@ def most(asked: list[list[int]]) -> int:
 
 def narrowest(asked: list[list[int]]) -> float:
     """The fewest rounds between two turns of a user."""
-    gaps = [b - a for rounds in asked for a, b in zip(rounds, rounds[1:], strict=False)]
+    gaps = [b - a for rounds in asked for a, b in pairwise(rounds)]
     return min(gaps, default=math.inf)
 
 
