@@ -32,8 +32,9 @@ def audit_run(folder: Path, reporter: Reporter, *, users: int) -> dict[str, Any]
 
     Returns:
         Three entries: `canary`, the one-shot audit of the run's mechanism over its rounds, at
-        worst-case participation; `noise`, goodness of fit, null where there is none or next to none; `membership`, an
-        attack on the last release by the loss on the users' older records, null with too few users.
+        worst-case participation; `noise`, goodness of fit, null where there is none or next to
+        none; `membership`, an attack on the last release by the loss on the users' older records,
+        null with too few users.
 
     Raises:
         DataError: The run has no report yet.
