@@ -9,7 +9,8 @@ import pytest
 import typer.main
 
 from homefire.__main__ import app
-from homefire.common.config import read_toml, validate
+from homefire.common.config import load_config, read_toml, validate
+from homefire.common.policy import DevicePolicy
 from homefire.simulations.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,10 +66,17 @@ def test_targets_of_the_makefile_exist() -> None:
 
 
 def test_the_example_experiment_is_valid(tmp_path: Path) -> None:
-    (example,) = blocks(ROOT / "README.md", "toml")
+    example, _ = blocks(ROOT / "README.md", "toml")
     path = tmp_path / "mine.toml"
     path.write_text(example, encoding="utf-8")
     assert validate(Experiment, read_toml(path), where="README").federation.cohort == 16
+
+
+def test_the_example_policy_is_valid(tmp_path: Path) -> None:
+    _, example = blocks(ROOT / "README.md", "toml")
+    path = tmp_path / "policy.toml"
+    path.write_text(example.replace("…", "0" * 64, 1), encoding="utf-8")
+    assert load_config(DevicePolicy, path).participations == 5
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
