@@ -51,6 +51,11 @@ RefusalReason = Literal[
     "wrong base model",
     "wrong adapter spec",
 ]
+OF_EARLIER_ROUNDS: frozenset[RefusalReason] = frozenset(
+    ("replayed round", "too soon", "too often", "lifetime epsilon spent")
+)
+"""Refusals that depend on what the device took part in before."""
+
 Header = TypeVar("Header", bound=BaseModel)
 
 

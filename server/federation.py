@@ -18,7 +18,8 @@ from homefire.common.config import FederationConfig
 from homefire.common.errors import FederationError
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
 from homefire.common.privacy.adaptive_clip import next_clip_norm
-from homefire.common.protocol import ACTION, encode_plan
+from homefire.common.privacy.mechanism import Gaussian
+from homefire.common.protocol import ACTION, OF_EARLIER_ROUNDS, encode_plan
 from homefire.common.signatures import public_key
 from homefire.server import optimizers
 from homefire.server.aggregator import NoisyAverage, OpenRound, accept, close_round, open_round
@@ -77,6 +78,8 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
 
     Guarantees:
         Charged first: a round is in the ledger, on the disk, before its plan leaves.
+        No false amplification: once a device refused because of earlier rounds, releases state the
+            unamplified epsilon.
 
     Raises:
         FederationError: The output folder holds a run that is over or another one, there are fewer
@@ -115,6 +118,10 @@ def _round(grid: Grid, federation: Federation, state: RunState) -> RoundLog:
         run_key=state.secrets.run_key,
     )
     current = _collect(grid, federation, _plan(federation, state, number), state.key, cohort)
+    if isinstance(mechanism, Gaussian) and not state.ledger.unamplified:
+        # Who refuses because of earlier rounds is no independent draw any more.
+        if not current.refused.keys().isdisjoint(OF_EARLIER_ROUNDS):
+            state.ledger.lose_amplification(number)
     average, past = close_round(current, mechanism, state.secrets)
     values, moments = optimizers.apply(
         config.optimizer, state.optimizer, state.release.astype(np.float64), average.update

@@ -1,6 +1,6 @@
 """From a privacy table to a mechanism and the numbers that it may claim."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from homefire.common.config import DeploymentConfig, FederationConfig, PrivacyConfig
@@ -38,6 +38,15 @@ class PrivacyPlan:
     mechanism: Mechanism
     statement: PrivacyStatement
     deployment: DeploymentStatement | None
+
+    def without_amplification(self) -> "PrivacyPlan":
+        """What the run may claim once devices refused because they took part before."""
+        own = self.statement
+        participation = f"{own.participation}; devices kept limits of their own: no amplification"
+        unamplified = replace(
+            own, epsilon_release=own.epsilon_known_cohort, participation=participation
+        )
+        return replace(self, statement=unamplified)
 
     def to_json(self) -> dict[str, Any]:
         """The run's own statement and the deployment's, apart."""

@@ -5,6 +5,7 @@ Entries, in the order in which they may come:
     {"kind": "start", "run": …, "rounds": T, …}     once: the public facts of the run
     {"kind": "open", "round": t}                    before a plan leaves: the round is charged
     {"kind": "sum", "round": t, "digest": …}        before the noise: the sum that it is drawn for
+    {"kind": "unamplified", "round": t}             from here on no amplification is claimed
     {"kind": "burnt", "round": t}                   the round was interrupted before its release
     {"kind": "end"}                                 the run key is destroyed
 
@@ -33,6 +34,7 @@ class RunLedger:
         opened: The number of the newest round that was opened.
         sums: The digest of each sum that was closed, by round.
         burnt: Rounds that were interrupted.
+        unamplified: Whether devices refused because they took part before.
         ended: Whether the run is over.
 
     Guarantees:
@@ -50,6 +52,7 @@ class RunLedger:
     opened: int = 0
     sums: dict[int, str] = field(default_factory=dict)
     burnt: list[int] = field(default_factory=list)
+    unamplified: bool = False
     ended: bool = False
 
     @classmethod
@@ -89,6 +92,10 @@ class RunLedger:
         """Bind a round's noise to its sum, before the noise is drawn."""
         self._write({"kind": "sum", "round": number, "digest": digest})
 
+    def lose_amplification(self, number: int) -> None:
+        """State from this round's release on what holds without amplification."""
+        self._write({"kind": "unamplified", "round": number})
+
     def burn(self, number: int) -> None:
         """Give a round up that was opened and has no release."""
         self._write({"kind": "burnt", "round": number})
@@ -115,6 +122,8 @@ class RunLedger:
                 self.sums[entry["round"]] = entry["digest"]
             case "burnt":
                 self.burnt.append(entry["round"])
+            case "unamplified":
+                self.unamplified = True
             case _:
                 self.ended = True
 
@@ -136,6 +145,8 @@ class RunLedger:
                 fits = self._is_open(number) and isinstance(entry["digest"], str)
             case "burnt":
                 fits = number == self.opened > 0 and number not in self.burnt
+            case "unamplified":
+                fits = number == self.opened > 0 and not self.unamplified
             case "end":
                 fits = True
             case _:

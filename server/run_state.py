@@ -127,7 +127,7 @@ def open_ledger(federation: Federation) -> RunLedger:
     if federation.store.rounds():
         _check_release_anchor(federation)
     ledger = RunLedger.open(output / LEDGER, federation.keystore)
-    if _key_destroyed(federation, ledger):
+    if _key_destroyed(ledger):
         ledger.end()
     if ledger.ended:
         ledger.ledger.close()
@@ -147,7 +147,7 @@ def rounds_spent(output: Path) -> tuple[int, bool]:
         return 0, False
     ledger = RunLedger.open(output / LEDGER, Keystore.beside(output))
     ledger.ledger.close()
-    return ledger.opened, ledger.ended
+    return ledger.opened, ledger.ended or _key_destroyed(ledger)
 
 
 def begin(federation: Federation, ledger: RunLedger, nodes: Sequence[int], run: str) -> RunState:
@@ -235,11 +235,14 @@ def commit(federation: Federation, state: RunState, number: int) -> None:
     checkpoint = Checkpoint(state.release, state.optimizer, state.clip_norm)
     checkpoints = federation.config.output / "checkpoints"
     write_checkpoint(checkpoints, number, checkpoint)
+    privacy = federation.privacy
+    if state.ledger.unamplified:
+        privacy = privacy.without_amplification()
     about = {
         "run": state.run,
         "base_model": federation.base_model,
         "adapter_digest": federation.spec.digest,
-        **federation.privacy.to_json(),
+        **privacy.to_json(),
         "ledger": {"length": state.ledger.anchor.length, "head": state.ledger.anchor.head},
     }
     federation.store.write(number, state.release, about, state.key)
@@ -257,13 +260,13 @@ def finish(federation: Federation, state: RunState) -> None:
     state.ledger.ledger.close()
 
 
-def _key_destroyed(federation: Federation, ledger: RunLedger) -> bool:
+def _key_destroyed(ledger: RunLedger) -> bool:
     """Whether the process died between the run's last two acts."""
     unfinished = bool(ledger.facts) and not ledger.ended
     return (
         unfinished
         and ledger.opened == ledger.facts["rounds"]
-        and federation.keystore.get(RUN_KEY) is None
+        and ledger.keystore.get(RUN_KEY) is None
     )
 
 
