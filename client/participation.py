@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
-from homefire.client.home import Home
+from homefire.client.home import Home, file_name
 from homefire.common.errors import LedgerError
 from homefire.common.keystore import Keystore
 from homefire.common.plan import RoundPlan
@@ -50,6 +49,7 @@ class ParticipationLedger:
             "run": header.run,
             "round": header.round,
             "adapter_digest": header.adapter_digest,
+            "rule": header.privacy.rule,
             "charge": charge if math.isfinite(charge) else None,
             "plan_digest": plan.digest,
         }
@@ -63,13 +63,15 @@ def open_participations(home: Home, user_id: str) -> Iterator[ParticipationLedge
     Guarantees:
         No rollback: a ledger that lacks an entry which was ever anchored is refused.
         One at a time: two plans cannot be answered at once, each unaware of the other's charge.
+        Own or refused: another user's ledger in the place of this one's is refused.
 
     Raises:
         LedgerError: Damaged, rolled back or in use.
     """
-    name = f"{KIND}-{sha256(user_id.encode()).hexdigest()[:32]}"
+    name = f"{KIND}-{file_name(user_id)}"
     path = home.folder / KIND / f"{name}.jsonl"
-    with Ledger.open(path, kind=KIND, anchor=home.keystore.anchor(name)) as ledger:
+    # The kind is the first thing that the chain of digests covers.
+    with home.keystore.open_ledger(path, name) as ledger:
         yield ParticipationLedger(ledger, home.keystore, name)
 
 
@@ -80,6 +82,7 @@ def _read(entry: dict[str, Any]) -> Participation:
             str(entry["run"]),
             int(entry["round"]),
             str(entry["adapter_digest"]),
+            str(entry["rule"]),
             None if charge is None else float(charge),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from homefire.common.adapter import AdapterConfig
 from homefire.common.errors import ConfigError
-from homefire.common.plan import LARGEST_SEPARATION
+from homefire.common.privacy.mechanism import LARGEST_SEPARATION
 from homefire.common.privacy.statement import WRONG_PATHS, MechanismName
 from homefire.common.training import LocalTraining
 
@@ -106,6 +106,9 @@ class PrivacyConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> "PrivacyConfig":
+        clip = self.adaptive_clip
+        if clip is not None and self.clip_norm > clip.largest:
+            raise ValueError("clip_norm is larger than adaptive_clip.largest")
         given = [name for name in ("noise_multiplier", "epsilon") if getattr(self, name)]
         if self.mechanism == "none":
             extra = (self.delta, self.deployment, self.participations, self.separation)
@@ -126,8 +129,6 @@ class PrivacyConfig(Frozen):
                 '"banded-sqrt" takes noise back in later rounds, so its clip norm is fixed: '
                 "estimate it beforehand (homefire privacy clip)"
             )
-        if self.adaptive_clip is not None and self.clip_norm > self.adaptive_clip.largest:
-            raise ValueError("clip_norm is larger than adaptive_clip.largest")
         return self
 
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import ConfigError, LedgerError, PrivacyError
 from homefire.common.files import sync_folder, write_atomically
-from homefire.common.privacy.ledger import Anchor
+from homefire.common.privacy.ledger import Anchor, Ledger
 
 SECRET_BYTES = 32
 
@@ -68,7 +68,7 @@ class Keystore:
         path = self._path(name)
         if not self.folder.exists():
             return None
-        _check_private(self.folder, self.folder.stat(), "700")
+        _check_private(self.folder, self.folder.lstat(), "700")
         try:
             with open(path, "rb", opener=_open_plain) as file:
                 _check_private(path, os.fstat(file.fileno()), "600")
@@ -150,6 +150,40 @@ class Keystore:
             raise self._damaged_anchor(name)
         return anchor
 
+    def open_ledger(self, path: Path, name: str, *, kind: str | None = None) -> Ledger:
+        """Open a ledger whose anchor is kept here, and bring the anchor up to date.
+
+        Args:
+            path: The ledger's file.
+            name: Of the anchor.
+            kind: Of the ledger; by default its anchor's name.
+
+        Guarantees:
+            Same day: a ledger that lacks what the anchor covers is refused, and so is one that is
+                more than the one entry ahead which a kill between entry and anchor can leave: then
+                the keystore is the older of the two.
+
+        Raises:
+            LedgerError: Damaged, rolled back, in use, or newer than the keystore.
+        """
+        known = self.anchor(name)
+        ledger = Ledger.open(path, kind=kind or name, anchor=known)
+        try:
+            ahead = ledger.anchor.length - (0 if known is None else known.length)
+            if ahead > 1:
+                raise LedgerError(
+                    f"{path}: the ledger is {ahead} entries ahead of its anchor in {self.folder}: "
+                    "the keystore was lost, or put back from a backup",
+                    hint="Put the newest keystore in place; without it nobody can tell whether the "
+                    "ledger is the newest.",
+                )
+            if ahead:
+                self.keep_anchor(name, ledger.anchor)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
     def keep_anchor(self, name: str, anchor: Anchor) -> None:
         """Store an anchor; it is on the disk when this returns.
 
@@ -196,7 +230,7 @@ class Keystore:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(self.folder.parent)
         if check:
-            _check_private(self.folder, self.folder.stat(), "700")
+            _check_private(self.folder, self.folder.lstat(), "700")
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -220,6 +254,11 @@ def _anchor_file(name: str, anchor: Anchor) -> bytes:
 
 
 def _check_private(path: Path, status: os.stat_result, mode: str) -> None:
+    if status.st_uid != os.geteuid():
+        raise ConfigError(
+            f"{path}: it belongs to another account ({status.st_uid})",
+            hint="A keystore belongs to the account that uses it.",
+        )
     if status.st_mode & 0o077:
         raise ConfigError(
             f"{path}: others can read or change it (mode {stat.S_IMODE(status.st_mode):o})",

@@ -8,17 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from homefire.common.adapter import AdapterConfig, Vector
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import PrivacyError
-from homefire.common.privacy.mechanism import BandedSqrt, Gaussian, Mechanism, NoPrivacy
+from homefire.common.privacy.mechanism import (
+    LARGEST_SEPARATION,
+    SMALLEST_NOISE,
+    BandedSqrt,
+    Gaussian,
+    Mechanism,
+    NoPrivacy,
+)
 from homefire.common.privacy.statement import MechanismName, mechanism_name
 from homefire.common.training import LocalTraining
 
 Hex = Field(pattern=r"^[0-9a-f]{64}$")
-
-SMALLEST_NOISE = 2.0**-40
-"""Of a noise multiplier in a plan. With still less, what a participation costs leaves float64."""
-
-LARGEST_SEPARATION = 1 << 16
-"""Rounds. Devices compute one coefficient for each, so a plan must not name any number."""
 
 
 class PrivacyBlock(BaseModel):
@@ -63,6 +64,12 @@ class PrivacyBlock(BaseModel):
                 return NoPrivacy(q)
             case _:
                 raise PrivacyError(f"{self.mechanism} lacks a setting")
+
+    @property
+    def rule(self) -> str:
+        """Names everything here but the clip norm: what may not change within a run."""
+        fixed = self.model_dump(mode="json", exclude={"clip_norm"})
+        return digest("homefire/privacy-rule/v1", canonical_json(fixed))
 
     @classmethod
     def announce(cls, mechanism: Mechanism, *, clip_norm: float, cohort: int) -> "PrivacyBlock":

@@ -50,12 +50,14 @@ class Participation:
         run: The run's id.
         round: The round's number.
         adapter_digest: The adapter that was trained.
+        rule: Names the plan's mechanism, noise and rule of participation.
         charge: mu^2, or None where there was no noise.
     """
 
     run: str
     round: int
     adapter_digest: str
+    rule: str
     charge: float | None
 
 
@@ -139,6 +141,12 @@ def _schedule(
         return NONE
     if any(participation.adapter_digest != header.adapter_digest for participation in earlier):
         return "wrong adapter spec", "the run had another adapter before"
+    if any(participation.rule != header.privacy.rule for participation in earlier):
+        # The charges add up, and the noise of the rounds belongs together, under one rule only.
+        return (
+            "changed rule",
+            "the run had another mechanism, noise or rule of participation before",
+        )
     newest = max(participation.round for participation in earlier)
     if header.round <= newest:
         return "replayed round", f"round {header.round} after round {newest}"
@@ -147,7 +155,7 @@ def _schedule(
         return "too soon", f"round {header.round} after {newest}; at least {separation} apart"
     most = min(policy.participations, header.privacy.participations or policy.participations)
     if len(earlier) >= most:
-        return "too often", f"{len(earlier)} participations in this run; at most {most}"
+        return "too often", f"at most {most} participations in one run"
     return NONE
 
 
@@ -156,12 +164,11 @@ def _spent(
 ) -> Objection:
     if privacy.mechanism == "none":
         return NONE  # allowed by name above; nothing is promised
-    limit, delta = policy.lifetime_epsilon, policy.delta
-    epsilon = lifetime_epsilon([*charges, participation_charge(privacy.announced)], delta=delta)
-    if epsilon is None or epsilon > limit:
-        so_far = lifetime_epsilon(charges, delta=delta)
-        spent = "without bound" if so_far is None else f"{so_far:.3g}"
-        return "lifetime epsilon spent", f"{spent} of {limit:g} is spent; this would pass it"
+    spent = [*charges, participation_charge(privacy.announced)]
+    epsilon = lifetime_epsilon(spent, delta=policy.delta)
+    if epsilon is None or epsilon > policy.lifetime_epsilon:
+        # No figures: what was spent elsewhere is nothing that this server should learn.
+        return "lifetime epsilon spent", "this participation would pass what this device allows"
     return NONE
 
 

@@ -50,6 +50,7 @@ RefusalReason = Literal[
     "lifetime epsilon spent",
     "wrong base model",
     "wrong adapter spec",
+    "changed rule",
 ]
 OF_EARLIER_ROUNDS: frozenset[RefusalReason] = frozenset(
     ("replayed round", "too soon", "too often", "lifetime epsilon spent")

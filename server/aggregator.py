@@ -150,11 +150,13 @@ def close_round(
         What may be released, and the past of the next round.
 
     Guarantees:
-        Ledger first: the digest of the sum is in the ledger, on the disk, before noise is drawn.
+        Ledger first: the keyed name of the sum is in the ledger, on the disk, before noise is
+            drawn.
         Fixed denominator: the sum is divided by the expected cohort, whoever answered.
-        One sum, one noise: the noise key is derived from run, round and the digest of the sum, and
+        One sum, one noise: the noise key is derived from run, round and the name of the sum, and
             the ledger takes one sum a round; so no noise serves two sums and no sum gets two
             noises.
+        Nothing bare: without the run key nobody can test a guess of the sum against its name.
         As announced: the noise is that of the plan, or nothing is released.
 
     Assumes:
@@ -170,7 +172,7 @@ def close_round(
     if current.closed:
         raise PrivacyError(f"round {header.round} was closed before; nothing was released")
     current.closed = True
-    named = sum_digest(current.total)
+    named = sum_name(current.total, run.run_key, header.run, header.round)
     run.ledger.record_sum(header.round, named)
     stream = noise_stream(run.run_key, header.run, header.round, named)
     values, past = privatize(current.total, mechanism, stream, run.past)
@@ -184,7 +186,7 @@ def noise_stream(run_key: bytes, run: str, round_number: int, named: str) -> Key
         run_key: The run's secret.
         run: Its id.
         round_number: From 1.
-        named: The digest of the sum; empty for a round that was burnt before it had one.
+        named: The name of the sum; empty for a round that was burnt before it had one.
     """
     key = derive_key(
         run_key,
@@ -218,6 +220,8 @@ def _check_announced(announced: PrivacyBlock, mechanism: Mechanism) -> None:
         )
 
 
-def sum_digest(total: ClippedSum) -> str:
-    """Names a sum by its exact values."""
-    return digest("homefire/sum/v1", total.values.astype("<i8").tobytes())
+def sum_name(total: ClippedSum, run_key: bytes, run: str, round_number: int) -> str:
+    """Names a sum by its exact values, to holders of the run key alone; 64 hex digits."""
+    values = digest("homefire/sum/v1", total.values.astype("<i8").tobytes())
+    context = bytes.fromhex(run), round_number.to_bytes(8, "little"), bytes.fromhex(values)
+    return derive_key(run_key, "homefire/sum-name/v1", *context).hex()

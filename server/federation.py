@@ -89,6 +89,8 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
     config = federation.config
     ledger = open_ledger(federation)
     try:
+        if ledger.ended:
+            return []
         nodes = _await_nodes(grid, config)
         if ledger.facts:
             state = resume(federation, ledger, nodes)

@@ -4,7 +4,7 @@ Entries, in the order in which they may come:
 
     {"kind": "start", "run": …, "rounds": T, …}     once: the public facts of the run
     {"kind": "open", "round": t}                    before a plan leaves: the round is charged
-    {"kind": "sum", "round": t, "digest": …}        before the noise: the sum that it is drawn for
+    {"kind": "sum", "round": t, "name": …}          before the noise: the sum that it is drawn for
     {"kind": "unamplified", "round": t}             from here on no amplification is claimed
     {"kind": "burnt", "round": t}                   the round was interrupted before its release
     {"kind": "end"}                                 the run key is destroyed
@@ -32,7 +32,7 @@ class RunLedger:
         keystore: Where its anchor is kept.
         facts: The start entry; empty before it.
         opened: The number of the newest round that was opened.
-        sums: The digest of each sum that was closed, by round.
+        sums: The keyed name of each sum that was closed, by round.
         burnt: Rounds that were interrupted.
         unamplified: Whether devices refused because they took part before.
         ended: Whether the run is over.
@@ -62,7 +62,7 @@ class RunLedger:
         Raises:
             LedgerError: Damaged, rolled back, in use, or in an impossible order.
         """
-        run = cls(Ledger.open(path, kind=KIND, anchor=keystore.anchor(KIND)), keystore)
+        run = cls(keystore.open_ledger(path, KIND), keystore)
         try:
             for entry in run.ledger.entries:
                 run._apply(entry)
@@ -88,9 +88,15 @@ class RunLedger:
         """
         self._write({"kind": "open", "round": number})
 
-    def record_sum(self, number: int, digest: str) -> None:
-        """Bind a round's noise to its sum, before the noise is drawn."""
-        self._write({"kind": "sum", "round": number, "digest": digest})
+    def record_sum(self, number: int, name: str) -> None:
+        """Bind a round's noise to its sum, before the noise is drawn.
+
+        Args:
+            number: The round.
+            name: The sum's secret-keyed name: a bare digest would let whoever knows all other
+                contributions test a guess, for the ledger's head is in every release.
+        """
+        self._write({"kind": "sum", "round": number, "name": name})
 
     def lose_amplification(self, number: int) -> None:
         """State from this round's release on what holds without amplification."""
@@ -119,7 +125,7 @@ class RunLedger:
             case "open":
                 self.opened = entry["round"]
             case "sum":
-                self.sums[entry["round"]] = entry["digest"]
+                self.sums[entry["round"]] = entry["name"]
             case "burnt":
                 self.burnt.append(entry["round"])
             case "unamplified":
@@ -142,7 +148,7 @@ class RunLedger:
                     )
                 fits = type(number) is int and number == self.opened + 1 and self._is_settled()
             case "sum":
-                fits = self._is_open(number) and isinstance(entry["digest"], str)
+                fits = self._is_open(number) and isinstance(entry["name"], str)
             case "burnt":
                 fits = number == self.opened > 0 and number not in self.burnt
             case "unamplified":

@@ -127,13 +127,15 @@ def open_ledger(federation: Federation) -> RunLedger:
     if federation.store.rounds():
         _check_release_anchor(federation)
     ledger = RunLedger.open(output / LEDGER, federation.keystore)
-    if _key_destroyed(ledger):
-        ledger.end()
     if ledger.ended:
         ledger.ledger.close()
         raise FederationError(
             f"{output} holds a run that is over", hint="Name another output folder."
         )
+    if _key_destroyed(ledger):
+        # Killed between the run's last two acts, or within the first of them.
+        federation.keystore.destroy(RUN_KEY)
+        ledger.end()
     return ledger
 
 
@@ -272,9 +274,12 @@ def _key_destroyed(ledger: RunLedger) -> bool:
 
 def _check_release_anchor(federation: Federation) -> None:
     """The newest release's anchor too: releases newer than their ledger show a rollback."""
-    newest = federation.store.latest()
+    newest, keystore = federation.store.latest(), federation.keystore
     try:
-        newest.verify(public_key(federation.keystore.signing_key(SIGNING_KEY)))
+        # Only looked for: making a key here would stand in the way of the one to be put back.
+        if keystore.get(SIGNING_KEY) is None:
+            raise SignatureError("there is no signing key")
+        newest.verify(public_key(keystore.signing_key(SIGNING_KEY)))
     except SignatureError as error:
         raise LedgerError(
             f"{federation.store.folder}: {error}",

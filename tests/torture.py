@@ -17,15 +17,18 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Context, Message
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
-from homefire.client.app import open_device
+from homefire.client import app as client
+from homefire.client.device import Device
 from homefire.client.home import Home
 from homefire.client.participation import KIND as PARTICIPATIONS
 from homefire.client.participation import open_participations
@@ -38,27 +41,20 @@ from homefire.common.config import (
     PrivacyConfig,
     RoundsConfig,
 )
-from homefire.common.encoding import digest
-from homefire.common.errors import HomefireError, LedgerError
-from homefire.common.policy import check_plan
+from homefire.common.errors import FederationError, HomefireError, LedgerError
+from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import STEPS, Clipped, clip_to_grid
 from homefire.common.privacy.ledger import Ledger
-from homefire.common.privacy.mechanism import FINER, BandedSqrt, Past, advance
-from homefire.common.protocol import (
-    ACTION,
-    STATISTICS,
-    decode_plan,
-    encode_contribution,
-    encode_refusal,
-)
+from homefire.common.privacy.mechanism import FINER, BandedSqrt, ClippedSum, Past, advance
+from homefire.common.protocol import STATISTICS, decode_plan, encode_contribution
 from homefire.common.records import Record, User, write_users
 from homefire.common.signatures import public_key
 from homefire.common.training import LocalTraining
-from homefire.server.aggregator import noise_stream
+from homefire.server.aggregator import noise_stream, sum_name
 from homefire.server.federation import run_federation
 from homefire.server.planning import plan_privacy
 from homefire.server.run_ledger import KIND as RELEASES
-from homefire.server.run_state import RUN_KEY, SIGNING_KEY, Federation
+from homefire.server.run_state import RUN_KEY, SIGNING_KEY, Federation, rounds_spent
 from homefire.simulations.grid import InProcessGrid
 from homefire.simulations.preparation import accepting_policy, write_toml
 
@@ -75,26 +71,27 @@ def contribution_of(user: int, round_number: int, size: int) -> Clipped:
 
 
 def torture_client(folder: Path) -> ClientApp:
-    """Devices with real policies and ledgers, which note what they saw and what they sent."""
-    app = ClientApp()
+    """The real ClientApp; only the training is replaced, and it notes what it saw and sent."""
 
-    @app.train(ACTION)
-    def answer(message: Message, context: Context) -> Message:
-        plan = decode_plan(message.content)
-        device, user = open_device(context), int(context.node_config["partition-id"])
+    def decode(content: RecordDict) -> RoundPlan:
+        plan = decode_plan(content)
         _note(folder / "seen", {"round": plan.header.round, "plan": plan.digest})
-        with open_participations(device.home, device.user.user_id) as ledger:
-            refusal = check_plan(device.home.policy, plan.header, ledger.history)
-            if refusal is not None:
-                return Message(encode_refusal(refusal), reply_to=message)
-            ledger.charge(plan)
-        clipped = contribution_of(user, plan.header.round, plan.release.size)
-        _note(folder / "sent", {"round": plan.header.round, "user": user})
-        key = device.home.identity(device.user.user_id)
-        content = encode_contribution(plan, clipped, node=context.node_id, key=key)
-        return Message(content, reply_to=message)
+        return plan
 
-    return app
+    def encode(
+        plan: RoundPlan, clipped: Clipped, *, node: int, key: Ed25519PrivateKey
+    ) -> RecordDict:
+        _note(folder / "sent", {"round": plan.header.round, "user": node - 1})
+        return encode_contribution(plan, clipped, node=node, key=key)
+
+    def train(self: Device, plan: RoundPlan) -> Clipped:
+        number = int(self.user.user_id)
+        return contribution_of(number, plan.header.round, plan.release.size)
+
+    setattr(client, "decode_plan", decode)  # noqa: B010
+    setattr(client, "encode_contribution", encode)  # noqa: B010
+    setattr(Device, "_train", train)  # noqa: B010
+    return client.app
 
 
 def prepare(folder: Path, mechanism: str) -> Federation:
@@ -156,7 +153,7 @@ class Examiner:
         require(entries[: len(self.entries)] == self.entries, "the ledger lost an entry")
         self.entries = entries
         opened = [entry["round"] for entry in entries if entry["kind"] == "open"]
-        sums = {entry["round"]: entry["digest"] for entry in entries if entry["kind"] == "sum"}
+        sums = {entry["round"]: entry["name"] for entry in entries if entry["kind"] == "sum"}
         require(opened == list(range(1, len(opened) + 1)), "a round was opened twice")
         require(len(sums) == sum(entry["kind"] == "sum" for entry in entries), "two sums a round")
         require(len(opened) <= ROUNDS, "more rounds than planned")
@@ -219,8 +216,11 @@ class Examiner:
             total = np.zeros(federation.vector_size, np.int64)
             for user in sent[number]:
                 total += contribution_of(user, number, size).values
-            named = digest("homefire/sum/v1", total.astype("<i8").tobytes())
-            require(sums[number] == named, "the ledger names another sum")
+            named = ClippedSum(total, CLIP_NORM)
+            require(
+                sums[number] == sum_name(named, self.run_key, run, number),
+                "the ledger names another sum",
+            )
             update = (total + noise)[:size] * (CLIP_NORM / COHORT / STEPS)
             expected = store.read(previous).vector.astype(np.float64) + update
             actual = store.read(number).vector
@@ -264,6 +264,8 @@ def one_federation(folder: Path, mechanism: str, rng: random.Random, kills: int)
     backup: Path | None = None
     while True:
         life = rng.uniform(0.0, LONGEST_LIFE) if killed < kills else 600.0
+        if rounds_spent(federation.config.output)[1]:
+            break  # killed after its last act
         was_killed = run_and_kill(folder, federation, life)
         if (federation.config.output / "ledger.jsonl").exists():
             examiner.examine()
@@ -273,7 +275,11 @@ def one_federation(folder: Path, mechanism: str, rng: random.Random, kills: int)
         if backup is None and len(examiner.releases) > 1:
             backup = folder / "backup"
             shutil.copytree(federation.config.output, backup)
-    require(federation.keystore.get(RUN_KEY) is None, "the run key outlived the run")
+    # Once more, to its end: a kill may have come before the key's last traces were wiped.
+    with suppress(FederationError):
+        run_federation(InProcessGrid(client.app, folder / "devices", USERS), federation)
+    for secret in federation.keystore.folder.iterdir():
+        require(secret.read_bytes() != examiner.run_key, "the run key outlived the run")
     if backup is not None:
         _restore_is_refused(folder, federation, backup)
     return killed

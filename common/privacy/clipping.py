@@ -68,6 +68,7 @@ def clip_to_grid(
     Raises:
         PrivacyError: A value that is not finite, a statistic out of range, or C <= 0. Nothing may
             be sent then.
+        RejectedContributionError: What came out would not pass the server's gate.
     """
     check_clip_norm(clip_norm)
     if not np.isfinite(update).all():

@@ -22,6 +22,12 @@ Noise = npt.NDArray[np.float64]
 Past = tuple[Noise, ...]
 """The noise of the rounds before, newest first; secret."""
 
+SMALLEST_NOISE = 2.0**-40
+"""With less, what a participation costs leaves float64."""
+
+LARGEST_SEPARATION = 1 << 16
+"""Rounds; devices compute one coefficient for each."""
+
 LARGEST_NOISE = 2.0**20
 """The largest noise multiplier: its noise is far from where float64 skips integers, which would
 leave the last bits of a sum bare."""
@@ -57,6 +63,8 @@ class BandedSqrt:
     def __post_init__(self) -> None:
         _check_noise(self.noise_multiplier, LARGEST_CORRELATED_NOISE)
         _check_count("separation", self.separation)
+        if self.separation > LARGEST_SEPARATION:
+            raise PrivacyError(f"separation {self.separation} is above {LARGEST_SEPARATION}")
         _check_count("participations", self.participations)
 
 
@@ -241,8 +249,10 @@ def check_sampling_rate(rate: float) -> None:
 
 
 def _check_noise(noise_multiplier: float, largest: float) -> None:
-    if not 0 < noise_multiplier <= largest:
-        raise PrivacyError(f"noise multiplier {noise_multiplier} is not in (0, {largest:g}]")
+    if not SMALLEST_NOISE <= noise_multiplier <= largest:
+        raise PrivacyError(
+            f"noise multiplier {noise_multiplier} is not in [{SMALLEST_NOISE:.1g}, {largest:g}]"
+        )
 
 
 def _check_count(name: str, value: int) -> None:
