@@ -8,13 +8,21 @@ one folder holds many simulated users, the node's `partition-id` says which one 
 import logging
 import os
 from pathlib import Path
+from traceback import format_tb
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from homefire.client.device import Device
 from homefire.client.home import Home
-from homefire.common.errors import ConfigError, DeviceError, ProtocolError, SignatureError
+from homefire.common.errors import (
+    ConfigError,
+    DataError,
+    DeviceError,
+    HomefireError,
+    ProtocolError,
+    SignatureError,
+)
 from homefire.common.privacy.clipping import Clipped
 from homefire.common.protocol import (
     ACTION,
@@ -33,7 +41,8 @@ def contribute(message: Message, context: Context) -> Message:
     """Answer a round plan with a contribution or a refusal.
 
     Guarantees:
-        No words: whatever goes wrong here, the server gets the same constant error.
+        No words: whatever goes wrong here, the server gets the same constant error, and not even
+            the device's log quotes the user.
 
     Raises:
         DeviceError: Always with the same text.
@@ -54,11 +63,21 @@ def contribute(message: Message, context: Context) -> Message:
             content = encode_contribution(plan, answer, node=context.node_id, key=key)
         else:
             content = encode_refusal(answer)
-    except Exception as error:
-        # Flower would send the error's own words to the server, and they may quote the user.
-        LOG.exception("this device could not answer")
-        raise DeviceError("the device could not answer; its own log says why") from error
+    except Exception as error:  # noqa: BLE001 - whatever it was, the server gets the same words
+        # Flower would send the error's own words to the server, and log those of its causes.
+        _log_failure(error)
+        raise DeviceError("the device could not answer; its own log says why") from None
     return Message(content, reply_to=message)
+
+
+def _log_failure(error: Exception) -> None:
+    """Say why and where in the device's log; without words that may quote a history."""
+    why = type(error).__name__
+    if isinstance(error, DataError):
+        why += f" ({error.reason})"
+    elif isinstance(error, HomefireError):
+        why += f": {error}"
+    LOG.error("this device could not answer: %s\n%s", why, "".join(format_tb(error.__traceback__)))
 
 
 def open_device(context: Context) -> Device:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homefire.common.adapter import Vector
 from homefire.common.config import DeviceConfig, load_config
-from homefire.common.errors import ConfigError
+from homefire.common.errors import AdapterError, ConfigError
 from homefire.common.keystore import Keystore
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.randomness import derive_key
@@ -95,21 +95,29 @@ class Home:
 
     def save_private(self, user_id: str, adapter: PrivateAdapter) -> None:
         """Store a user's private adapter; a crash leaves the old one or the new one."""
-        path = self._private_path(user_id)
-        write_vector(path, adapter.vector, adapter.about, kind="private adapter")
+        about = {**adapter.about, "user": file_name(user_id)}
+        write_vector(self._private_path(user_id), adapter.vector, about, kind="private adapter")
 
     def load_private(self, user_id: str) -> PrivateAdapter:
         """Read a user's private adapter.
 
         Guarantees:
             Whole or refused: a file with a single changed bit is not read.
+            Own or refused: nor is another user's file in the place of this one's.
 
         Raises:
-            AdapterError: It is missing or damaged.
+            AdapterError: It is missing, damaged or another user's.
         """
-        return PrivateAdapter(*read_vector(self._private_path(user_id), kind="private adapter"))
+        path = self._private_path(user_id)
+        vector, about = read_vector(path, kind="private adapter")
+        if about.pop("user", None) != file_name(user_id):
+            raise AdapterError(f"{path}: this is another user's private adapter")
+        return PrivateAdapter(vector, about)
 
     def _private_path(self, user_id: str) -> Path:
-        # User ids are data; only their hash may name a path.
-        name = sha256(user_id.encode()).hexdigest()[:32]
-        return self.folder / "private" / name / "adapter.safetensors"
+        return self.folder / "private" / file_name(user_id) / "adapter.safetensors"
+
+
+def file_name(user_id: str) -> str:
+    """What stands for a user in paths and files: ids are data, so only their hash, 32 digits."""
+    return sha256(user_id.encode()).hexdigest()[:32]

@@ -81,14 +81,13 @@ def compare(
         table.add_column(column, justify="left" if column == "mechanism" else "right")
     for result in results:
         said = result.privacy
-        numbers = (
-            said[key] for key in ("noise_multiplier", "epsilon_release", "epsilon_known_cohort")
-        )
         gains = (
             f"{gain.mean_gain:+.3f} ({gain.interval[0]:+.3f} … {gain.interval[1]:+.3f})"
             for gain in result.gain
         )
-        shown = ("∞" if number is None else f"{number:.2f}" for number in numbers)
-        table.add_row(result.name, *shown, *gains)
+        noise = said["noise_multiplier"]
+        epsilons = (said["epsilon_release"], said["epsilon_known_cohort"])
+        shown = ("∞" if epsilon is None else f"{epsilon:.2f}" for epsilon in epsilons)
+        table.add_row(result.name, "–" if noise is None else f"{noise:.3g}", *shown, *gains)
     console.print(table)
     console.print(f"\n{escape(str((folder / 'comparison.json').resolve()))}", soft_wrap=True)

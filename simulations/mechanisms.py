@@ -63,6 +63,11 @@ def variants(
             "the comparison starts from banded-sqrt with epsilon and delta",
             hint='Set privacy.mechanism="banded-sqrt" and privacy.epsilon.',
         )
+    if privacy.deployment is not None:
+        raise ConfigError(
+            "the comparison is of the run's own epsilon, not of a deployment's",
+            hint="Take privacy.deployment out.",
+        )
     common = {"clip_norm": privacy.clip_norm, "delta": privacy.delta, "epsilon": privacy.epsilon}
     k = Schedule(users, cohort, rounds, privacy.participations, privacy.separation).rota()[0]
     return {
@@ -86,7 +91,12 @@ def compare_mechanisms(
         folder: Made here; gets a run's folder for each mechanism, and `comparison.json`.
         reporter: Shows progress.
         users: How many seen and how many unseen users are scored, at the most.
+
+    Raises:
+        ConfigError: The settings are not those of a `banded-sqrt` run, or nobody is unseen.
     """
+    if not experiment.population.unseen:
+        raise ConfigError("the comparison scores unseen users too, and population.unseen is 0")
     settings = experiment.federation
     rows = variants(
         experiment.privacy,

@@ -137,7 +137,7 @@ def reopen(folder: Path) -> Run:
     try:
         counts = json.loads((folder / "population.json").read_bytes())
         return Run(folder, experiment, counts["training"], counts["unseen"], counts["skipped"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder}: not a prepared run ({error})") from error
 
 

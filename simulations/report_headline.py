@@ -208,7 +208,8 @@ def _cards(report: Mapping[str, Any], groups: Sequence[tuple[str, Mapping[str, A
     cards.append(_release_card(report["privacy"]))
     up = report["efficiency"]["bytes_up_per_contribution"]
     whole = h.duration(report["efficiency"]["total_seconds"]).replace(" ", "\u00a0")
-    cards.append(_card("Upload", h.size(up), f"per contribution; whole run: {whole}"))
+    upload = h.NOTHING if up is None else h.size(up)
+    cards.append(_card("Upload", upload, f"per contribution; whole run: {whole}"))
     return tag("div", *cards, class_="cards")
 
 

@@ -131,10 +131,9 @@ def _verdict(holds: bool) -> str:
 
 def efficiency(figures: Mapping[str, Any]) -> Markup:
     """Traffic, time and memory."""
-    up, down = figures["bytes_up_per_contribution"], figures["bytes_down_per_contribution"]
     rows: list[tuple[object, ...]] = [
-        ("Sent up, per contribution", f"{h.size(up)} ({up:,} bytes)"),
-        ("Sent down, per contribution", f"{h.size(down)} ({down:,} bytes)"),
+        ("Sent up, per contribution", _bytes(figures["bytes_up_per_contribution"])),
+        ("Sent down, per contribution", _bytes(figures["bytes_down_per_contribution"])),
         _seconds("Device time, per contribution", figures["device_seconds_per_contribution"]),
         _seconds("Private adapter, per user", figures["private_seconds_per_user"]),
         ("Training speed", f"{figures['training_tokens_per_second']:,.0f} tokens/s"),
@@ -261,7 +260,13 @@ def _round(entry: Mapping[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _seconds(name: str, seconds: float) -> tuple[object, ...]:
+def _bytes(count: int | None) -> str:
+    return h.NOTHING if count is None else f"{h.size(count)} ({count:,} bytes)"
+
+
+def _seconds(name: str, seconds: float | None) -> tuple[object, ...]:
+    if seconds is None:
+        return name, h.NOTHING
     return (
         name,
         f"{h.duration(seconds)} ({seconds:,.3f} s)" if seconds > 60 else h.duration(seconds),

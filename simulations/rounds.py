@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +61,18 @@ def train_shared(run: Run, reporter: Reporter) -> SharedTraining:
     if any(entry["cohort"] for entry in rounds) and not any(entry["accepted"] for entry in rounds):
         raise FederationError(
             "no device contributed anything in any round",
-            hint=f"Reasons by count: {rounds[-1]['dropped'] | rounds[-1]['refused']}. "
-            "The warnings above say more.",
+            hint=f"Reasons by count: {_reasons(rounds)}. The warnings above say more.",
         )
     return SharedTraining(model, rounds, traffic)
+
+
+def _reasons(rounds: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Why contributions are missing, over all rounds."""
+    counts: Counter[str] = Counter()
+    for entry in rounds:
+        counts.update(entry["dropped"])
+        counts.update(entry["refused"])
+    return dict(counts)
 
 
 def _run_rounds(run: Run, reporter: Reporter) -> Traffic:
@@ -118,7 +128,9 @@ def _score_releases(run: Run, model: AdaptedModel) -> list[dict[str, Any]]:
     count = min(run.experiment.evaluation.curve_users, run.training)
     slices = [user_examples(run, model, number)[1].validation for number in range(count)]
     examples = [example for part in slices for example in part]
-    lines = (run.folder / "server" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    log = run.folder / "server" / "rounds.jsonl"
+    # A run whose rounds were all interrupted has none.
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     start = {"round": 0, "cohort": 0, "accepted": 0, "dropped": {}, "refused": {}}
     rounds: list[dict[str, Any]] = [
         {**start, "train_loss": None, "clipped_share": None, "seconds": 0.0},
@@ -128,4 +140,6 @@ def _score_releases(run: Run, model: AdaptedModel) -> list[dict[str, Any]]:
         model.load(SHARED, releases(run).read(entry["round"]).vector)
         model.activate(SHARED)
         entry["validation_loss"] = mean_loss(model.network, examples)[0] if examples else None
+    # A kill may come between a release and its line.
+    model.load(SHARED, releases(run).latest().vector)
     return rounds

@@ -159,16 +159,20 @@ def _report(
 
 
 def _efficiency(run: Run, reporter: Reporter, measured: Measured) -> dict[str, Any]:
-    messages = max(1, measured.traffic.messages)
-    seconds = reporter.seconds
+    traffic, seconds = measured.traffic, reporter.seconds
     trained = 2 * (run.training + run.unseen)
     return {
-        "bytes_up_per_contribution": round(measured.traffic.up / messages),
-        "bytes_down_per_contribution": round(measured.traffic.down / messages),
-        "device_seconds_per_contribution": measured.traffic.device_seconds / messages,
+        # Null where nothing travelled: the rounds were over when the run was resumed.
+        "bytes_up_per_contribution": _each(traffic.up, traffic, round),
+        "bytes_down_per_contribution": _each(traffic.down, traffic, round),
+        "device_seconds_per_contribution": _each(traffic.device_seconds, traffic, float),
         "private_seconds_per_user": seconds[PRIVATE_PHASE] / trained,
         "training_tokens_per_second": measured.private_tokens / seconds[PRIVATE_PHASE],
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "total_seconds": measured.seconds,
         "phases": dict(seconds),
     }
+
+
+def _each(total: float, traffic: Traffic, kind: Callable[[float], float]) -> float | None:
+    return kind(total / traffic.messages) if traffic.messages else None

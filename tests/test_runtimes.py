@@ -4,6 +4,7 @@ Every process of Flower gets a home folder and ports of its own, talks to this m
 ended by its process id.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -25,9 +26,9 @@ from homefire.client.app import app as client_app
 from homefire.common.adapter import Vector
 from homefire.server.app import app as server_app
 from homefire.server.releases import ReleaseStore
-from homefire.simulations.experiment import load_experiment
+from homefire.simulations.experiment import Experiment, load_experiment
 from homefire.simulations.grid import InProcessGrid
-from homefire.simulations.preparation import Run, prepare, write_toml
+from homefire.simulations.preparation import Run, prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(175)]
 
@@ -42,8 +43,11 @@ SETTINGS = [
     f"federation.cohort={USERS}",
     "federation.deadline=150",
     "local.steps=2",
-    'privacy={mechanism="none", clip_norm=1.0}',
+    'privacy={mechanism="none", clip_norm=0.02}',  # so small that every update is clipped
 ]
+WEAKER = {"privacy.clip_norm": 1000.0, "clip_norm": 1000.0, "policy.smallest_cohort": 1}
+"""Settings that a run configuration might try to change."""
+
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -99,7 +103,7 @@ class Flower:
         settings = f'federation="{federation}"'
         started = self.ask("run", str(ROOT), "mine", "--run-config", settings, *options)
         number = str(started["run-id"])
-        releases = ReleaseStore(federation.parent / federation.stem / "releases")
+        releases = ReleaseStore(federation.parent / "releases")
 
         def ended() -> bool:
             if len(releases.rounds()) <= ROUNDS and not self.failed():
@@ -112,13 +116,29 @@ class Flower:
 
         self.wait(ended, "the run")
 
+    def refuses(self, federation: Path, settings: str) -> str:
+        """Ask for a run that must not start; what is said about it."""
+        config = f'federation="{federation}" {settings}'
+        result = self.command("run", str(ROOT), "mine", "--run-config", config)
+        answer = json.loads(result.stdout)
+        assert not answer["success"], f"{settings}: {answer}"
+        return str(answer)
+
     def failed(self) -> bool:
         """Whether a log shows that waiting is of no use."""
         return "Traceback" in self.logs()
 
     def ask(self, *arguments: str) -> dict[str, object]:
         """What a command of the operator's answers."""
-        result = subprocess.run(  # noqa: S603 - our own command
+        result = self.command(*arguments)
+        assert result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
+        answer: dict[str, object] = json.loads(result.stdout)
+        assert answer["success"], f"{arguments}: {answer}"
+        return answer
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Let the operator type a command."""
+        return subprocess.run(  # noqa: S603 - our own command
             [str(PROGRAMS / "flwr"), *arguments, "--format", "json"],
             cwd=self.folder,
             env={**os.environ, **ENVIRONMENT, "FLWR_HOME": str(self.folder / "operator")},
@@ -126,10 +146,6 @@ class Flower:
             text=True,
             timeout=60,
         )
-        assert result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
-        answer: dict[str, object] = json.loads(result.stdout)
-        assert answer["success"], f"{arguments}: {answer}"
-        return answer
 
     def wait(self, done: Callable[[], bool], what: str) -> None:
         """Wait for something; pytest's own limit ends the test at last."""
@@ -200,43 +216,45 @@ def flower(tmp_path: Path) -> Iterator[Flower]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Run:
+def experiment(tiny_llama: Path) -> Experiment:
+    return load_experiment(None, [*SETTINGS, f"base_model.name={tiny_llama}"])
+
+
+@pytest.fixture
+def run(experiment: Experiment, tmp_path: Path) -> Run:
     """Two devices and the settings of a server, none of which was carried out."""
-    experiment = load_experiment(None, [*SETTINGS, f"base_model.name={tiny_llama}"])
-    return prepare(experiment, tmp_path_factory.mktemp("prepared") / "run")
+    return prepare(experiment, tmp_path / "run")
 
 
-def federation_file(run: Run, folder: Path) -> Path:
-    """The server's settings with an output folder of their own, named like the file."""
-    path = folder / "federation.toml"
-    write_toml(path, run.experiment.for_server(folder / path.stem))
-    return path
-
-
-def releases(file: Path) -> list[Vector]:
-    store = ReleaseStore(file.parent / file.stem / "releases")
+def releases(run: Run) -> list[Vector]:
+    store = ReleaseStore(run.folder / "server" / "releases")
     return [store.read(number).vector for number in store.rounds()]
 
 
-def logs(file: Path) -> list[tuple[int, int]]:
+def logs(run: Run) -> list[tuple[int, int]]:
     """How many devices were asked and how many contributed, round by round."""
-    lines = (file.parent / file.stem / "rounds.jsonl").read_text().splitlines()
+    lines = (run.folder / "server" / "rounds.jsonl").read_text().splitlines()
     return [(log["cohort"], log["accepted"]) for log in map(json.loads, lines)]
 
 
-@pytest.fixture(scope="module")
-def in_process(run: Run, tmp_path_factory: pytest.TempPathFactory) -> list[Vector]:
-    """The releases of the in-process runtime: what the other two must give."""
-    file = federation_file(run, tmp_path_factory.mktemp("in-process"))
+def carry_out(run: Run, **settings: float) -> list[Vector]:
+    """The releases of the in-process runtime."""
     grid = InProcessGrid(client_app, run.home.folder, USERS)
-    server_app(grid, Context(grid.run.run_id, 0, {}, RecordDict(), {"federation": str(file)}))
-    assert logs(file) == [(USERS, USERS)] * ROUNDS
-    return releases(file)
+    config = {"federation": str(run.federation_file), **settings}
+    server_app(grid, Context(grid.run.run_id, 0, {}, RecordDict(), config))
+    assert logs(run) == [(USERS, USERS)] * ROUNDS
+    return releases(run)
 
 
-def assert_same(file: Path, expected: list[Vector]) -> None:
-    found = releases(file)
-    assert logs(file) == [(USERS, USERS)] * ROUNDS
+@pytest.fixture(scope="module")
+def in_process(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> list[Vector]:
+    """What the other two must give."""
+    return carry_out(prepare(experiment, tmp_path_factory.mktemp("in-process") / "run"))
+
+
+def assert_same(run: Run, expected: list[Vector]) -> None:
+    found = releases(run)
+    assert logs(run) == [(USERS, USERS)] * ROUNDS
     assert len(found) == len(expected) == ROUNDS + 1
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
@@ -244,24 +262,34 @@ def assert_same(file: Path, expected: list[Vector]) -> None:
 
 
 def test_rays_simulation_gives_the_same_releases(
-    run: Run, in_process: list[Vector], flower: Flower, tmp_path: Path
+    run: Run, in_process: list[Vector], flower: Flower
 ) -> None:
-    file = federation_file(run, tmp_path)
     flower.superlink("--simulation", HOMEFIRE_HOME=str(run.home.folder))
     size = f"num-supernodes={USERS} client-resources-num-cpus=1 init-args-num-cpus={USERS}"
-    flower.run(file, "--federation-config", f"{size} init-args-log-to-driver=false")
-    assert_same(file, in_process)
+    flower.run(run.federation_file, "--federation-config", f"{size} init-args-log-to-driver=false")
+    assert_same(run, in_process)
 
 
 def test_a_superlink_with_supernodes_gives_the_same_releases(
-    run: Run, in_process: list[Vector], flower: Flower, tmp_path: Path
+    run: Run, in_process: list[Vector], flower: Flower
 ) -> None:
-    file = federation_file(run, tmp_path)
+    """And it takes no privacy settings along from the command that starts the run."""
     link = flower.superlink()
     for user in range(USERS):
         own = f'home="{run.home.folder}" partition-id={user}'
         node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}"]
         address = ["--host", "127.0.0.1", "--port", str(free_port())]
         flower.start(f"node-{user}", *node, *address, "--node-config", own)
-    flower.run(file)
-    assert_same(file, in_process)
+    name, value = next(iter(WEAKER.items()))
+    assert name in flower.refuses(run.federation_file, f"{name}={value}")
+    assert not (run.folder / "server" / "releases").exists()
+    flower.run(run.federation_file)
+    assert_same(run, in_process)
+
+
+def test_a_run_configuration_cannot_weaken_privacy(run: Run, in_process: list[Vector]) -> None:
+    """Where keys that Flower would refuse come in all the same, nobody reads them."""
+    carry_out(run, **WEAKER)
+    assert_same(run, in_process)
+    step = max(float(np.linalg.norm(b - a)) for a, b in itertools.pairwise(releases(run)))
+    assert 0.01 < step <= 0.02

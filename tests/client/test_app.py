@@ -1,24 +1,38 @@
 """The device's Flower app: what it reads of a context, and what it puts into a reply."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from tiny_runs import device_context, make_federation, make_home, make_plan, make_users, some_vector
+from tiny_runs import (
+    SERVER,
+    device_context,
+    device_key,
+    make_federation,
+    make_home,
+    make_plan,
+    make_roster,
+    make_users,
+    some_vector,
+)
 
 from homefire.client.app import app, open_device
 from homefire.client.device import Device
 from homefire.client.home import Home
-from homefire.common.errors import ConfigError, DataError, DeviceError, PrivacyError
+from homefire.common.errors import ConfigError, DataError, DeviceError, LedgerError, PrivacyError
+from homefire.common.plan import RoundPlan
 from homefire.common.protocol import (
     STATISTICS,
-    RoundPlan,
     decode_contribution,
     decode_refusal,
     encode_plan,
 )
+from homefire.common.records import Record, User
+from homefire.common.signatures import public_key
 
 Make = Callable[[RecordDict], Message]
 
@@ -40,7 +54,7 @@ def _no_home_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(make: Make, plan: RoundPlan, context: Context) -> RecordDict:
-    reply = app(make(RecordDict({"plan": encode_plan(plan)})), context)
+    reply = app(make(RecordDict({"plan": encode_plan(plan, SERVER)})), context)
     assert not reply.has_error()
     return reply.content
 
@@ -51,26 +65,50 @@ def record_of(content: RecordDict, name: str) -> ConfigRecord:
     return record
 
 
+def signed_nonsense(header: bytes, release: bytes) -> ConfigRecord:
+    """The entries of a plan, each of the right type."""
+    return ConfigRecord(
+        {"version": 1, "header": header, "signature": bytes(64), "release": release}
+    )
+
+
 # What a reply holds
 
 
-def test_a_contribution_is_version_header_and_payload_and_nothing_else(
+def test_a_contribution_is_version_header_signature_and_payload_and_nothing_else(
     home: Home, plan: RoundPlan, message_maker: Make
 ) -> None:
     content = ask(message_maker, plan, device_context(home.folder))
     assert list(content) == ["contribution"]
     record = record_of(content, "contribution")
-    assert set(record) == {"version", "header", "payload"}
+    assert set(record) == {"version", "header", "signature", "payload"}
     assert record["version"] == 1
     header, payload = record["header"], record["payload"]
     assert isinstance(header, bytes)
     assert isinstance(payload, bytes)
-    assert set(json.loads(header)) == {"run", "round", "plan_digest", "payload_digest"}
+    assert set(json.loads(header)) == {
+        "run",
+        "round",
+        "node",
+        "device_key",
+        "plan_digest",
+        "payload_digest",
+    }
     assert len(payload) == 4 * (len(plan.release) + STATISTICS)
-    decode_contribution(content, plan, size=len(plan.release))
 
 
-def test_the_header_is_the_same_for_every_user_but_for_the_payloads_digest(
+def test_a_contribution_passes_the_gate_as_this_users(
+    home: Home, plan: RoundPlan, message_maker: Make
+) -> None:
+    content = ask(message_maker, plan, device_context(home.folder, user=1))
+    found = decode_contribution(
+        content, plan, size=len(plan.release), sender=1, roster=make_roster(3, home)
+    )
+    assert found.device_key == public_key(home.identity(home.user(1).user_id))
+    assert np.any(found.clipped.values)
+
+
+def test_the_header_is_the_same_for_every_user_but_for_key_and_payloads_digest(
     home: Home, plan: RoundPlan, message_maker: Make
 ) -> None:
     headers = []
@@ -80,6 +118,7 @@ def test_the_header_is_the_same_for_every_user_but_for_the_payloads_digest(
         assert isinstance(header, bytes)
         headers.append(json.loads(header))
     assert len({header.pop("payload_digest") for header in headers}) == 3
+    assert len({header.pop("device_key") for header in headers}) == 3
     assert headers[0] == headers[1] == headers[2]
 
 
@@ -95,7 +134,8 @@ def test_nothing_is_kept_in_flowers_state(home: Home, plan: RoundPlan, message_m
         RecordDict(),
         RecordDict({"plan": ConfigRecord()}),
         RecordDict({"plan": ConfigRecord({"version": 1, "header": b"{}", "release": b""})}),
-        RecordDict({"plan": ConfigRecord({"version": 1, "header": b"x" * 9999, "release": b"x"})}),
+        RecordDict({"plan": signed_nonsense(b"{}", b"")}),
+        RecordDict({"plan": signed_nonsense(b"x" * 9999, b"x")}),
         RecordDict({"other": ConfigRecord({"version": 1})}),
     ],
 )
@@ -113,6 +153,16 @@ def test_a_plan_with_another_release_than_it_names_is_refused(
     refusal = decode_refusal(ask(message_maker, forged, device_context(home.folder)))
     assert refusal is not None
     assert refusal.reason == "malformed plan"
+
+
+def test_a_plan_that_its_server_did_not_sign_is_refused(
+    home: Home, plan: RoundPlan, message_maker: Make
+) -> None:
+    record = encode_plan(plan, device_key(9))
+    reply = app(message_maker(RecordDict({"plan": record})), device_context(home.folder))
+    refusal = decode_refusal(reply.content)
+    assert refusal is not None
+    assert refusal.reason == "bad signature"
 
 
 def test_a_refusal_of_the_device_travels(home: Home, plan: RoundPlan, message_maker: Make) -> None:
@@ -146,7 +196,7 @@ def test_nothing_but_a_round_is_answered(home: Home, message_maker: Make, kind: 
         AssertionError("secret"),
     ],
 )
-def test_whatever_goes_wrong_the_server_gets_the_same_words(
+def test_no_words_whatever_goes_wrong_the_server_gets_the_same_error(
     home: Home,
     plan: RoundPlan,
     message_maker: Make,
@@ -160,6 +210,50 @@ def test_whatever_goes_wrong_the_server_gets_the_same_words(
     with pytest.raises(DeviceError) as raised:
         ask(message_maker, plan, device_context(home.folder))
     assert str(raised.value) == "the device could not answer; its own log says why"
+
+
+def test_no_words_of_the_user_in_the_devices_log_either(
+    tmp_path: Path,
+    tiny_llama: Path,
+    plan: RoundPlan,
+    message_maker: Make,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In a simulation, and wherever logs are gathered, that log is read by others."""
+    users = [User("ann", (Record("a", created_at="2024-01-01"), Record("b")))]
+    home = make_home(tmp_path / "damaged", tiny_llama, users)
+    path = home.folder / "users.jsonl"
+    path.write_text(path.read_text().replace("2024-01-01", "when iris was ill"))
+    with caplog.at_level(logging.DEBUG), pytest.raises(DeviceError) as raised:
+        ask(message_maker, plan, device_context(home.folder))
+    assert "could not answer: DataError (bad date)" in caplog.text
+    assert "records.py" in caplog.text  # where, for whoever looks for the mistake
+    assert "iris" not in caplog.text
+    # Flower prints an error with its causes.
+    assert raised.value.__suppress_context__
+
+
+def test_the_devices_log_has_our_own_words_and_only_the_kind_of_other_errors(
+    home: Home,
+    plan: RoundPlan,
+    message_maker: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(error: Exception) -> str:
+        def answer(*_: object) -> None:
+            raise error
+
+        caplog.clear()
+        monkeypatch.setattr(Device, "answer", answer)
+        with pytest.raises(DeviceError):
+            ask(message_maker, plan, device_context(home.folder))
+        return caplog.text
+
+    assert "could not answer: LedgerError: in use" in fail(LedgerError("in use"))
+    found = fail(ValueError("iris was ill"))
+    assert "could not answer: ValueError" in found
+    assert "iris" not in found
 
 
 @pytest.mark.parametrize("user", [3, -1])
@@ -196,7 +290,8 @@ def test_nothing_is_taken_from_the_run_configuration(
     home: Home, plan: RoundPlan, message_maker: Make, tmp_path: Path, tiny_llama: Path
 ) -> None:
     theirs = make_home(tmp_path / "theirs", tiny_llama, make_users(1, records=9))
-    expected = ask(message_maker, plan, device_context(home.folder, user=1))
+    twin = make_home(tmp_path / "twin", tiny_llama, make_users(3))
+    expected = ask(message_maker, plan, device_context(twin.folder, user=1))
     hostile = {
         "home": str(theirs.folder),
         "HOMEFIRE_HOME": str(theirs.folder),
@@ -205,7 +300,8 @@ def test_nothing_is_taken_from_the_run_configuration(
         "clip_norm": "1000000",
     }
     context = device_context(home.folder, user=1, run_config=hostile)
-    assert ask(message_maker, plan, context) == expected
+    found = record_of(ask(message_maker, plan, context), "contribution")
+    assert found["payload"] == record_of(expected, "contribution")["payload"]
     with pytest.raises(ConfigError, match="no home folder"):
         open_device(device_context(None, run_config=hostile))
 

@@ -8,21 +8,36 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import make_tiny_model
-from tiny_runs import LOCAL, SHARED, make_federation, make_home, make_plan, make_users, some_vector
+from tiny_runs import (
+    LOCAL,
+    POLICY,
+    RUN,
+    SHARED,
+    make_federation,
+    make_home,
+    make_plan,
+    make_users,
+    some_vector,
+)
 
 from homefire.client import device as device_module
 from homefire.client.device import Device, adapted_model
 from homefire.client.home import Home
+from homefire.client.participation import ParticipationLedger, open_participations
 from homefire.client.personalize.private import train_private
 from homefire.common.adapter import AdapterConfig, resolve_spec
 from homefire.common.config import PrivacyConfig
-from homefire.common.errors import AdapterError, PrivacyError
+from homefire.common.errors import AdapterError, ConfigError, LedgerError, ModelError, PrivacyError
+from homefire.common.plan import RoundPlan, release_digest
+from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS, Clipped, clip_to_grid
-from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal, RoundPlan, release_digest
+from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal
 from homefire.common.records import User, split_newest
 from homefire.common.training import Example, LocalTraining, batch_seed, train
-from homefire.server.federation import Federation
+from homefire.server.run_state import Federation
+from homefire.simulations.preparation import write_toml
 
+OTHER_RUN = "f" * 32
 NO_LIMIT = PrivacyConfig(mechanism="none", clip_norm=1000.0)
 
 
@@ -62,6 +77,12 @@ def contribution(home: Home, plan: RoundPlan, *, user: int = 0) -> Clipped:
     return answer
 
 
+def charges(home: Home, *, user: int = 0) -> list[tuple[str, int]]:
+    """Run and round of all that this user was charged for."""
+    with open_participations(home, home.user(user).user_id) as ledger:
+        return [(entry.run, entry.round) for entry in ledger.history]
+
+
 # Refusals
 
 
@@ -72,6 +93,60 @@ def refusal(home: Home, plan: RoundPlan) -> Refusal:
 
 
 Trainings = list[list[list[Example]]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "reason"),
+    [
+        ({"require_secure_aggregation": True}, {}, "no secure aggregation"),
+        ({"server_keys": ()}, {}, "unknown key"),
+        ({"mechanisms": ("banded-sqrt", "gaussian")}, {}, "unaccepted mechanism"),
+        ({"smallest_cohort": 4}, {}, "smaller cohort"),
+        ({}, {"base_model": "0" * 64}, "wrong base model"),
+        ({}, {"adapter_digest": "0" * 64}, "wrong adapter spec"),
+        ({}, {"adapter": AdapterConfig(method="ffa", rank=256, alpha=4)}, "wrong adapter spec"),
+        ({}, {"training": LOCAL.model_copy(update={"max_tokens": 129})}, "malformed plan"),
+    ],
+)
+def test_refused_before_work_and_nothing_is_charged(
+    home: Home,
+    federation: Federation,
+    trainings: Trainings,
+    policy: dict[str, Any],
+    changes: dict[str, Any],
+    reason: str,
+) -> None:
+    write_toml(home.folder / "policy.toml", POLICY.model_copy(update=policy))
+    assert refusal(home, make_plan(federation, **changes)).reason == reason
+    assert trainings == []
+    assert charges(home) == []
+
+
+def test_refused_before_work_when_the_ledger_forbids(
+    home: Home, federation: Federation, trainings: Trainings
+) -> None:
+    contribution(home, make_plan(federation, round=2))
+    for number in (1, 2):
+        assert refusal(home, make_plan(federation, round=number)).reason == "replayed round"
+    assert len(trainings) == 1
+    assert charges(home) == [(RUN, 2)]
+
+
+def test_a_home_without_a_policy_answers_nothing(
+    home: Home, federation: Federation, trainings: Trainings
+) -> None:
+    (home.folder / "policy.toml").unlink()
+    with pytest.raises(ConfigError, match=r"policy\.toml: no such file"):
+        Device(home, home.user(0)).answer(make_plan(federation))
+    assert trainings == []
+    assert charges(home) == []
+
+
+def test_a_server_is_trusted_by_no_policy_that_does_not_name_it(
+    home: Home, federation: Federation
+) -> None:
+    write_toml(home.folder / "policy.toml", DevicePolicy())
+    assert refusal(home, make_plan(federation)).reason == "unknown key"
 
 
 def test_another_base_model_is_refused(
@@ -145,6 +220,7 @@ def test_a_history_too_short_to_train_on_gives_zeros_and_says_nothing(
     assert isinstance(answer, Clipped)
     assert not answer.values.any()
     assert trainings == []
+    assert charges(home) == [(RUN, 1)]  # it left, and a plan is answered once
 
 
 def test_a_refusal_says_nothing_of_the_history(home: Home, federation: Federation) -> None:
@@ -156,6 +232,53 @@ def test_a_refusal_says_nothing_of_the_history(home: Home, federation: Federatio
         detail = refusal(home, plan).detail
         assert "user" not in detail
         assert len(detail) <= 500
+
+
+# Charges
+
+
+def test_charged_before_it_leaves(home: Home, federation: Federation) -> None:
+    for run, number in ((RUN, 1), (RUN, 4), (OTHER_RUN, 1)):
+        contribution(home, make_plan(federation, run=run, round=number))
+    assert charges(home) == [(RUN, 1), (RUN, 4), (OTHER_RUN, 1)]
+    assert charges(home, user=1) == []
+
+
+def test_charged_before_it_leaves_or_nothing_leaves(
+    home: Home, federation: Federation, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise LedgerError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParticipationLedger, "charge", full)
+        with pytest.raises(LedgerError, match="full"):
+            Device(home, home.user(0)).answer(make_plan(federation))
+    assert len(trainings) == 1
+    assert charges(home) == []
+
+
+def test_training_that_diverges_is_not_charged(home: Home, federation: Federation) -> None:
+    wild = LocalTraining(steps=3, learning_rate=1e38, optimizer="sgd", max_gradient_norm=0)
+    with pytest.raises(PrivacyError):
+        Device(home, home.user(0)).answer(make_plan(federation, training=wild))
+    assert charges(home) == []
+
+
+def test_own_settings_are_those_of_this_home(
+    home: Home, tmp_path: Path, federation: Federation, trainings: Trainings
+) -> None:
+    """The plan names everything that it may name; another home answers it differently."""
+    strict = POLICY.model_copy(update={"largest_clip_norm": 0.5})
+    other = make_home(tmp_path / "other", tmp_path / "no-model", make_users(3), policy=strict)
+    plan = make_plan(federation)
+    assert isinstance(Device(home, home.user(0)).answer(plan), Clipped)
+    assert refusal(other, plan).reason == "larger clip"
+    write_toml(other.folder / "policy.toml", POLICY)
+    with pytest.raises(ModelError, match="no-model"):
+        Device(other, other.user(0)).answer(plan)
+    assert len(trainings) == 1
+    assert charges(other) == []
 
 
 # Contributions
@@ -174,14 +297,14 @@ def test_contribution_is_the_clipped_difference_to_the_release(
     log = train(model.network, model.activate("shared", train="shared"), trainings[0], LOCAL)
     update = model.vector("shared") - release
     assert np.linalg.norm(update) > 1e-3
-    statistics = np.array([1.0, log.mean_loss / LOSS_SCALE, 0.0])
+    statistics = np.array([1.0, log.mean_loss / LOSS_SCALE, 1.0])
     expected = clip_to_grid(update, statistics, clip_norm=1000.0)
     assert np.array_equal(found.values, expected.values)
     assert (found.clip_norm, found.statistics) == (1000.0, STATISTICS)
 
 
 @pytest.mark.parametrize("clip_norm", [1e-6, 1e-3, 1.0, 1000.0])
-def test_update_and_statistics_are_clipped_together(
+def test_joint_clip_of_update_and_statistics(
     home: Home, tmp_path: Path, tiny_llama: Path, clip_norm: float
 ) -> None:
     privacy = PrivacyConfig(mechanism="none", clip_norm=clip_norm)
@@ -192,8 +315,8 @@ def test_update_and_statistics_are_clipped_together(
     assert norm <= STEPS
     assert present == 1.0
     assert 0 < loss < 1
-    assert clipped == (1.0 if clip_norm <= 1e-3 else 0.0)
-    if clipped:
+    assert clipped == (-1.0 if clip_norm <= 1e-3 else 1.0)
+    if clipped < 0:
         assert norm > 0.98 * STEPS
     assert len(found.values) == federation.spec.size + STATISTICS
 
@@ -207,7 +330,7 @@ def test_a_loss_beyond_the_scale_fills_its_slot_and_no_more(
 
 
 @pytest.mark.parametrize("records", [2, 3, 9])
-def test_every_history_takes_k_steps_and_gives_the_same_length(
+def test_nothing_else_but_the_same_length_after_k_steps_whatever_the_history(
     tmp_path: Path, tiny_llama: Path, federation: Federation, trainings: Trainings, records: int
 ) -> None:
     home = make_home(tmp_path / "home", tiny_llama, make_users(1, records=records))
@@ -221,7 +344,7 @@ def test_the_validation_slice_is_not_trained_on(
 ) -> None:
     plan = make_plan(federation, training=LOCAL.model_copy(update={"steps": 20}))
     device = Device(home, home.user(0))
-    device.answer(plan)
+    contribution(home, plan)
     model = adapted_model(home.config, SHARED)
     examples = device.examples(model, home.config, LOCAL.max_tokens)
     seen = {example for batch in trainings[0] for example in batch}
@@ -233,6 +356,8 @@ def test_the_validation_slice_is_not_trained_on(
 
 def test_a_device_does_not_depend_on_the_devices_before(home: Home, federation: Federation) -> None:
     plan = make_plan(federation, some_vector(federation.spec))
+    # In another run, for nobody answers a round twice; the run's id is not in the arithmetic.
+    again = make_plan(federation, some_vector(federation.spec), run=OTHER_RUN)
     alone = contribution(home, plan, user=1)
     device_module._adapted_model.cache_clear()
     contribution(home, make_plan(federation, some_vector(federation.spec, seed=3)), user=0)
@@ -240,7 +365,7 @@ def test_a_device_does_not_depend_on_the_devices_before(home: Home, federation: 
     model.load("private", some_vector(model.specs["private"], scale=3.0))
     model.activate("shared", "private", train="private")
     torch.manual_seed(5)
-    assert contribution(home, plan, user=1).payload == alone.payload
+    assert contribution(home, again, user=1).payload == alone.payload
     assert contribution(home, plan, user=2).payload != alone.payload
 
 
@@ -248,9 +373,15 @@ def test_order_of_batches_belongs_to_user_and_round(
     home: Home, federation: Federation, trainings: Trainings
 ) -> None:
     long = LOCAL.model_copy(update={"steps": 20})
-    for user_id, number in (("ann", 1), ("ann", 1), ("ann", 2), ("bob", 1)):
+    for user_id, run, number in (
+        ("ann", RUN, 1),
+        ("ann", OTHER_RUN, 1),
+        ("ann", RUN, 2),
+        ("bob", RUN, 1),
+    ):
         user = User(user_id, home.user(0).records)
-        Device(home, user).answer(make_plan(federation, training=long, round=number))
+        plan = make_plan(federation, training=long, run=run, round=number)
+        assert isinstance(Device(home, user).answer(plan), Clipped)
     assert trainings[0] == trainings[1]
     assert trainings[0] != trainings[2]
     assert trainings[0] != trainings[3]

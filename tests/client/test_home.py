@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_runs import PRIVATE, make_home, make_users
+from tiny_runs import POLICY, PRIVATE, make_home, make_users
 
 from homefire.client.home import Home, PrivateAdapter
 from homefire.common.errors import AdapterError, ConfigError
+from homefire.common.keystore import Keystore
+from homefire.common.policy import DevicePolicy
+from homefire.common.signatures import public_key
+from homefire.common.vector_file import write_vector
+from homefire.simulations.preparation import write_toml
 
 ADAPTER = PrivateAdapter(
     np.array([0.5, -2.0, 1e-8], np.float32), {"best_step": 10, "validation_after": 1.25}
@@ -46,6 +51,48 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
         Home(tmp_path).user(0)
     with pytest.raises(ConfigError, match=r"device\.toml: no such file"):
         _ = Home(tmp_path).config
+
+
+def test_the_policy_is_the_folders_own(tmp_path: Path, tiny_llama: Path) -> None:
+    home = make_home(tmp_path / "home", tiny_llama, make_users(1))
+    assert home.policy == POLICY
+    write_toml(home.folder / "policy.toml", DevicePolicy(smallest_cohort=7))
+    assert home.policy == DevicePolicy(smallest_cohort=7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"policy\.toml: no such file"),
+        ("smallest_cohort = 0", "smallest_cohort"),
+        ("smalest_cohort = 50", "unknown key"),
+        ('server_keys = ["all"]', "server_keys"),
+        ("lifetime_epsilon = inf", "lifetime_epsilon"),
+        ("{", "not TOML"),
+    ],
+)
+def test_without_a_right_policy_nothing_may_be_asked(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "policy.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        _ = Home(tmp_path).policy
+
+
+def test_an_identity_belongs_to_one_user_of_one_home(tmp_path: Path) -> None:
+    def key(folder: str, user_id: str) -> str:
+        return public_key(Home(tmp_path / folder).identity(user_id))
+
+    assert key("a", "ann") == key("a", "ann")
+    assert len({key("a", "ann"), key("a", "bob"), key("a", ""), key("b", "ann")}) == 4
+
+
+def test_secrets_lie_beside_the_folder_and_not_in_it(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.identity("ann")
+    assert home.keystore == Keystore(tmp_path / "home.keys")
+    assert [path.name for path in tmp_path.iterdir()] == ["home.keys"]
 
 
 @given(values=st.lists(st.floats(width=32, allow_nan=False), max_size=20), step=st.integers())
@@ -99,6 +146,23 @@ def test_users_do_not_share_an_adapter(tmp_path: Path, users: list[str]) -> None
     assert [home.load_private(user).vector[0] for user in users] == list(range(len(users)))
 
 
+def test_own_or_refused_is_an_adapter_in_anothers_place(tmp_path: Path) -> None:
+    home, path = saved(tmp_path)
+    home.save_private("bob", ADAPTER)
+    (other,) = set(stored(home)) - {path}
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(AdapterError, match="another user's private adapter"):
+        home.load_private("bob")
+    assert home.load_private("ann").about == ADAPTER.about
+
+
+def test_own_or_refused_is_an_adapter_that_names_nobody(tmp_path: Path) -> None:
+    home, path = saved(tmp_path)
+    write_vector(path, ADAPTER.vector, ADAPTER.about, kind="private adapter")
+    with pytest.raises(AdapterError, match="another user's private adapter"):
+        home.load_private("ann")
+
+
 def test_a_missing_adapter_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no such private adapter"):
         Home(tmp_path).load_private("ann")
@@ -113,7 +177,7 @@ def saved(tmp_path: Path) -> tuple[Home, Path]:
 
 @given(data=st.data())
 @shared_folder
-def test_an_adapter_with_a_changed_or_missing_byte_is_refused(
+def test_whole_or_refused_is_an_adapter_with_a_changed_or_missing_byte(
     tmp_path: Path, data: st.DataObject
 ) -> None:
     home, path = saved(tmp_path)

@@ -1,5 +1,6 @@
 """Settings files: what is refused, and that the error names the key."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from homefire.common.config import (
+    DeploymentConfig,
     DeviceConfig,
     FederationConfig,
     PrivacyConfig,
@@ -14,12 +16,16 @@ from homefire.common.config import (
     validate,
 )
 from homefire.common.errors import ConfigError
+from homefire.common.plan import LARGEST_SEPARATION
+from homefire.common.policy import DevicePolicy
+from homefire.common.privacy.statement import WRONG_PATHS
 from homefire.simulations.experiment import Experiment
 from homefire.simulations.preparation import write_toml
 
 FEDERATION: dict[str, Any] = {
     "users": 10,
     "output": "out",
+    "roster": "roster.txt",
     "base_model": {"name": "model"},
     "shared": {"targets": ["q_proj"], "seed": 4},
     "local": {"steps": 3},
@@ -66,22 +72,27 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         ("users", 0),
         ("users", None),
         ("users", "many"),
+        ("roster", None),
+        ("roster", 3),
         ("name", "../elsewhere"),
         ("name", ".hidden"),
         ("seed", -1),
         ("privacy", None),
         ("privacy.mechanism", "laplace"),
         ("privacy.clip_norm", 0),
-        ("privacy.clip_norm", float("inf")),
-        ("privacy.clip_norm", float("nan")),
+        ("privacy.clip_norm", math.inf),
+        ("privacy.clip_norm", math.nan),
         ("privacy.delta", 0),
         ("privacy.delta", 1),
         ("privacy.epsilon", 0),
+        *((f"privacy.{name}", 0) for name in ("participations", "separation")),
+        ("privacy.separation", LARGEST_SEPARATION + 1),
+        ("privacy.participations", 1.5),
         ("local.steps", 0),
         ("local.batch_size", 0),
         ("local.max_tokens", 3),
         ("local.learning_rate", 0),
-        ("local.learning_rate", float("inf")),
+        ("local.learning_rate", math.inf),
         ("local.max_gradient_norm", -1),
         ("shared.rank", 0),
         ("shared.method", "full"),
@@ -160,15 +171,29 @@ def test_a_cohort_cannot_exceed_the_users() -> None:
 
 
 LARGE = {"users": 1000, "cohort": 100}
+DELTA = {"delta": 1e-6}
+ROTA = {"mechanism": "banded-sqrt", "epsilon": 8, **DELTA}
+POISSON = {"mechanism": "gaussian", "epsilon": 1, **DELTA}
+NONE = {"mechanism": "none"}
+FOLLOWING = {"adaptive_clip": {"largest": 2.0}}
 
 
 @pytest.mark.parametrize(
     "privacy",
     [
-        {"mechanism": "none"},
-        {"mechanism": "gaussian", "epsilon": 1, "delta": 1e-6},
-        {"mechanism": "gaussian", "noise_multiplier": 1, "delta": 1e-6},
-        {"mechanism": "gaussian", "epsilon": 1, "delta": 1e-6, "deployment": LARGE},
+        NONE,
+        {**NONE, **FOLLOWING},
+        POISSON,
+        {"mechanism": "gaussian", "noise_multiplier": 1, **DELTA},
+        {**POISSON, "deployment": LARGE},
+        {**POISSON, "deployment": {**LARGE, "participations": 3, "rounds": 9}},
+        {**POISSON, "participations": 5},
+        {**POISSON, "adaptive_clip": {"quantile": 0.3, "rate": 10, "largest": 1.0}},
+        ROTA,
+        {"mechanism": "banded-sqrt", "noise_multiplier": 1, **DELTA},
+        {**ROTA, "participations": 5, "separation": 20},
+        {**ROTA, "separation": LARGEST_SEPARATION},
+        {**ROTA, "participations": 5, "separation": 20, "deployment": LARGE},
     ],
 )
 def test_a_privacy_table_that_says_all_is_taken(privacy: dict[str, Any]) -> None:
@@ -176,33 +201,54 @@ def test_a_privacy_table_that_says_all_is_taken(privacy: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    "privacy",
+    ("privacy", "message"),
     [
-        {},
-        {"mechanism": "gaussian"},
-        {"mechanism": "gaussian", "delta": 1e-6},
-        {"mechanism": "gaussian", "epsilon": 1},
-        {"mechanism": "gaussian", "noise_multiplier": 1},
-        {"mechanism": "gaussian", "noise_multiplier": 1, "epsilon": 1, "delta": 1e-6},
-        {"mechanism": "gaussian", "epsilon": -1, "delta": 1e-6},
-        {"mechanism": "none", "epsilon": 1},
-        {"mechanism": "none", "noise_multiplier": 1},
-        {"mechanism": "none", "delta": 1e-6},
-        {"mechanism": "none", "deployment": LARGE},
-        {"mechanism": "gaussian", "epsilon": 1, "delta": 1e-6, "deployment": {"users": 1}},
-        {
-            "mechanism": "gaussian",
-            "epsilon": 1,
-            "delta": 1e-6,
-            "deployment": {"users": 10, "cohort": 11},
-        },
+        ({}, "Field required"),
+        ({"mechanism": "laplace"}, "Input should be"),
+        ({"mechanism": "gaussian"}, "needs one of"),
+        ({"mechanism": "gaussian", "delta": 1e-6}, "needs one of"),
+        ({"mechanism": "banded-sqrt", "delta": 1e-6}, "needs one of"),
+        ({**POISSON, "noise_multiplier": 1}, "needs one of"),
+        ({**ROTA, "noise_multiplier": 1}, "needs one of"),
+        ({**POISSON, "delta": None}, "needs delta"),
+        ({**ROTA, "delta": None}, "needs delta"),
+        ({**POISSON, "epsilon": -1}, "greater than 0"),
+        ({**POISSON, "separation": 2}, "keeps no separation"),
+        ({**ROTA, **FOLLOWING}, "its clip norm is fixed"),
+        ({**POISSON, "adaptive_clip": {"largest": 0.9}}, "larger than adaptive_clip.largest"),
+        ({**POISSON, "adaptive_clip": {}}, "adaptive_clip.largest: Field required"),
+        ({**POISSON, "adaptive_clip": {"largest": 2, "quantile": 1}}, "less than 1"),
+        ({**POISSON, "adaptive_clip": {"largest": 2, "rate": 0}}, "greater than 0"),
+        ({**POISSON, "adaptive_clip": {"largest": 2, "rate": 11}}, "less than or equal to 10"),
+        ({**POISSON, "adaptive_clip": {"largest": math.inf}}, "finite number"),
+        ({**NONE, "epsilon": 1}, "takes no"),
+        ({**NONE, "noise_multiplier": 1}, "takes no"),
+        ({**NONE, "delta": 1e-6}, "takes no"),
+        ({**NONE, "deployment": LARGE}, "takes no"),
+        ({**NONE, "participations": 3}, "takes no"),
+        ({**NONE, "separation": 3}, "takes no"),
+        ({**POISSON, "deployment": {"users": 1}}, "deployment.cohort: Field required"),
+        ({**POISSON, "deployment": {"users": 10, "cohort": 11}}, "11 is larger than users 10"),
+        ({**POISSON, "deployment": {**LARGE, "participations": 0}}, "greater than or equal to 1"),
     ],
 )
 def test_a_privacy_table_that_says_too_little_or_too_much_is_refused(
-    privacy: dict[str, Any],
+    privacy: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match="privacy"):
+    with pytest.raises(ConfigError, match="^privacy: .*" + message):
         validate(PrivacyConfig, {"clip_norm": 1.0, **privacy}, where="privacy")
+
+
+@pytest.mark.parametrize("name", WRONG_PATHS)
+def test_accountings_that_mislead_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"mechanism: Value error, {name} is refused: ") as error:
+        validate(PrivacyConfig, {"clip_norm": 1.0, **POISSON, "mechanism": name}, where="here")
+    assert WRONG_PATHS[name] in str(error.value)
+
+
+def test_a_deployment_may_leave_its_rule_to_the_run() -> None:
+    large = DeploymentConfig(users=1000, cohort=100)
+    assert (large.rounds, large.participations) == (None, None)
 
 
 def test_privacy_has_no_default() -> None:
@@ -223,3 +269,39 @@ def test_an_unreadable_file_is_refused_by_name(
     with pytest.raises(ConfigError, match=message) as error:
         load_config(FederationConfig, path)
     assert str(path) in str(error.value)
+
+
+# The device's policy
+
+
+def test_policy_file_that_is_empty_trusts_nobody(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("")
+    policy = load_config(DevicePolicy, tmp_path / "policy.toml")
+    assert policy == DevicePolicy()
+    assert policy.server_keys == () and "none" not in policy.mechanisms
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("server_keys", ["A" * 64]),
+        ("server_keys", ["a" * 63]),
+        ("mechanisms", ["gaussian", "laplace"]),
+        *(("smallest_noise_multiplier", value) for value in (-0.1, math.nan, math.inf)),
+        *(("largest_clip_norm", value) for value in (0, math.nan, math.inf)),
+        *((name, 0) for name in ("smallest_cohort", "participations", "separation")),
+        *(("lifetime_epsilon", value) for value in (0, -1, math.nan, math.inf)),
+        *(("delta", value) for value in (0, 1, math.nan)),
+        ("require_secure_aggregation", "perhaps"),
+    ],
+)
+def test_policy_file_that_bounds_nothing_is_refused(key: str, value: object) -> None:
+    name = f"{key}.{len(value) - 1}" if isinstance(value, list) else key
+    with pytest.raises(ConfigError, match=f"policy.toml: {name}: "):
+        validate(DevicePolicy, {key: value}, where="policy.toml")
+
+
+def test_policy_file_with_an_unknown_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        validate(DevicePolicy, {"lifetime_epsilom": 1}, where="policy.toml")
+    assert "lifetime_epsilon" in caught.value.hint

@@ -134,6 +134,28 @@ def test_state_begins_at_zero_and_keeps_its_shape(name: Name) -> None:
     assert state.momentum.shape == state.second_moment.shape == (3,)
 
 
+@given(vectors, vectors)
+def test_rounded_state_is_what_float32_keeps(momentum: Values, second: Values) -> None:
+    state = optimizers.rounded(OptimizerState(momentum, second))
+    for kept, exact in ((state.momentum, momentum), (state.second_moment, second)):
+        assert kept.dtype == np.float64
+        assert np.array_equal(kept, exact.astype(np.float32))
+    again = optimizers.rounded(state)
+    assert np.array_equal(again.momentum, state.momentum)
+    assert np.array_equal(again.second_moment, state.second_moment)
+
+
+@given(configs, vectors, st.lists(vectors, min_size=1, max_size=5))
+def test_rounded_state_hardly_moves_a_release(
+    config: OptimizerConfig, start: Values, averages: list[Values]
+) -> None:
+    release, state = start, optimizers.init(5)
+    for average in averages:
+        release, moments = optimizers.apply(config, state, release, average)
+        state = optimizers.rounded(moments)
+    np.testing.assert_allclose(release, run(config, start, averages)[-1], rtol=1e-4, atol=1e-4)
+
+
 def test_unknown_optimizer_is_refused() -> None:
     config = OptimizerConfig().model_copy(update={"name": "lamb"})
     with pytest.raises(ConfigError, match="lamb"):

@@ -12,13 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
+from tiny_runs import device_key
 
 from homefire.common.adapter import AdapterConfig, AdapterSpec, TargetModule
-from homefire.common.errors import AdapterError
-from homefire.common.protocol import release_digest
-from homefire.server.releases import ReleaseStore
+from homefire.common.encoding import canonical_json
+from homefire.common.errors import AdapterError, SignatureError
+from homefire.common.plan import release_digest
+from homefire.common.signatures import public_key, sign
+from homefire.server.releases import LABEL, Release, ReleaseStore
 
-ABOUT: dict[str, Any] = {"run": "ab" * 16, "privacy": {"epsilon_release": 3.5, "delta": 1e-5}}
+KEY, OTHER = device_key(1), device_key(2)
+ABOUT: dict[str, Any] = {
+    "run": "ab" * 16,
+    "privacy": {"epsilon_release": 3.5, "delta": 1e-5},
+    "deployment": None,
+    "ledger": {"length": 7, "head": "d" * 64},
+}
 VECTOR = np.array([0.5, -1.0, 3e-39], np.float32)
 
 
@@ -34,7 +43,7 @@ def store(tmp_path: Path) -> ReleaseStore:
 @pytest.fixture
 def stored(store: ReleaseStore) -> Path:
     """The file of a release of round 1."""
-    store.write(1, VECTOR, ABOUT)
+    store.write(1, VECTOR, ABOUT, KEY)
     return path_of(store, 1)
 
 
@@ -50,19 +59,128 @@ def test_release_round_trip(
     about: dict[str, Any],
 ) -> None:
     store = ReleaseStore(tmp_path_factory.mktemp("releases"))
-    written = store.write(number, vector, about)
+    written = store.write(number, vector, about, KEY)
     read = store.read(number)
     assert read.vector.dtype == np.float32
     assert read.vector.tobytes() == vector.tobytes() == written.vector.tobytes()
     assert read.about == written.about
-    assert read.about == {**about, "round": number, "digest": release_digest(vector)}
+    added = {
+        "round": number,
+        "digest": release_digest(vector),
+        "server_key": public_key(KEY),
+        "signature": read.about["signature"],
+    }
+    assert read.about == {**about, **added}
+    read.verify(public_key(KEY))
+    written.verify(public_key(KEY))
     assert (read.round, store.rounds()) == (number, [number])
+
+
+# Signatures
+
+
+def paths_of(about: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Every field, those inside of others too."""
+    inner = [(name, key) for name, v in about.items() if isinstance(v, dict) for key in v]
+    return [*((name,) for name in about), *inner]
+
+
+def edited(about: dict[str, Any], path: tuple[str, ...], value: object) -> dict[str, Any]:
+    name, *rest = path
+    return {**about, name: {**about[name], rest[0]: value} if rest else value}
+
+
+SIGNED = sorted({*paths_of(ABOUT), ("round",), ("digest",), ("server_key",), ("signature",)})
+
+
+@pytest.mark.parametrize("path", SIGNED)
+def test_bound_whatever_is_said_is_signed(store: ReleaseStore, path: tuple[str, ...]) -> None:
+    release = store.write(1, VECTOR, ABOUT, KEY)
+    assert paths_of(release.about) and set(paths_of(release.about)) == set(SIGNED)
+    others: list[object] = ["0" * 64, 0, None, {}, 3.500001, True]
+    for other in others:
+        about = edited(release.about, path, other)
+        if about == release.about:
+            continue
+        with pytest.raises(SignatureError):
+            Release(1, VECTOR, about).verify(public_key(KEY))
+    release.verify(public_key(KEY))
+
+
+def test_bound_nothing_can_be_added_or_left_out(store: ReleaseStore) -> None:
+    release = store.write(1, VECTOR, ABOUT, KEY)
+    for name in release.about:
+        less = {key: value for key, value in release.about.items() if key != name}
+        with pytest.raises(SignatureError):
+            Release(1, VECTOR, less).verify(public_key(KEY))
+    with pytest.raises(SignatureError):
+        Release(1, VECTOR, {**release.about, "epsilon": 0.1}).verify(public_key(KEY))
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_bound_to_the_vector(store: ReleaseStore, place: int) -> None:
+    release = store.write(1, VECTOR, ABOUT, KEY)
+    other = VECTOR.copy()
+    other[place] = np.nextafter(other[place], np.float32(1))
+    with pytest.raises(SignatureError, match="number and digest"):
+        Release(1, other, release.about).verify(public_key(KEY))
+    # Its digest in place does not help, for that is signed.
+    about = {**release.about, "digest": release_digest(other)}
+    with pytest.raises(SignatureError, match="not that of key"):
+        Release(1, other, about).verify(public_key(KEY))
+
+
+def test_bound_to_its_round(store: ReleaseStore) -> None:
+    release = store.write(1, VECTOR, ABOUT, KEY)
+    with pytest.raises(SignatureError, match="release 2"):
+        Release(2, VECTOR, release.about).verify(public_key(KEY))
+
+
+def test_bound_to_the_key_that_is_trusted(store: ReleaseStore) -> None:
+    release = store.write(1, VECTOR, ABOUT, OTHER)
+    release.verify(public_key(OTHER))
+    for trusted in (public_key(KEY), "0" * 64, "", "no key"):
+        with pytest.raises(SignatureError):
+            release.verify(trusted)
+    # Whose key it says it is does not matter.
+    named = {**release.about, "server_key": public_key(KEY)}
+    with pytest.raises(SignatureError):
+        Release(1, VECTOR, named).verify(public_key(KEY))
+
+
+def test_bound_to_what_it_is(store: ReleaseStore) -> None:
+    release = store.write(1, VECTOR, ABOUT, KEY)
+    unsigned = {name: v for name, v in release.about.items() if name != "signature"}
+    signature = sign(KEY, "homefire/signed-plan/v1", canonical_json(unsigned)).hex()
+    with pytest.raises(SignatureError):
+        Release(1, VECTOR, {**unsigned, "signature": signature}).verify(public_key(KEY))
+    signature = sign(KEY, LABEL, canonical_json(unsigned)).hex()
+    Release(1, VECTOR, {**unsigned, "signature": signature}).verify(public_key(KEY))
+
+
+@pytest.mark.parametrize("signature", [None, "", "zz", 7, "0" * 128, "ab" * 63, ["a"]])
+def test_unsigned_release_is_refused(store: ReleaseStore, signature: object) -> None:
+    release = store.write(1, VECTOR, ABOUT, KEY)
+    with pytest.raises(SignatureError):
+        Release(1, VECTOR, {**release.about, "signature": signature}).verify(public_key(KEY))
+
+
+def test_release_of_something_without_canonical_form_is_refused(store: ReleaseStore) -> None:
+    release = store.write(1, VECTOR, ABOUT, KEY)
+    with pytest.raises(SignatureError):
+        Release(1, VECTOR, {**release.about, "run": float("nan")}).verify(public_key(KEY))
+    with pytest.raises(ValueError, match="JSON"):
+        store.write(2, VECTOR, {"epsilon": float("inf")}, KEY)
+    assert store.rounds() == [1]
+
+
+# Files
 
 
 def test_release_has_the_same_bytes_each_time(store: ReleaseStore, stored: Path) -> None:
     first = stored.read_bytes()
     for _ in range(5):
-        store.write(1, VECTOR, ABOUT)
+        store.write(1, VECTOR, ABOUT, KEY)
         assert stored.read_bytes() == first
 
 
@@ -74,7 +192,7 @@ def test_release_is_a_plain_safetensors_file(stored: Path) -> None:
 
 def test_newest_release_is_the_one_of_the_last_round(store: ReleaseStore) -> None:
     for number in (0, 9, 10, 1_000_000, 2):
-        store.write(number, VECTOR * number, ABOUT)
+        store.write(number, VECTOR * number, ABOUT, KEY)
     assert store.rounds() == [0, 2, 9, 10, 1_000_000]
     assert store.latest().round == 1_000_000
 
@@ -82,7 +200,7 @@ def test_newest_release_is_the_one_of_the_last_round(store: ReleaseStore) -> Non
 def test_whole_or_refused_whichever_bit_is_changed(
     store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.write(1, VECTOR, {"epsilon": 3})
+    store.write(1, VECTOR, {"epsilon": 3}, KEY)
     damaged = bytearray(path_of(store, 1).read_bytes())
     monkeypatch.setattr(Path, "read_bytes", lambda path: bytes(damaged))
     for bit in range(8 * len(damaged)):
@@ -188,7 +306,7 @@ def test_release_that_could_not_be_written_leaves_the_last_one(
         patch.setattr(os if broken == "fsync" else Path, broken, fail)
         for number in (1, 2):
             with pytest.raises(OSError, match="No space"):
-                store.write(number, VECTOR * 2, ABOUT)
+                store.write(number, VECTOR * 2, ABOUT, KEY)
     assert store.rounds() == [1]
     assert store.latest().vector.tobytes() == VECTOR.tobytes()
     assert list(store.folder.iterdir()) == [stored]
@@ -196,8 +314,8 @@ def test_release_that_could_not_be_written_leaves_the_last_one(
 
 def test_newest_release_is_exported(store: ReleaseStore, tmp_path: Path) -> None:
     spec = AdapterSpec(AdapterConfig(rank=1), (TargetModule("q_proj", 2, 3),), ("q_proj",))
-    store.write(0, spec.initial(), ABOUT)
-    store.write(1, VECTOR, ABOUT)
+    store.write(0, spec.initial(), ABOUT, KEY)
+    store.write(1, VECTOR, ABOUT, KEY)
     store.export(spec, tmp_path / "peft", base_model="some/model")
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     exported = tensors["base_model.model.q_proj.lora_B.weight"]

@@ -24,6 +24,7 @@ def test_seconds_are_the_median_without_the_first_round(monkeypatch: pytest.Monk
         assert users == 3
 
     def server(users: int, rounds: int, output: Path) -> None:
+        output.mkdir()
         lines = [{"accepted": users, "seconds": s} for s in (99.0, 1.0, 5.0, 2.0)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (output / "rounds.jsonl").write_text(text)
@@ -36,6 +37,7 @@ def test_a_device_that_did_not_contribute_spoils_the_measurement(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def server(users: int, rounds: int, output: Path) -> None:
+        output.mkdir()
         (output / "rounds.jsonl").write_text(json.dumps({"accepted": 2, "seconds": 1}) + "\n")
 
     monkeypatch.setattr(overhead, "_server", server)

@@ -63,14 +63,19 @@ def test_no_held_out_record_is_in_the_devices_folder(
 def test_the_folder_holds_what_its_description_says(tmp_path: Path, experiment: Experiment) -> None:
     run = prepare(experiment, tmp_path / "a" / "run")
     files = sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file())
-    assert files == [
+    assert [file for file in files if ".lock" not in file] == [
+        "devices.keys/devices",
         "devices/device.toml",
+        "devices/policy.toml",
         "devices/users.idx",
         "devices/users.jsonl",
         "experiment.toml",
         "held_out.idx",
         "held_out.jsonl",
+        "population.json",
+        "server.keys/server-signing",
         "server/federation.toml",
+        "server/roster.txt",
     ]
 
 

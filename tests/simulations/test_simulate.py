@@ -1,6 +1,5 @@
 """A whole simulation on a tiny model: report, reproducibility, what stays apart from what."""
 
-import io
 import json
 import math
 from collections.abc import Callable
@@ -11,38 +10,21 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
+from tiny_simulations import NO_PRIVACY, lasting, prepare_small, quiet, store
 from transformers import AutoModelForCausalLM
 
 from homefire.client.home import Home
 from homefire.common.base_model import load_base_model
-from homefire.common.errors import ConfigError, FederationError
+from homefire.common.errors import ConfigError
 from homefire.common.privacy.accounting import gaussian_epsilon, poisson_epsilon
 from homefire.common.records import write_users
-from homefire.server.releases import ReleaseStore
+from homefire.simulations import rounds as rounds_module
 from homefire.simulations import simulate as simulate_module
 from homefire.simulations.evaluation import COMPARISONS, VARIANTS
-from homefire.simulations.experiment import load_experiment
-from homefire.simulations.preparation import Run, prepare
-from homefire.simulations.progress import Reporter
+from homefire.simulations.preparation import Run
 from homefire.simulations.report import load_report
 from homefire.simulations.simulate import simulate
 
-SETTINGS = [
-    "population.users=4",
-    "population.unseen=2",
-    "population.records=10",
-    "federation.rounds=2",
-    "federation.cohort=3",
-    "local.steps=2",
-    "private.training.steps=4",
-    "private.validate_every=2",
-    "evaluation.generated=1",
-    "evaluation.reply_tokens=4",
-    "evaluation.curve_users=2",
-    "threads=1",
-]
-NO_PRIVACY = 'privacy={mechanism="none", clip_norm=1.0}'
 PRIVACY = (
     'privacy={mechanism="gaussian", clip_norm=1.0, noise_multiplier=0.8, delta=1e-6, '
     "deployment={users=1000, cohort=100}}"
@@ -51,18 +33,12 @@ PRIVACY = (
 Prepare = Callable[..., Run]
 
 
-def quiet() -> Reporter:
-    return Reporter(Console(file=io.StringIO()))
-
-
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Prepare:
     """Prepares small runs on a tiny model."""
 
     def prepared(*overrides: str) -> Run:
-        settings = [*SETTINGS, f"base_model.name={tiny_llama}", *overrides]
-        folder = tmp_path_factory.mktemp("runs") / "run"
-        return prepare(load_experiment(None, settings), folder)
+        return prepare_small(tmp_path_factory.mktemp("runs") / "run", tiny_llama, *overrides)
 
     return prepared
 
@@ -84,10 +60,6 @@ def noisy(make: Prepare) -> tuple[Run, dict[str, Any]]:
 Simulated = tuple[Run, dict[str, Any]]
 
 
-def store(run: Run) -> ReleaseStore:
-    return ReleaseStore(run.folder / "server" / "releases")
-
-
 def trained_bytes(run: Run) -> dict[str, bytes]:
     """Every release and every private adapter."""
     found = {str(n): store(run).read(n).vector.tobytes() for n in store(run).rounds()}
@@ -96,14 +68,6 @@ def trained_bytes(run: Run) -> dict[str, bytes]:
             vector = Home(run.folder / folder).load_private(user.user_id).vector
             found[f"{folder}/{user.user_id}"] = vector.tobytes()
     return found
-
-
-def lasting(report: dict[str, Any]) -> dict[str, Any]:
-    """A report without what a clock, a memory or a folder's name makes different."""
-    bytes_only = {k: v for k, v in report["efficiency"].items() if k.startswith("bytes")}
-    rounds = [{k: v for k, v in entry.items() if k != "seconds"} for entry in report["rounds"]]
-    rest = {k: v for k, v in report.items() if k not in ("name", "created_at")}
-    return rest | {"efficiency": bytes_only, "rounds": rounds}
 
 
 # The report
@@ -334,10 +298,16 @@ def test_records_longer_than_the_model_reads_are_refused_before_training(
     assert not (run.folder / "server" / "releases").exists()
 
 
-def test_a_run_is_not_carried_out_twice(plain: Simulated) -> None:
-    run, report = plain
+def test_a_run_that_is_over_is_only_evaluated_again(
+    make: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(NO_PRIVACY)
+    report = simulate(run, quiet())
     before = trained_bytes(run)
-    with pytest.raises(FederationError, match="holds the releases of another run"):
-        simulate(run, quiet())
+    monkeypatch.setattr(rounds_module, "server_app", None)  # nobody is asked for anything
+    again = simulate(run, quiet())
     assert trained_bytes(run) == before
-    assert load_report(run.folder) == report
+    assert lasting(again) | {"efficiency": None} == lasting(report) | {"efficiency": None}
+    traffic = {k: v for k, v in again["efficiency"].items() if k.endswith("_per_contribution")}
+    assert set(traffic.values()) == {None}
+    assert load_report(run.folder) == again

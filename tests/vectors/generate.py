@@ -1,46 +1,72 @@
-"""Makes protocol_v1.json: messages byte for byte, and what the server's gate says to them.
+"""Makes protocol_v1.json: messages, noise, ledger lines and a release, byte for byte.
 
-Another implementation is right when it encodes the plan, the contribution and the refusal to these
-bytes, and answers every case with the outcome that stands beside it. Run this file after a change
-of the protocol that is meant, together with a new version.
+Another implementation is right when it writes these bytes from these keys and values, and answers
+every case with the outcome that stands beside it. Run this file after a change of the protocol that
+is meant, together with a new version.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord
 
 from homefire.common.adapter import AdapterConfig
 from homefire.common.encoding import canonical_json, digest
+from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
 from homefire.common.privacy.clipping import STEPS, Clipped
+from homefire.common.privacy.factorization import coefficients
+from homefire.common.privacy.ledger import Ledger
+from homefire.common.privacy.mechanism import (
+    BandedSqrt,
+    ClippedSum,
+    Gaussian,
+    Mechanism,
+    NoPrivacy,
+    Past,
+    advance,
+    privatize,
+)
+from homefire.common.privacy.randomness import KeyStream, derive_key
 from homefire.common.protocol import (
+    LARGEST_HEADER,
     STATISTICS,
     VERSION,
     ContributionHeader,
-    PlanHeader,
-    PrivacyBlock,
     Refusal,
-    RoundPlan,
+    RefusalReason,
     encode_contribution,
     encode_plan,
     encode_refusal,
-    release_digest,
 )
+from homefire.common.signatures import public_key, sign
 from homefire.common.training import LocalTraining
+from homefire.server.aggregator import sum_name
+from homefire.server.releases import ReleaseStore
 
 FILE = Path(__file__).with_name("protocol_v1.json")
+SERVER, DEVICE, OTHER, STRANGER = (
+    Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, 5)
+)
+ROSTER = frozenset({public_key(DEVICE), public_key(OTHER)})
+NEUTRAL = b"\x01" + bytes(31)
+"""The neutral point of the curve: as a key and as a signature's point it fits every message."""
+NODE = 2**64 - 1
+RUN = "0123456789abcdef" * 2
+RUN_KEY = bytes(range(32))
 RELEASE = np.array([0.0, -0.5, 1.25, 3e-39], np.float32)
 UPDATE_SIZE = 4
 CONTRIBUTION = (1, -2, 30_000, -45_000, 4096, 2048, 0)
-HEADER_CHANGES: dict[str, dict[str, object]] = {
-    "round": {"round": 8},
-    "run": {"run": "fedcba9876543210" * 2},
-    "plan": {"plan_digest": "5" * 64},
-    "digest": {"payload_digest": "5" * 64},
-}
+BANDED = BandedSqrt(1.5, separation=3, participations=2)
+MECHANISMS: tuple[Mechanism, ...] = (BANDED, Gaussian(1.5, 0.05, 2), NoPrivacy(0.05))
+NOISE_ROUNDS, NOISE_SIZE = 4, 8
+XI_DENOMINATOR = 16
+"""Makes whole numbers of the correlated noise of four rounds in three bands."""
+
 PAYLOADS: dict[str, tuple[str, tuple[int, ...]]] = {
     "an update and its statistics": ("accepted", CONTRIBUTION),
     "zero": ("accepted", (0,) * 7),
@@ -56,33 +82,37 @@ PAYLOADS: dict[str, tuple[str, tuple[int, ...]]] = {
     "a coordinate too many": ("length", (0,) * 8),
     "nothing": ("length", ()),
 }
+HEADER_CHANGES: dict[str, tuple[str, dict[str, object]]] = {
+    "another round": ("round", {"round": 8}),
+    "another run": ("round", {"run": "fedcba9876543210" * 2}),
+    "another plan": ("plan", {"plan_digest": "5" * 64}),
+    "another payload digest": ("digest", {"payload_digest": "5" * 64}),
+    "another node": ("node", {"node": 5}),
+    "a key that is not enrolled": ("not enrolled", {"device_key": public_key(STRANGER)}),
+    "the key of another enrolled device": ("signature", {"device_key": public_key(OTHER)}),
+}
 
 
-def example_plan(**changes: Any) -> RoundPlan:
+def example_plan(mechanism: Mechanism = BANDED, **changes: Any) -> RoundPlan:
     """A plan for four parameters; `changes` go to its header."""
     fields: dict[str, Any] = {
-        "run": "0123456789abcdef" * 2,
+        "run": RUN,
         "round": 7,
+        "server_key": public_key(SERVER),
         "base_model": "a" * 64,
         "adapter": AdapterConfig(rank=2, targets=("q_proj", "v_proj")),
         "adapter_digest": "b" * 64,
         "training": LocalTraining(),
-        "privacy": PrivacyBlock(
-            mechanism="gaussian",
-            clip_norm=0.25,
-            noise_multiplier=1.5,
-            expected_cohort=10,
-            sampling_rate=0.05,
-        ),
+        "privacy": PrivacyBlock.announce(mechanism, clip_norm=0.25, cohort=10),
         "release_digest": release_digest(RELEASE),
     }
     return RoundPlan(PlanHeader(**{**fields, **changes}), RELEASE)
 
 
 def contribution(plan: RoundPlan, values: tuple[int, ...] = CONTRIBUTION) -> dict[str, Any]:
-    """The entries of a contribution's record, whether or not it would pass the gate."""
+    """The entries of a signed contribution's record, whether or not it would pass the gate."""
     clipped = Clipped(np.array(values, np.int32), plan.header.privacy.clip_norm, STATISTICS)
-    return entries(encode_contribution(plan, clipped)["contribution"])
+    return entries(encode_contribution(plan, clipped, node=NODE, key=DEVICE)["contribution"])
 
 
 def entries(record: object) -> dict[str, Any]:
@@ -92,24 +122,161 @@ def entries(record: object) -> dict[str, Any]:
     return dict(record.items())
 
 
-def cases(plan: RoundPlan) -> Iterator[dict[str, object]]:
+def signed_contribution(
+    good: dict[str, Any], header: bytes, key: Ed25519PrivateKey = DEVICE
+) -> dict[str, Any]:
+    """A contribution's record with another header, signed like an honest one."""
+    signature = sign(key, "homefire/signed-contribution/v1", header)
+    return {**good, "header": header, "signature": signature}
+
+
+def signed_plan(
+    good: dict[str, Any], header: bytes, key: Ed25519PrivateKey = SERVER
+) -> dict[str, Any]:
+    """A plan's record with another header, signed like an honest one."""
+    return {**good, "header": header, "signature": sign(key, "homefire/signed-plan/v1", header)}
+
+
+def flipped(text: bytes) -> bytes:
+    """With its very last bit changed."""
+    return text[:-1] + bytes([text[-1] ^ 1])
+
+
+def contribution_cases(plan: RoundPlan) -> Iterator[dict[str, object]]:
     """Contributions with the outcome that each must have at the gate."""
     for name, (outcome, values) in PAYLOADS.items():
         yield _case(name, outcome, contribution(plan, values))
     good = contribution(plan)
     header = ContributionHeader.model_validate_json(good["header"])
-    for name, changes in HEADER_CHANGES.items():
+    for name, (outcome, changes) in HEADER_CHANGES.items():
         other = canonical_json(header.model_copy(update=changes).model_dump(mode="json"))
-        outcome = "round" if name == "run" else name
-        yield _case(f"another {name}", outcome, {**good, "header": other})
-    for name, text in {
-        "a header that is not canonical": good["header"] + b" ",
-        "a header with a number as text": good["header"].replace(b":7,", b':"7",'),
-        "a header with an unknown field": good["header"][:-1] + b',"weight":2}',
+        key = STRANGER if outcome == "not enrolled" else DEVICE
+        yield _case(name, outcome, signed_contribution(good, other, key))
+    text, signature, payload = good["header"], good["signature"], good["payload"]
+    for name, odd in {
+        "a header that is not canonical": text + b" ",
+        "a header with an entry twice": b'{"round":7,' + text[1:],
+        "a header with a number as text": text.replace(b":7,", b':"7",'),
+        "a header with an unknown field": text[:-1] + b',"weight":2}',
         "a header that is not JSON": b"{",
     }.items():
-        yield _case(name, "malformed", {**good, "header": text})
-    yield _case("another version", "malformed", {**good, "version": VERSION + 1})
+        yield _case(name, "malformed", signed_contribution(good, odd))
+    moved = sign(DEVICE, "homefire/signed-plan/v1", text)
+    for name, outcome, changed in (
+        ("a signature with another bit", "signature", {"signature": flipped(signature)}),
+        ("a signature made for plans", "signature", {"signature": moved}),
+        ("a signature that is too short", "malformed", {"signature": signature[:-1]}),
+        ("a payload with another bit", "digest", {"payload": flipped(payload)}),
+        ("another version", "malformed", {"version": VERSION + 1}),
+    ):
+        yield _case(name, outcome, {**good, **changed})
+
+
+def plan_cases(plan: RoundPlan) -> Iterator[dict[str, object]]:
+    """Plans with the outcome that each must have on a device, before its policy is asked."""
+    for mechanism in MECHANISMS:
+        name = f"a plan with {type(mechanism).__name__}"
+        yield _case(name, "accepted", entries(encode_plan(example_plan(mechanism), SERVER)))
+    good = entries(encode_plan(plan, SERVER))
+    text, signature, release = good["header"], good["signature"], good["release"]
+    for name, odd in {
+        "a header that is not canonical": text + b"\n",
+        "a header with an entry twice": b'{"round":9,' + text[1:],
+        "a header with an unknown field": text.replace(b'"run":', b'"rum":1,"run":'),
+        "a number that has no canonical form": text.replace(b":1.5,", b":1e400,"),
+        "noise without its multiplier": text.replace(b":1.5,", b":null,"),
+        "a rota with a sampling rate": text.replace(b'rate":null', b'rate":0.5'),
+        "the name of another mechanism": text.replace(b"banded-sqrt", b"laplace"),
+    }.items():
+        yield _case(name, "malformed", signed_plan(good, odd))
+    unsigned = text.replace(public_key(SERVER).encode(), NEUTRAL.hex().encode())
+    for name, outcome, changed in (
+        ("the key of nobody", "signature", {"header": unsigned, "signature": NEUTRAL + bytes(32)}),
+        ("signed by another key than the one it names", "signature", signed_plan({}, text, OTHER)),
+        ("a signature made for contributions", "signature", signed_contribution({}, text, SERVER)),
+        ("a signature with another bit", "signature", {"signature": flipped(signature)}),
+        ("a header with another bit", "signature", {"header": text.replace(b":7,", b":6,")}),
+        ("a signature that is too long", "malformed", {"signature": signature + b"\0"}),
+        ("another release", "malformed", {"release": flipped(release)}),
+        ("a release that is cut", "malformed", {"release": release[:-4]}),
+        ("another version", "malformed", {"version": VERSION + 1}),
+    ):
+        yield _case(name, outcome, {**good, **changed})
+    yield _long_header(good)
+
+
+def _long_header(good: dict[str, Any]) -> dict[str, object]:
+    """In canonical form, signed, and one byte longer than what is parsed."""
+    before, after = good["header"].split(b"q_proj")
+    times = LARGEST_HEADER + 1 - len(before) - len(after)
+    record = signed_plan(good, before + b"q" * times + after)
+    case = _case("a header that is too long", "malformed", record)
+    return case | {"header": [[before.hex(), 1], [b"q".hex(), times], [after.hex(), 1]]}
+
+
+def refusals() -> Iterator[dict[str, object]]:
+    """A refusal for each reason."""
+    for reason in get_args(RefusalReason):
+        refusal = Refusal(reason=reason, detail=f"“{reason}”: ü")
+        record = entries(encode_refusal(refusal)["refusal"])
+        yield {"reason": reason, "detail": refusal.detail} | _written(record)
+
+
+def noise(mechanism: Mechanism) -> Iterator[dict[str, object]]:
+    """Four rounds of noise on known sums, from the run key to what is released."""
+    past: Past = ()
+    for number in range(1, NOISE_ROUNDS + 1):
+        values = np.arange(NOISE_SIZE, dtype=np.int64) * 1000 * number - 3500
+        total = ClippedSum(values, 0.25)
+        named = sum_name(total, RUN_KEY, RUN, number)
+        parts = bytes.fromhex(RUN), number.to_bytes(8, "little"), bytes.fromhex(named)
+        key = derive_key(RUN_KEY, "homefire/round-noise/v1", *parts)
+        # Without a past nothing is taken back: the fresh noise alone.
+        fresh = advance(mechanism, NOISE_SIZE, KeyStream(key), ())
+        noisy, past = privatize(total, mechanism, KeyStream(key), past)
+        secret = {
+            "z": [int(value) for vector in fresh for value in vector],
+            "xi": [int(value * XI_DENOMINATOR) for vector in past[:1] for value in vector],
+        }
+        yield {
+            "round": number,
+            "sum": values.tolist(),
+            "sum_digest": digest("homefire/sum/v1", values.astype("<i8").tobytes()),
+            "sum_name": named,
+            "key": key.hex(),
+            **(secret if fresh else {}),
+            "noisy": noisy.tolist(),
+        }
+
+
+def ledger(folder: Path) -> dict[str, object]:
+    """A ledger's lines and its anchor."""
+    kind = "participations-" + "0123456789abcdef" * 2
+    took_part = {"run": RUN, "adapter_digest": "b" * 64, "rule": "c" * 64, "plan_digest": "d" * 64}
+    entries: list[dict[str, Any]] = [
+        {**took_part, "round": 7, "charge": 0.25},
+        {**took_part, "round": 9, "charge": None},
+        {"note": "ü “quoted”", "numbers": [1e-300, -0.0, 2**63]},
+    ]
+    path = folder / "ledger.jsonl"
+    with Ledger.open(path, kind=kind) as opened:
+        start = opened.anchor.head
+        for entry in entries:
+            opened.append(entry)
+        head = opened.anchor.head
+    lines = path.read_text(encoding="ascii").splitlines()
+    return {"kind": kind, "start": start, "entries": entries, "lines": lines, "head": head}
+
+
+def release(folder: Path) -> dict[str, object]:
+    """A signed release: what is said about it, and its vector."""
+    about = {
+        "run": RUN,
+        "privacy": {"mechanism": "banded-sqrt", "epsilon_release": 3.5, "delta": 1e-5},
+        "ledger": {"length": 3, "head": "e" * 64},
+    }
+    written = ReleaseStore(folder).write(7, RELEASE, about, SERVER)
+    return {"about": written.about, "vector": RELEASE.astype("<f4").tobytes().hex()}
 
 
 def _case(name: str, outcome: str, record: dict[str, Any]) -> dict[str, object]:
@@ -123,24 +290,46 @@ def _written(record: dict[str, Any]) -> dict[str, object]:
 def render() -> str:
     """The text of protocol_v1.json."""
     plan = example_plan()
-    refusal = Refusal(reason="wrong base model", detail="this device has another: “ü”")
-    payload = contribution(plan)["payload"]
-    return json.dumps(
-        {
-            "about": "Byte strings are in hex; outcomes are the gate's reasons",
-            "plan": _written(entries(encode_plan(plan))) | {"digest": plan.digest},
-            "update_size": UPDATE_SIZE,
-            "clip_norm": plan.header.privacy.clip_norm,
-            "contribution": {
-                "values": CONTRIBUTION,
-                "payload_digest": digest("homefire/contribution/v1", payload),
-            }
-            | _written(contribution(plan)),
-            "refusal": _written(entries(encode_refusal(refusal)["refusal"])),
-            "contributions": list(cases(plan)),
+    keys = {"server": SERVER, "device": DEVICE, "other device": OTHER, "stranger": STRANGER}
+    with TemporaryDirectory() as folder:
+        stored = {"ledger": ledger(Path(folder)), "release": release(Path(folder) / "releases")}
+    content = {
+        "about": {
+            "bytes": "in hex; or a list of pieces, each with how many times it stands there",
+            "outcomes": "the reasons of the gate; of plans: accepted, signature, malformed",
+            "z": "fresh noise in 2^-20 grid steps",
+            "xi": f"correlated noise in 2^-20 / {XI_DENOMINATOR} grid steps",
+            "noisy": "in grid steps",
         },
-        indent=2,
-    )
+        "keys": {
+            name: {"secret": key.private_bytes_raw().hex(), "public": public_key(key)}
+            for name, key in keys.items()
+        },
+        "roster": sorted(ROSTER),
+        "sender": NODE,
+        "update_size": UPDATE_SIZE,
+        "clip_norm": plan.header.privacy.clip_norm,
+        "plan_digest": plan.digest,
+        "rules": [
+            block.model_dump(mode="json") | {"rule": block.rule}
+            for block in (example_plan(mechanism).header.privacy for mechanism in MECHANISMS)
+        ],
+        "contribution_values": CONTRIBUTION,
+        "plans": list(plan_cases(plan)),
+        "contributions": list(contribution_cases(plan)),
+        "refusals": list(refusals()),
+        "coefficients": coefficients(20),
+        "noise": {
+            "run": RUN,
+            "run_key": RUN_KEY.hex(),
+            "noise_multiplier": 1.5,
+            "separation": 3,
+            "banded-sqrt": list(noise(BANDED)),
+            "gaussian": list(noise(Gaussian(1.5, 0.05))),
+        },
+        **stored,
+    }
+    return json.dumps(content, indent=1)
 
 
 if __name__ == "__main__":
