@@ -6,13 +6,14 @@ from itertools import islice
 
 import numpy as np
 
+from homefire.client.example_dp import ExampleDPStatement, train_private_steps
 from homefire.client.home import Home, PrivateAdapter
 from homefire.client.participation import open_participations
 from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult, train_private
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector, resolve_spec
 from homefire.common.base_model import load_base_model
-from homefire.common.config import BaseModelConfig, DeviceConfig
+from homefire.common.config import BaseModelConfig, DeviceConfig, ExampleDPConfig
 from homefire.common.errors import AdapterError
 from homefire.common.plan import RoundPlan, release_digest
 from homefire.common.policy import check_plan
@@ -61,12 +62,13 @@ class Device:
             refusal = check_plan(self.home.policy, plan.header, ledger.history)
             if refusal is not None:
                 return refusal
-            answer = self._train(plan)
-            if isinstance(answer, Clipped):
-                ledger.charge(plan)
-            return answer
+            trained = self._train(plan)
+            if isinstance(trained, Refusal):
+                return trained
+            ledger.charge(plan, example_dp=trained.example_dp)
+            return trained.clipped
 
-    def _train(self, plan: RoundPlan) -> Clipped | Refusal:
+    def _train(self, plan: RoundPlan) -> "Trained | Refusal":
         config = self.home.config
         try:
             model = adapted_model(config, plan.header.adapter)
@@ -77,11 +79,12 @@ class Device:
         if len(self.user.records) < 2:
             # Too short to train on. A refusal would say so; a vector of zeros says nothing.
             zeros = np.zeros(plan.release.shape, np.float32)
-            return clip_to_grid(
-                zeros, np.zeros(STATISTICS), clip_norm=plan.header.privacy.clip_norm
-            )
-        examples = self.examples(model, config, plan.header.training.max_tokens)
-        return contribute(model, plan, examples.training, user_id=self.user.user_id)
+            clip_norm = plan.header.privacy.clip_norm
+            return Trained(clip_to_grid(zeros, np.zeros(STATISTICS), clip_norm=clip_norm))
+        examples = self.examples(model, config, plan.header.training.max_tokens).training
+        if config.example_dp is not None:
+            return contribute_privately(model, plan, examples, config.example_dp)
+        return Trained(contribute(model, plan, examples, user_id=self.user.user_id))
 
     def personalize(
         self, model: AdaptedModel, release: Vector, *, seed: int, on_shared: bool = True
@@ -151,6 +154,19 @@ def _unfit(plan: RoundPlan, model: AdaptedModel) -> Refusal | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Trained:
+    """What a device made of a plan.
+
+    Attributes:
+        clipped: What leaves.
+        example_dp: What it costs each record, where the device protects those; stays here.
+    """
+
+    clipped: Clipped
+    example_dp: ExampleDPStatement | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Examples:
     """A history as token ids: what is trained on, and the slice that choices are made on."""
 
@@ -180,8 +196,33 @@ def contribute(
     update, mean_loss = local_update(
         model, plan.release, examples, header.training, order=(user_id, header.round)
     )
-    clip_norm = header.privacy.clip_norm
     loss = min(max(mean_loss, 0.0), LOSS_SCALE) / LOSS_SCALE
+    return _with_statistics(update, loss, header.privacy.clip_norm)
+
+
+def contribute_privately(
+    model: AdaptedModel, plan: RoundPlan, examples: tuple[Example, ...], config: ExampleDPConfig
+) -> Trained:
+    """As `contribute`, with example-level DP-SGD on the device.
+
+    Guarantees:
+        Noisy throughout: whatever leaves follows from the noisy update alone; the slot of the
+            training loss, which no noise covers, stays empty.
+
+    Raises:
+        PrivacyError: Per-example gradients are wrong; nothing may be sent.
+        HomefireError: Opacus is not installed.
+    """
+    model.load(SHARED, plan.release)
+    parameters = model.activate(SHARED, train=SHARED)
+    _, statement = train_private_steps(
+        model.network, parameters, examples, plan.header.training, config
+    )
+    update = model.vector(SHARED) - plan.release
+    return Trained(_with_statistics(update, 0.0, plan.header.privacy.clip_norm), statement)
+
+
+def _with_statistics(update: Vector, loss: float, clip_norm: float) -> Clipped:
     clipped = is_clipped(update, clip_norm=clip_norm, statistics=STATISTICS)
     statistics = np.array([1.0, loss, -1.0 if clipped else 1.0])
     return clip_to_grid(update, statistics, clip_norm=clip_norm)

@@ -16,17 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from homefire.client.example_gradients import (
-    GradSampleMode,
     check_example_gradients,
     fill_gradients,
     import_opacus,
     listening,
 )
-from homefire.common.config import Frozen, Positive
+from homefire.common.config import ExampleDPConfig
 from homefire.common.errors import DataError, PrivacyError
 from homefire.common.privacy.accounting import SMALLEST_PLD_NOISE, gaussian_epsilon
 from homefire.common.privacy.randomness import KeyStream, derive_key, new_key
@@ -38,19 +36,6 @@ ADJACENCY = "zero-out"
 
 PROBE_TOKENS = (16, 11)
 """How many predicted tokens the two examples of the check have at most."""
-
-
-class ExampleDPConfig(Frozen):
-    """How a device protects single records in its contribution."""
-
-    noise_multiplier: Positive = Field(
-        description="Noise of a step over the clip norm, on the sum of clipped gradients."
-    )
-    max_gradient_norm: Positive = Field(1.0, description="What one example's gradient is cut to.")
-    delta: float = Field(1e-5, gt=0, lt=1)
-    grad_sample_mode: GradSampleMode = Field(
-        "hooks", description="ghost never holds per-example gradients: less memory, two passes."
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,14 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from homefire.common.config import GradSampleMode
 from homefire.common.errors import HomefireError, PrivacyError
 from homefire.common.training import IGNORED, Example, collate
-
-GradSampleMode = Literal["hooks", "ghost"]
 
 
 def check_example_gradients(
@@ -43,6 +42,7 @@ def check_example_gradients(
         PrivacyError: They differ, or Opacus cannot make them for this network.
         HomefireError: Opacus is not installed.
     """
+    _check_trained(network, parameters)
     with _other_values(parameters):
         expected = [_autograd(network, parameters, example) for example in examples]
         norms = torch.stack([torch.stack([g.norm() for g in row]).norm() for row in expected])
@@ -214,7 +214,8 @@ def _gradient(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def _row_norms(rows: torch.Tensor) -> torch.Tensor:
-    return rows.flatten(1).norm(dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
+    return norms
 
 
 def _autograd(
@@ -222,9 +223,8 @@ def _autograd(
 ) -> tuple[torch.Tensor, ...]:
     """The gradient of one example alone."""
     loss = example_losses(network, [example]).sum()
-    found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
-        loss, list(parameters), allow_unused=True
-    )
+    unused_are_none = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+    found = cast(tuple[torch.Tensor | None, ...], unused_are_none)
     gradients = tuple(gradient for gradient in found if gradient is not None)
     if len(gradients) < len(found):
         raise PrivacyError("a trained tensor takes no part in the loss")

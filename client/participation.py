@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from homefire.client.example_dp import ExampleDPStatement
 from homefire.client.home import Home, file_name
 from homefire.common.errors import LedgerError
 from homefire.common.keystore import Keystore
@@ -34,8 +35,12 @@ class ParticipationLedger:
         """
         return tuple(_read(entry) for entry in self.ledger.entries)
 
-    def charge(self, plan: RoundPlan) -> None:
+    def charge(self, plan: RoundPlan, *, example_dp: ExampleDPStatement | None = None) -> None:
         """Record that this device takes part; only then may the contribution leave.
+
+        Args:
+            plan: What it takes part in.
+            example_dp: What the contribution costs each record, where those are protected too.
 
         Guarantees:
             Charged first: when this returns, the entry is on the disk and anchored in the keystore.
@@ -52,6 +57,7 @@ class ParticipationLedger:
             "rule": header.privacy.rule,
             "charge": charge if math.isfinite(charge) else None,
             "plan_digest": plan.digest,
+            "example_dp": None if example_dp is None else asdict(example_dp),
         }
         self.keystore.keep_anchor(self.name, self.ledger.append(entry))
 

@@ -13,6 +13,7 @@ from homefire.common.privacy.statement import WRONG_PATHS, MechanismName
 from homefire.common.training import LocalTraining
 
 Model = TypeVar("Model", bound=BaseModel)
+GradSampleMode = Literal["hooks", "ghost"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -182,11 +183,27 @@ class PrivateConfig(Frozen):
     validation_share: float = Field(0.125, gt=0, lt=1)
 
 
+class ExampleDPConfig(Frozen):
+    """How a device protects single records in its contribution."""
+
+    noise_multiplier: Positive = Field(
+        description="Noise of a step over the clip norm, on the sum of clipped gradients."
+    )
+    max_gradient_norm: Positive = Field(1.0, description="What one example's gradient is cut to.")
+    delta: float = Field(1e-5, gt=0, lt=1)
+    grad_sample_mode: GradSampleMode = Field(
+        "hooks", description="ghost never holds per-example gradients: less memory, two passes."
+    )
+
+
 class DeviceConfig(Frozen):
     """What a device decides for itself; nothing of it ever comes from a server."""
 
     base_model: BaseModelConfig = BaseModelConfig()
     private: PrivateConfig = PrivateConfig()
+    example_dp: ExampleDPConfig | None = Field(
+        None, description="Protect single records in contributions too, by DP-SGD."
+    )
     participants: int | None = Field(
         None, ge=1, description="In a folder of many users: how many, from the first, take part."
     )

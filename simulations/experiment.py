@@ -10,6 +10,7 @@ from homefire.common.config import (
     NAME_PATTERN,
     BaseModelConfig,
     DeviceConfig,
+    ExampleDPConfig,
     FederationConfig,
     Frozen,
     OptimizerConfig,
@@ -52,6 +53,9 @@ class Experiment(Frozen):
     privacy: PrivacyConfig
     private: PrivateConfig = PrivateConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    example_dp: ExampleDPConfig | None = Field(
+        None, description="Devices protect single records too, by DP-SGD; needs Opacus."
+    )
     policy: DevicePolicy | None = Field(
         None, description="Of all devices; by default it accepts what the run announces, no less."
     )
@@ -80,7 +84,10 @@ class Experiment(Frozen):
     def for_devices(self) -> DeviceConfig:
         """The part that the devices read."""
         return DeviceConfig(
-            base_model=self.base_model, private=self.private, participants=self.population.users
+            base_model=self.base_model,
+            private=self.private,
+            example_dp=self.example_dp,
+            participants=self.population.users,
         )
 
 

@@ -32,8 +32,14 @@ for name, module in sorted(sys.modules.items()):
     if name.partition(".")[0] == "homefire":
         assert module.__file__.startswith(target), f"{name} comes from {module.__file__}"
 print(f"{len(modules)} modules imported", flush=True)
-sys.argv = ["homefire", "--help"]
-runpy.run_module("homefire", run_name="__main__", alter_sys=True)
+plan = ["privacy", "plan"]
+run = "--users 1000 --cohort 50 --rounds 20 --epsilon 8 --json".split()
+for arguments in (["--help"], [*plan, "--help"], [*plan, *run]):
+    sys.argv = ["homefire", *arguments]
+    try:
+        runpy.run_module("homefire", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, f"{arguments}: exit code {ended.code}"
 """
 
 
@@ -65,8 +71,9 @@ def check(folder: Path) -> str:
     pip = ["pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
     run("-m", *pip, str(wheel), cwd=elsewhere)
     output = run("-I", "-c", USE, str(target), ",".join(listed), cwd=elsewhere)
-    if "simulate" not in output:
-        raise WheelError(f"`python -m homefire --help` does not name its commands:\n{output}")
+    for word in ("simulate", "--participations", '"epsilon_known_cohort"'):
+        if word not in output:
+            raise WheelError(f"`python -m homefire` does not say {word}:\n{output}")
     return wheel.name
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,7 +22,16 @@ MAY_IMPORT = {
     "simulations": set(FOLDERS),
 }
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
-NOT_FOR_DEVICES = ("ray", "plotly", "datasets", "dp_accounting", "rouge_score", "tomli_w", "gguf")
+NOT_FOR_DEVICES = (
+    "datasets",
+    "dp_accounting",
+    "gguf",
+    "opacus",
+    "plotly",
+    "ray",
+    "rouge_score",
+    "tomli_w",
+)
 
 
 def sources(*folders: str) -> list[Path]:
@@ -89,7 +99,8 @@ def test_imports_follow_the_arrows(folder: str) -> None:
 
 def test_nothing_but_the_command_line_stands_above_the_folders() -> None:
     names = {path.name for path in sources("homefire")}
-    assert names == {"__init__.py", "__main__.py"}
+    commands = {"options.py", "privacy_commands.py", "privacy_experiments.py"}
+    assert names == {"__init__.py", "__main__.py"} | commands
     tree = ast.parse((ROOT / "homefire" / "__init__.py").read_text(encoding="utf-8"))
     assert forbidden(tree, allowed=set()) == []
 
@@ -154,6 +165,27 @@ def test_a_device_needs_neither_ray_nor_plots_nor_an_accountant() -> None:
     assert "homefire.common.privacy.mechanism" in loaded
     assert loaded & {*NOT_FOR_DEVICES, *FOLDERS} == set()
     assert not any(name.startswith(("homefire.server", "homefire.simulations")) for name in loaded)
+
+
+def test_a_run_configuration_names_the_federation_file_and_nothing_else() -> None:
+    """`flwr run --run-config` can change what is declared here; nothing of it weakens privacy."""
+    flower = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert flower["config"] == {"federation": ""}
+
+
+def test_extras_bring_what_their_commands_need_and_a_device_needs_none() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {
+        extra: {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements}
+        for extra, requirements in project["optional-dependencies"].items()
+    }
+    assert names["server"] == {"dp-accounting", "scipy"}
+    assert names["example-dp"] == {"opacus"}
+    assert names["gguf"] == {"gguf"}
+    device = {re.split(r"[\[<>=]", requirement)[0] for requirement in project["dependencies"]}
+    assert device & {name.replace("_", "-") for name in NOT_FOR_DEVICES} == set()
+    for extra in ("server", "example-dp", "gguf"):
+        assert device & names[extra] == set()
 
 
 def test_flowers_bundle_holds_code_and_nothing_else(tmp_path: Path) -> None:

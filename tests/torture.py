@@ -28,7 +28,7 @@ from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from homefire.client import app as client
-from homefire.client.device import Device
+from homefire.client.device import Device, Trained
 from homefire.client.home import Home
 from homefire.client.participation import KIND as PARTICIPATIONS
 from homefire.client.participation import open_participations
@@ -84,9 +84,9 @@ def torture_client(folder: Path) -> ClientApp:
         _note(folder / "sent", {"round": plan.header.round, "user": node - 1})
         return encode_contribution(plan, clipped, node=node, key=key)
 
-    def train(self: Device, plan: RoundPlan) -> Clipped:
+    def train(self: Device, plan: RoundPlan) -> Trained:
         number = int(self.user.user_id)
-        return contribution_of(number, plan.header.round, plan.release.size)
+        return Trained(contribution_of(number, plan.header.round, plan.release.size))
 
     setattr(client, "decode_plan", decode)  # noqa: B010
     setattr(client, "encode_contribution", encode)  # noqa: B010

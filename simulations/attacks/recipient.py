@@ -66,8 +66,7 @@ class Recipient:
         for _ in range(characters):
             logits = self.model.network(input_ids=torch.tensor([tokens]), use_cache=False).logits
             tokens.append(int(logits[0, -1].argmax()))
-        text: str = self.model.base.tokenizer.decode(tokens[start:], skip_special_tokens=True)
-        return text
+        return str(self.model.base.tokenizer.decode(tokens[start:], skip_special_tokens=True))
 
     def _activate(self, released: bool) -> None:
         self.model.activate(*[SHARED] * released)

@@ -15,14 +15,14 @@ from torch import nn
 
 from homefire.client import example_dp
 from homefire.client.example_dp import (
-    ExampleDPConfig,
     example_epsilon,
     train_private_steps,
 )
-from homefire.client.example_gradients import GradSampleMode, import_opacus
+from homefire.client.example_gradients import import_opacus
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, Vector, resolve_spec
 from homefire.common.base_model import BaseModel
+from homefire.common.config import ExampleDPConfig, GradSampleMode
 from homefire.common.errors import DataError, PrivacyError
 from homefire.common.privacy.accounting import gaussian_epsilon, poisson_epsilon
 from homefire.common.privacy.randomness import KeyStream, derive_key

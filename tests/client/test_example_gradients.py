@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from homefire.client.example_gradients import (
-    GradSampleMode,
     check_example_gradients,
     example_losses,
     fill_gradients,
@@ -24,6 +23,7 @@ from homefire.client.example_gradients import (
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, resolve_spec
 from homefire.common.base_model import BaseModel, load_base_model
+from homefire.common.config import GradSampleMode
 from homefire.common.errors import HomefireError, PrivacyError
 from homefire.common.training import (
     Example,

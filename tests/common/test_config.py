@@ -16,8 +16,8 @@ from homefire.common.config import (
     validate,
 )
 from homefire.common.errors import ConfigError
-from homefire.common.plan import LARGEST_SEPARATION
 from homefire.common.policy import DevicePolicy
+from homefire.common.privacy.mechanism import LARGEST_SEPARATION
 from homefire.common.privacy.statement import WRONG_PATHS
 from homefire.simulations.experiment import Experiment
 from homefire.simulations.preparation import write_toml

@@ -130,6 +130,35 @@ def test_whatever_a_plan_may_announce_has_a_cost(mechanism: Mechanism) -> None:
     assert 0 < charge < 1e30
 
 
+@given(mechanisms, mechanisms, st.floats(1e-3, 1e3), st.sampled_from([10, 11]))
+def test_rule_names_everything_but_the_clip_norm(
+    one: Mechanism, other: Mechanism, clip_norm: float, cohort: int
+) -> None:
+    rule = PrivacyBlock.announce(one, clip_norm=1.0, cohort=10).rule
+    again = PrivacyBlock.announce(one, clip_norm=clip_norm, cohort=cohort).rule
+    assert (again == rule) == (cohort == 10)
+    same = PrivacyBlock.announce(other, clip_norm=1.0, cohort=10).rule == rule
+    assert same == (one == other)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        BandedSqrt(1.6, 3, 2),
+        BandedSqrt(1.5, 4, 2),
+        BandedSqrt(1.5, 3, 3),
+        Gaussian(1.5, 0.05, 2),
+        Gaussian(1.5, 0.05),
+        Gaussian(1.5, 0.06, 2),
+        NoPrivacy(0.05),
+    ],
+)
+def test_rule_of_a_plan_that_differs_in_one_setting_is_another(other: Mechanism) -> None:
+    base = BandedSqrt(1.5, 3, 2)
+    blocks = [PrivacyBlock.announce(m, clip_norm=1.0, cohort=10) for m in (base, other)]
+    assert blocks[0].rule != blocks[1].rule
+
+
 def test_settings_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValidationError):
         PLAN.header.privacy.noise_multiplier = 0.1  # type: ignore[misc]

@@ -8,14 +8,25 @@ from typing import Any, get_args
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from scipy.special import log_ndtr, ndtr
-from vectors.generate import OTHER, RUN, SERVER, example_plan
+from tiny_policies import (
+    ADAPTER,
+    OTHER_RUN,
+    POLICY,
+    SAME_RULE,
+    History,
+    charge_of,
+    decide,
+    exact_delta,
+    make_header,
+    policy_with,
+    squared_norm,
+    took_part,
+)
+from vectors.generate import OTHER, RUN, SERVER
 
 from homefire.common.plan import PlanHeader, PrivacyBlock
-from homefire.common.policy import DevicePolicy, Participation, check_plan, lifetime_epsilon
-from homefire.common.privacy.accounting import gaussian_epsilon
+from homefire.common.policy import DevicePolicy, Participation, lifetime_epsilon
 from homefire.common.privacy.mechanism import (
-    LARGEST_SEPARATION,
     SMALLEST_NOISE,
     BandedSqrt,
     Gaussian,
@@ -24,52 +35,6 @@ from homefire.common.privacy.mechanism import (
 )
 from homefire.common.protocol import RefusalReason
 from homefire.common.signatures import public_key
-
-ADAPTER, OTHER_RUN = "b" * 64, "f" * 32
-POLICY = DevicePolicy(server_keys=(public_key(OTHER), public_key(SERVER)))
-MECHANISM = Gaussian(8.0, 0.05)
-History = tuple[Participation, ...]
-
-
-def make_header(
-    mechanism: Mechanism = MECHANISM, *, clip_norm: float = 1.0, cohort: int = 100, **changes: Any
-) -> PlanHeader:
-    """A plan that the default policy accepts."""
-    privacy = PrivacyBlock.announce(mechanism, clip_norm=clip_norm, cohort=cohort)
-    return example_plan(privacy=privacy, **changes).header
-
-
-def policy_with(**changes: Any) -> DevicePolicy:
-    return DevicePolicy.model_validate({**POLICY.model_dump(), **changes})
-
-
-def took_part(
-    number: int, run: str = RUN, charge: float | None = 0.01, adapter: str = ADAPTER
-) -> Participation:
-    return Participation(run, number, adapter, charge)
-
-
-def decide(
-    policy: DevicePolicy = POLICY,
-    header: PlanHeader | None = None,
-    history: Sequence[Participation] = (),
-) -> str:
-    """The reason of the refusal, or that there is none."""
-    refusal = check_plan(policy, header or make_header(), history)
-    return "accepted" if refusal is None else refusal.reason
-
-
-def exact_delta(epsilon: float, mu: float) -> float:
-    """Of a Gaussian mechanism, by scipy."""
-    if mu == 0:
-        return 0.0
-    far = math.exp(epsilon + float(log_ndtr(-epsilon / mu - mu / 2)))
-    return float(ndtr(mu / 2 - epsilon / mu)) - far
-
-
-def squared_norm(bands: int) -> float:
-    return math.fsum((math.comb(2 * j, j) / 4**j) ** 2 for j in range(bands))
-
 
 # One reason after the other: each flaw is a change of the policy and something in the history.
 
@@ -81,6 +46,7 @@ FLAWS: dict[str, tuple[dict[str, Any], History]] = {
     "larger clip": ({"largest_clip_norm": 0.999}, ()),
     "smaller cohort": ({"smallest_cohort": 101}, ()),
     "wrong adapter spec": ({}, (took_part(2, adapter="c" * 64),)),
+    "changed rule": ({}, (took_part(2, rule="d" * 64),)),
     "replayed round": ({}, (took_part(7),)),
     "too soon": ({"separation": 3}, (took_part(5),)),
     "too often": ({"participations": 1}, (took_part(1),)),
@@ -188,17 +154,11 @@ histories = st.lists(
         st.integers(1, 10),
         st.sampled_from([RUN, OTHER_RUN]),
         st.floats(1e-3, 0.5) | st.sampled_from([None, 0.01, 0.01]),
-        st.sampled_from([ADAPTER] * 9 + ["c" * 64]),
+        adapter=st.sampled_from([ADAPTER] * 9 + ["c" * 64]),
+        rule=st.sampled_from([SAME_RULE] * 9 + ["d" * 64]),
     ),
     max_size=5,
 )
-
-
-def charge_of(privacy: PrivacyBlock) -> float | None:
-    """What a participation costs, by the formula."""
-    z = privacy.noise_multiplier
-    bands = privacy.separation or 1
-    return None if z is None else squared_norm(bands) / z**2
 
 
 def violations(policy: DevicePolicy, header: PlanHeader, history: History) -> set[str]:
@@ -215,6 +175,7 @@ def violations(policy: DevicePolicy, header: PlanHeader, history: History) -> se
         "larger clip": privacy.clip_norm > policy.largest_clip_norm,
         "smaller cohort": privacy.expected_cohort < policy.smallest_cohort,
         "wrong adapter spec": any(past.adapter_digest != ADAPTER for past in same),
+        "changed rule": any(past.rule != SAME_RULE for past in same),
         "replayed round": any(gap <= 0 for gap in gaps),
         "too soon": any(gap < max(separations) for gap in gaps),
         "too often": bool(same) and len(same) >= min(limits),
@@ -311,7 +272,9 @@ def test_announced_rule_the_smaller_number_of_participations_holds(
 
 
 def test_announced_rule_other_runs_count_for_the_lifetime_alone() -> None:
-    others = [took_part(number, OTHER_RUN, adapter="c" * 64) for number in range(1, 40)]
+    others = [
+        took_part(number, OTHER_RUN, adapter="c" * 64, rule="d" * 64) for number in range(1, 40)
+    ]
     policy = policy_with(separation=5, participations=2)
     assert decide(policy, history=others) == "accepted"
     spent = lifetime_epsilon([0.01] * len(others), delta=policy.delta)
@@ -321,86 +284,19 @@ def test_announced_rule_other_runs_count_for_the_lifetime_alone() -> None:
     assert decide(poorer) == "accepted"
 
 
-# The lifetime
-
-plans = st.tuples(
-    st.sampled_from([RUN, OTHER_RUN, "e" * 32]),
-    st.builds(BandedSqrt, st.floats(0.5, 30), st.integers(1, 3), st.just(9))
-    | st.builds(Gaussian, st.floats(0.5, 30), st.just(0.5)),
-)
-
-
-@given(st.lists(plans, max_size=20), st.floats(0.2, 20), st.sampled_from([1e-9, 1e-6, 1e-3]))
-@settings(max_examples=60)
-def test_never_over_whatever_is_asked_in_whatever_order(
-    asked: list[tuple[str, Mechanism]], lifetime: float, delta: float
-) -> None:
-    policy = policy_with(lifetime_epsilon=lifetime, delta=delta, smallest_noise_multiplier=0)
-    history: History = ()
-    for number, (run, mechanism) in enumerate(asked, 1):
-        header = make_header(mechanism, run=run, round=5 * number)
-        reason = decide(policy, header, history)
-        following = (*history, took_part(5 * number, run, charge_of(header.privacy)))
-        total = exact_delta(lifetime, math.sqrt(math.fsum(past.charge or 0 for past in following)))
-        if reason == "accepted":
-            history = following
-            assert total <= delta * (1 + 1e-9)
-        else:
-            assert reason == "lifetime epsilon spent"
-            assert total > delta * (1 - 1e-6)  # nothing is refused that could be afforded
-
-
-def test_never_over_the_last_participation_is_the_one_that_fits() -> None:
-    limit = lifetime_epsilon([0.25] * 4, delta=POLICY.delta)
-    policy = policy_with(lifetime_epsilon=limit)
-    for earlier, reason in ((3, "accepted"), (4, "lifetime epsilon spent")):
-        history = [took_part(number, charge=0.25) for number in range(1, earlier + 1)]
-        assert decide(policy, make_header(Gaussian(2.0, 0.5)), history) == reason
-
-
-def test_none_is_accepted_by_name_only() -> None:
-    header = make_header(NoPrivacy(0.5))
-    assert decide(POLICY, header) == "unaccepted mechanism"
-    named = policy_with(mechanisms=("none",), smallest_noise_multiplier=99, lifetime_epsilon=1e-6)
-    assert decide(named, header) == "accepted"
-    assert decide(named, header, [took_part(1, charge=None)]) == "accepted"
-    assert decide(named) == "unaccepted mechanism"
-    # What else the policy says holds all the same.
-    assert decide(named, make_header(NoPrivacy(0.5), clip_norm=11.0)) == "larger clip"
-    assert decide(named, make_header(NoPrivacy(0.5), cohort=49)) == "smaller cohort"
-    assert decide(named, header, [took_part(7)]) == "replayed round"
-
-
-@pytest.mark.parametrize("run", [RUN, OTHER_RUN])
-def test_never_over_after_a_participation_without_noise(run: str) -> None:
-    policy = policy_with(mechanisms=("banded-sqrt", "gaussian", "none"), lifetime_epsilon=1e12)
-    history = [took_part(1), took_part(2, run, charge=None), took_part(3)]
-    for mechanism in (MECHANISM, BandedSqrt(4096.0, 1, 9)):
-        assert decide(policy, make_header(mechanism), history) == "lifetime epsilon spent"
-        assert decide(policy, make_header(mechanism), [took_part(1)]) == "accepted"
-
-
-@pytest.mark.parametrize(
-    "mechanism",
-    [BandedSqrt(SMALLEST_NOISE, LARGEST_SEPARATION, 1), Gaussian(SMALLEST_NOISE, 1.0)],
-)
-def test_never_over_the_weakest_plan_that_can_be_written(mechanism: Mechanism) -> None:
-    blind = policy_with(smallest_noise_multiplier=0)
-    assert decide(POLICY, make_header(mechanism)) == "weaker noise"
-    assert decide(blind, make_header(mechanism)) == "lifetime epsilon spent"
-
-
-@given(st.lists(st.floats(1e-6, 1e6), max_size=6), st.randoms())
-def test_lifetime_epsilon_is_that_of_the_summed_charges(charges: list[float], chance: Any) -> None:
-    epsilon = lifetime_epsilon(charges, delta=1e-6)
-    expected = gaussian_epsilon(math.sqrt(math.fsum(charges)), 1e-6) if charges else 0.0
-    assert epsilon == expected
-    chance.shuffle(charges)
-    assert lifetime_epsilon(charges, delta=1e-6) == expected
-    more = lifetime_epsilon([*charges, 1e-3], delta=1e-6)
-    assert more is not None and more >= expected
-
-
-@pytest.mark.parametrize("charge", [None, math.nan, math.inf, 0.0, -1.0, 1e200])
-def test_lifetime_epsilon_of_a_charge_that_is_none_is_without_bound(charge: float | None) -> None:
-    assert lifetime_epsilon([0.1, charge, 0.1], delta=1e-6) is None
+def test_announced_rule_may_not_change_within_a_run_but_for_the_clip_norm() -> None:
+    first = make_header(BandedSqrt(8.0, 3, 4)).privacy.rule
+    history = [took_part(1, rule=first)]
+    for mechanism, changes, reason in (
+        (BandedSqrt(8.0, 3, 4), {}, "accepted"),
+        (BandedSqrt(8.0, 3, 4), {"clip_norm": 2.0}, "accepted"),
+        (BandedSqrt(8.0, 3, 4), {"cohort": 101}, "changed rule"),
+        (BandedSqrt(8.1, 3, 4), {}, "changed rule"),
+        (BandedSqrt(8.0, 1, 4), {}, "changed rule"),
+        (BandedSqrt(8.0, 3, 9), {}, "changed rule"),
+        (Gaussian(8.0, 0.5), {}, "changed rule"),
+    ):
+        header = make_header(mechanism, **changes)
+        assert decide(POLICY, header, history) == reason
+        other_run = make_header(mechanism, run=OTHER_RUN, **changes)
+        assert decide(POLICY, other_run, history) == "accepted"

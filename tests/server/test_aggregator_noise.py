@@ -31,6 +31,7 @@ from tiny_rounds import (
 )
 
 from homefire.common.config import OptimizerConfig
+from homefire.common.encoding import digest
 from homefire.common.errors import LedgerError, PrivacyError
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS, Clipped
@@ -41,9 +42,10 @@ from homefire.server import aggregator, optimizers
 from homefire.server.aggregator import (
     MOST_STATISTIC_NOISE,
     NoisyAverage,
+    OpenRound,
     close_round,
     noise_stream,
-    sum_digest,
+    sum_name,
 )
 
 
@@ -52,6 +54,12 @@ def _identity() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         take_identity(patch)
         yield
+
+
+def name_of(current: OpenRound) -> str:
+    """What the ledger calls the sum of a round."""
+    header = current.plan.header
+    return sum_name(current.total, RUN_KEY, header.run, header.round)
 
 
 # The ledger
@@ -107,7 +115,7 @@ def test_ledger_first_the_entry_is_there_when_the_noise_is_drawn(
 
     monkeypatch.setattr(KeyStream, "gaussian", watch)
     close_round(current, Gaussian(1.0, 1.0), secrets_for(plan, ledger=ledger))
-    assert seen == [{3: sum_digest(current.total)}]
+    assert seen == [{3: name_of(current)}]
 
 
 def test_ledger_first_a_round_that_is_not_open_releases_nothing(draws: list[int]) -> None:
@@ -123,15 +131,35 @@ def test_ledger_first_a_round_that_is_not_open_releases_nothing(draws: list[int]
     assert draws == []
 
 
-def test_sum_digest_tells_sums_apart_by_a_single_step() -> None:
+def test_sum_name_tells_sums_apart_by_a_single_step() -> None:
     plan = plan_for()
-    named = {sum_digest(open_for(plan).total)}
+    named = {name_of(open_for(plan))}
     for place in range(SIZE + STATISTICS):
         for step in (1, -1):
             values = [0] * (SIZE + STATISTICS)
             values[place] = step
-            named.add(sum_digest(open_for(plan, [answer(plan, on_grid(*values), 1)]).total))
+            named.add(name_of(open_for(plan, [answer(plan, on_grid(*values), 1)])))
     assert len(named) == 1 + 2 * (SIZE + STATISTICS)
+
+
+def test_nothing_bare_a_name_says_nothing_without_the_run_key() -> None:
+    """Not even whether two sums are the same, or whether a guess of one is right."""
+    current = open_for(plan_for())
+    values = current.total.values
+    run = current.plan.header.run
+    names = {
+        sum_name(current.total, key, run_of, number)
+        for key in (RUN_KEY, bytes(32))
+        for run_of in (run, "f" * 32)
+        for number in (3, 4)
+    }
+    assert len(names) == 8
+    guessed = {digest("homefire/sum/v1", values.astype(kind).tobytes()) for kind in ("<i8", "<i4")}
+    assert not names & guessed
+    # What goes into the ledger is this name, and nothing else of the sum.
+    ledger = memory_ledger()
+    close_round(current, NONE, secrets_for(current.plan, ledger=ledger))
+    assert ledger.ledger.entries[-1] == {"kind": "sum", "round": 3, "name": name_of(current)}
 
 
 # The noise
@@ -199,7 +227,7 @@ def test_one_sum_one_noise_a_second_close_is_refused() -> None:
     again = open_for(plan, honest_answers(plan, 4))
     with pytest.raises(LedgerError, match="cannot come here"):
         close_round(again, Gaussian(1.0, 1.0), run)
-    assert ledger.sums == {3: sum_digest(current.total)}
+    assert ledger.sums == {3: name_of(current)}
 
 
 def test_correlated_noise_takes_the_past_back() -> None:
@@ -211,7 +239,7 @@ def test_correlated_noise_takes_the_past_back() -> None:
         run = secrets_for(plan, past=past)
         average, past = close_round(open_for(plan), BANDED, run)
         noisy.append(average.update * (COHORT / CLIP_NORM))
-        named = sum_digest(open_for(plan).total)
+        named = name_of(open_for(plan))
         fresh = noise_stream(RUN_KEY, plan.header.run, number, named).gaussian(size + STATISTICS)
         mixed = sum(c * xi for c, xi in zip((1.0, 0.5, 0.375), reversed(noisy), strict=False))
         assert np.abs(mixed - fresh[:size]).max() < 1.0 / STEPS

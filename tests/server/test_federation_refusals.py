@@ -9,7 +9,25 @@ from typing import Any, get_args
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from tiny_models import make_tiny_model
-from tiny_runs import POLICY, base_config, make_federation, make_grid, make_home, make_users
+from tiny_runs import (
+    POLICY,
+    SERVER,
+    base_config,
+    make_federation,
+    make_grid,
+    make_home,
+    make_users,
+)
+from tiny_servers import (
+    BANDED,
+    KilledError,
+    SmallGrid,
+    kill_at,
+    kinds,
+    read_ledger,
+    small_federation,
+)
+from tiny_servers import GAUSSIAN as SMALL_GAUSSIAN
 
 from homefire.client.app import app as client_app
 from homefire.client.home import Home
@@ -17,7 +35,9 @@ from homefire.client.participation import open_participations
 from homefire.common.adapter import AdapterConfig
 from homefire.common.config import PrivacyConfig, RoundsConfig
 from homefire.common.policy import DevicePolicy
-from homefire.common.protocol import RefusalReason
+from homefire.common.protocol import Refusal, RefusalReason, decode_plan, encode_refusal
+from homefire.common.signatures import sign
+from homefire.server import federation as federation_module
 from homefire.server.federation import run_federation
 from homefire.server.run_state import Federation
 from homefire.simulations.grid import InProcessGrid
@@ -163,6 +183,21 @@ def test_a_replayed_plan_is_refused(home: Home, federation: Federation) -> None:
     assert charges(home) == 1
 
 
+def test_a_changed_rule_is_refused(home: Home, federation: Federation) -> None:
+    """By a server that goes on with less noise than it began with."""
+    seen: list[bytes] = []
+
+    def edit(_: Message, record: dict[str, Any]) -> None:
+        seen.append(record["header"])
+        if len(seen) == 2:
+            less = seen[1].replace(b'"noise_multiplier":1.0', b'"noise_multiplier":0.9')
+            assert less != seen[1]
+            record.update(header=less, signature=sign(SERVER, "homefire/signed-plan/v1", less))
+
+    check(run_federation(changed(edit, home), federation), "changed rule", 1)
+    assert charges(home) == 1
+
+
 def test_a_server_with_another_adapter_is_refused(
     home: Home, federation: Federation, tiny_llama: Path
 ) -> None:
@@ -176,4 +211,56 @@ def test_a_server_with_another_adapter_is_refused(
 
 def test_every_reason_is_tried() -> None:
     here = {*POLICIES, "wrong base model", "bad signature", "malformed plan", "replayed round"}
-    assert here | {"wrong adapter spec"} == set(get_args(RefusalReason))
+    assert here | {"wrong adapter spec", "changed rule"} == set(get_args(RefusalReason))
+
+
+# What refusals do to the claim
+
+
+def small_run(output: Path, reason: RefusalReason, privacy: PrivacyConfig) -> Federation:
+    """Whoever is asked in round 2 refuses; the process dies after round 3 and goes on."""
+
+    def answer(message: Message) -> Message | None:
+        if decode_plan(message.content).header.round != 2:
+            return None
+        return Message(encode_refusal(Refusal(reason=reason, detail="")), reply_to=message)
+
+    nearly_all = RoundsConfig(rounds=4, cohort=5, deadline=60.0)
+    federation = small_federation(output, federation=nearly_all, privacy=privacy)
+    answers = dict.fromkeys(range(1, 7), answer)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, federation_module, "commit", call=3, after=True)
+        with pytest.raises(KilledError):
+            run_federation(SmallGrid(answers=answers), federation)
+    run_federation(SmallGrid(answers=answers), federation)
+    return federation
+
+
+def claims(federation: Federation) -> list[tuple[float, float]]:
+    said = [federation.store.read(number).about["privacy"] for number in range(5)]
+    return [(one["epsilon_release"], one["epsilon_known_cohort"]) for one in said]
+
+
+@pytest.mark.parametrize("reason", get_args(RefusalReason))
+def test_no_false_amplification_once_a_device_refused_because_of_earlier_rounds(
+    tmp_path: Path, reason: RefusalReason
+) -> None:
+    federation = small_run(tmp_path / "out", reason, SMALL_GAUSSIAN)
+    own = federation.privacy.statement
+    assert own.epsilon_release is not None and own.epsilon_known_cohort is not None
+    assert own.epsilon_release < 0.99 * own.epsilon_known_cohort
+    amplified = (own.epsilon_release, own.epsilon_known_cohort)
+    known = (own.epsilon_known_cohort, own.epsilon_known_cohort)
+    lost = reason in ("replayed round", "too soon", "too often", "lifetime epsilon spent")
+    assert claims(federation) == [amplified] * 2 + [known if lost else amplified] * 3
+    assert ("unamplified", 2) in kinds(read_ledger(federation)) or not lost
+    about = federation.store.latest().about["privacy"]
+    assert ("no amplification" in about["participation"]) == lost
+
+
+def test_no_false_amplification_a_rota_claims_none_anyway(tmp_path: Path) -> None:
+    banded = BANDED.model_copy(update={"separation": 1})
+    federation = small_run(tmp_path / "out", "too soon", banded)
+    own = federation.privacy.statement
+    assert claims(federation) == [(own.epsilon_release, own.epsilon_known_cohort)] * 5
+    assert not read_ledger(federation).unamplified

@@ -226,6 +226,9 @@ def test_key_destroyed_though_the_process_died_before_the_end_was_written(
     interrupt((RunLedger, "end", 1, after), federation, SmallGrid())
     assert federation.keystore.get(RUN_KEY) is None
     assert read_ledger(federation).ended == after
+    if not after:
+        grid = SmallGrid()
+        assert run_federation(grid, federation) == [] and not grid.plans
     for _ in range(2):
         grid = SmallGrid()
         with pytest.raises(FederationError, match="a run that is over"):

@@ -26,7 +26,7 @@ from homefire.server.run_ledger import KIND, RunLedger
 from homefire.server.run_state import Federation, RunState
 
 FACTS: dict[str, Any] = {"run": "ab" * 16, "rounds": 3}
-DIGEST = "d" * 64
+NAME = "d" * 64
 
 
 @pytest.fixture
@@ -53,9 +53,11 @@ def write(ledger: RunLedger, step: str, number: int = 0) -> None:
         case "open":
             ledger.open_round(number)
         case "sum":
-            ledger.record_sum(number, DIGEST)
+            ledger.record_sum(number, NAME)
         case "burnt":
             ledger.burn(number)
+        case "unamplified":
+            ledger.lose_amplification(number)
         case _:
             ledger.end()
 
@@ -66,6 +68,7 @@ def follow(ledger: RunLedger, *steps: tuple[str, int]) -> None:
 
 
 START, END = ("start", 0), ("end", 0)
+STEPS = ["start", "open", "sum", "burnt", "unamplified", "end", "next"]
 FIRST = (START, ("open", 1), ("sum", 1))
 
 
@@ -74,11 +77,13 @@ def test_what_was_written_is_read_again(ledger: RunLedger) -> None:
     again = reopen(ledger)
     for one in (ledger, again):
         assert {name: one.facts[name] for name in FACTS} == FACTS
-        assert (one.opened, one.sums) == (3, {1: DIGEST, 3: DIGEST})
+        assert (one.opened, one.sums) == (3, {1: NAME, 3: NAME})
         assert (one.burnt, one.ended) == ([2, 3], False)
     assert again.anchor == ledger.anchor
-    again.end()
-    assert reopen(again).ended
+    assert not again.unamplified
+    follow(again, ("unamplified", 3), END)
+    last = reopen(again)
+    assert last.ended and last.unamplified
 
 
 @pytest.mark.parametrize("settled", ["sum", "burnt"])
@@ -137,6 +142,9 @@ REFUSED: dict[str, tuple[tuple[tuple[str, int], ...], tuple[str, int]]] = {
     "a round burnt twice": ((START, ("open", 1), ("burnt", 1)), ("burnt", 1)),
     "an older round burnt": ((*FIRST, ("open", 2)), ("burnt", 1)),
     "a burnt round opened again": ((START, ("open", 1), ("burnt", 1)), ("open", 1)),
+    "amplification lost before a round": ((START,), ("unamplified", 0)),
+    "amplification lost twice": ((*FIRST, ("unamplified", 1)), ("unamplified", 1)),
+    "amplification lost in an older round": ((*FIRST, ("open", 2)), ("unamplified", 1)),
     "a round after the end": ((*FIRST, END), ("open", 2)),
     "a start after the end": ((*FIRST, END), START),
     "a second end": ((*FIRST, END), END),
@@ -164,7 +172,8 @@ def test_used_once_a_file_that_says_otherwise_is_refused(
     with Ledger.open(tmp_path / "forged.jsonl", kind=KIND) as forged:
         for step, number in steps:
             facts = FACTS if step == "start" else {}
-            forged.append({"kind": step, "round": number, "digest": DIGEST, **facts})
+            anchor = forged.append({"kind": step, "round": number, "name": NAME, **facts})
+    keystore.keep_anchor(KIND, anchor)
     with pytest.raises(LedgerError, match="no run writes these entries"):
         RunLedger.open(tmp_path / "forged.jsonl", keystore)
 
@@ -191,13 +200,13 @@ def test_entries_of_no_run_are_refused(
     path = tmp_path / "forged.jsonl"
     with Ledger.open(path, kind=KIND) as forged:
         for entry in entries:
-            forged.append(entry)
+            keystore.keep_anchor(KIND, forged.append(entry))
     for _ in range(2):  # and the file is let go of
         with pytest.raises(LedgerError, match="no run writes these entries"):
             RunLedger.open(path, keystore)
 
 
-@given(st.lists(st.sampled_from(["start", "open", "sum", "burnt", "end", "next"]), max_size=14))
+@given(st.lists(st.sampled_from(STEPS), max_size=14))
 def test_used_once_whatever_is_tried(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str]
 ) -> None:
@@ -245,7 +254,7 @@ def test_charged_first_a_shorter_ledger_is_refused(ledger: RunLedger, keep: int)
         RunLedger.open(path, ledger.keystore)
 
 
-@pytest.mark.parametrize("step", ["start", "open", "sum", "burnt", "end"])
+@pytest.mark.parametrize("step", ["start", "open", "sum", "unamplified", "burnt", "end"])
 @pytest.mark.parametrize("broken", ["append", "keep_anchor"])
 def test_charged_first_what_cannot_be_written_raises(
     ledger: RunLedger, monkeypatch: pytest.MonkeyPatch, step: str, broken: str
@@ -259,6 +268,26 @@ def test_charged_first_what_cannot_be_written_raises(
     again = reopen(ledger)
     assert len(kinds(again)) == len(before) + (broken == "keep_anchor")
     again.ledger.close()
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_charged_first_a_ledger_newer_than_its_keystore_is_refused(
+    ledger: RunLedger, missing: int
+) -> None:
+    """A kill leaves one entry without its anchor; more mean that the keystore is an old copy."""
+    anchors = []
+    for step in (*FIRST, ("open", 2)):
+        write(ledger, *step)
+        anchors.append(ledger.anchor)
+    keystore = Keystore(ledger.keystore.folder.with_name("older"))
+    keystore.keep_anchor(KIND, anchors[-1 - missing])
+    ledger.ledger.close()
+    if missing > 1:
+        with pytest.raises(LedgerError, match=f"{missing} entries ahead of its anchor"):
+            RunLedger.open(ledger.ledger._path, keystore)
+        return
+    RunLedger.open(ledger.ledger._path, keystore).ledger.close()
+    assert keystore.anchor(KIND) == anchors[-1]
 
 
 def test_ledger_of_a_run_says_what_happened(tmp_path: Path) -> None:

@@ -187,14 +187,21 @@ def test_emptied_ledger_is_refused(run: Federation) -> None:
 
 def test_deleted_keystore_is_refused(run: Federation) -> None:
     shutil.rmtree(run.keystore.folder)
-    error = refused(run, "signature is not that of key")
+    error = refused(run, "there is no signing key")
     assert str(run.keystore.folder) in getattr(error, "hint", "")
+    assert not run.keystore.folder.exists()  # nothing is made that a copy could not replace
 
 
 def test_deleted_keystore_and_releases_are_refused(run: Federation) -> None:
     shutil.rmtree(run.keystore.folder)
     shutil.rmtree(run.config.output / "releases")
-    refused(run, "the run key is gone")
+    refused(run, "the keystore was lost, or put back from a backup")
+
+
+def test_restored_older_keystore_alone_is_refused(run: Federation) -> None:
+    shutil.rmtree(run.keystore.folder)
+    shutil.copytree(run.config.output.with_name("out-2.keys"), run.keystore.folder)
+    refused(run, "entries ahead of its anchor")
 
 
 def test_deleted_run_key_is_refused(run: Federation) -> None:
@@ -299,8 +306,7 @@ def test_spent_rounds_are_told_without_running(run: Federation) -> None:
         with pytest.raises(KilledError):
             run_federation(SmallGrid(), run)
     assert rounds_spent(output) == (ROUNDS, True)
-    with pytest.raises(FederationError, match="holds a run that is over"):
-        run_federation(SmallGrid(), run)
+    assert run_federation(SmallGrid(), run) == []
     assert rounds_spent(output) == (ROUNDS, True)
     restore(run, 1, "ledger.jsonl")
     with pytest.raises(LedgerError, match="rolled back"):

@@ -74,7 +74,8 @@ def noise_of(mechanism: Mechanism, *, run_key: bytes = RUN_KEY) -> Floats:
     """What is added to the sums."""
     contributions = [honest(number, size=SIZE) for number in range(ROUNDS)]
     sums = np.array([one.values[:SIZE] for one in contributions])
-    return releases(mechanism, contributions, run_key=run_key) - sums
+    noise: Floats = releases(mechanism, contributions, run_key=run_key) - sums
+    return noise
 
 
 # Checks: true of the right noise
@@ -100,7 +101,7 @@ def is_secret(mechanism: Mechanism) -> bool:
     for byte in (1, 2):
         np.random.seed(0)
         drawn.append(noise_of(mechanism, run_key=bytes([byte] * 32)))
-    return not np.array_equal(*drawn)
+    return not np.array_equal(drawn[0], drawn[1])
 
 
 def serves_one_sum(mechanism: Mechanism) -> bool:

@@ -30,7 +30,12 @@ from homefire.server import federation as rounds_module
 from homefire.server import run_state
 from homefire.server.federation import run_federation
 from homefire.simulations.attacks.recipient import Recipient
-from homefire.simulations.audit.membership import MembershipAttack, attack, loss_reduction
+from homefire.simulations.audit.membership import (
+    Floats,
+    MembershipAttack,
+    attack,
+    loss_reduction,
+)
 from homefire.simulations.audit.text_canary import (
     CanaryFormat,
     TextExposure,
@@ -61,7 +66,7 @@ def make_fluent_model(folder: Path) -> Path:
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if "norm" not in name:
-                weight *= 15 if "embed" in name else 8
+                weight.mul_(15 if "embed" in name else 8)
     with quiet_transformers():
         network.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
@@ -104,7 +109,7 @@ class Release:
         scores = (self._scores([c.text for c in group]) for group in (MEMBERS, OTHERS))
         return attack(*scores, delta=DELTA, seed=0)
 
-    def _scores(self, texts: Sequence[str]) -> np.ndarray:  # type: ignore[type-arg]
+    def _scores(self, texts: Sequence[str]) -> Floats:
         released = self.recipient.losses(texts)
         return loss_reduction(released, self.recipient.losses(texts, released=False))
 
