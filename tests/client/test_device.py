@@ -247,7 +247,7 @@ def test_charged_before_it_leaves(home: Home, federation: Federation) -> None:
 def test_charged_before_it_leaves_or_nothing_leaves(
     home: Home, federation: Federation, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise LedgerError("the disk is full")
 
     with monkeypatch.context() as patch:

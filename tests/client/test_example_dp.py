@@ -35,16 +35,14 @@ STEP = LocalTraining(steps=1, batch_size=5, learning_rate=1.0, optimizer="sgd")
 """One step of size one: what it changes is the noisy mean gradient."""
 
 
-@pytest.fixture(scope="module")
-def model(tiny_base_of_module: BaseModel) -> AdaptedModel:
+def wear(base: BaseModel) -> AdaptedModel:
     config = AdapterConfig(method="ffa", rank=2, alpha=4)
-    spec = resolve_spec(config, tiny_base_of_module.model.config)
-    return AdaptedModel(tiny_base_of_module, {"shared": spec})
+    return AdaptedModel(base, {"shared": resolve_spec(config, base.model.config)})
 
 
 @pytest.fixture(scope="module")
-def tiny_base_of_module(tiny_base: Callable[[], BaseModel]) -> BaseModel:
-    return tiny_base()
+def model(tiny_base: Callable[[], BaseModel]) -> AdaptedModel:
+    return wear(tiny_base())
 
 
 def quiet(mode: GradSampleMode = "hooks", *, clip: float = 1e4) -> ExampleDPConfig:
@@ -267,7 +265,9 @@ def test_epsilon_is_an_upper_bound_for_any_setting(z: float, rate: float, steps:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_stays_of_opacus(model: AdaptedModel, mode: GradSampleMode) -> None:
+def test_nothing_stays_of_opacus(tiny_base: Callable[[], BaseModel], mode: GradSampleMode) -> None:
+    model = wear(tiny_base())
+
     def traces() -> list[Any]:
         tensors = [(sorted(vars(p)), p.grad is None) for p in model.network.parameters()]
         modules = [set(vars(m)) - {"_is_full_backward_hook"} for m in model.network.modules()]
@@ -284,22 +284,18 @@ def test_nothing_stays_of_opacus(model: AdaptedModel, mode: GradSampleMode) -> N
 def test_a_corrupt_network_trains_nothing(
     tiny_base: Callable[[], BaseModel], mode: GradSampleMode
 ) -> None:
-    base = tiny_base()
-    spec = resolve_spec(AdapterConfig(method="ffa", rank=2, alpha=4), base.model.config)
-    model = AdaptedModel(base, {"shared": spec})
+    model = wear(tiny_base())
     layers = [m for n, m in model.network.named_modules() if n.endswith("lora_B.shared")]
     # The examples of a batch mix: their gradients still add up, so no step can tell.
     layers[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] + inputs[0].flip(0),))
     config = ExampleDPConfig(noise_multiplier=1.0, grad_sample_mode=mode)
     with pytest.raises(PrivacyError, match="per-example gradients"):
         change(model, EXAMPLES, STEP, config)
-    assert np.array_equal(model.vector("shared"), spec.initial())
+    assert np.array_equal(model.vector("shared"), model.specs["shared"].initial())
 
 
 def test_a_frozen_tensor_that_changes_is_noticed(tiny_base: Callable[[], BaseModel]) -> None:
-    base = tiny_base()
-    spec = resolve_spec(AdapterConfig(method="ffa", rank=2, alpha=4), base.model.config)
-    model = AdaptedModel(base, {"shared": spec})
+    model = wear(tiny_base())
     frozen = model.network.get_input_embeddings().weight  # type: ignore[operator]
 
     def write(*_: object) -> None:

@@ -93,7 +93,8 @@ def test_an_entry_names_its_plan_and_nothing_of_the_user(home: Home) -> None:
     charge(home, plan, user="ann of the green house")
     with Ledger.open(path_of(home), kind=path_of(home).stem) as ledger:
         (entry,) = ledger.entries
-    assert set(entry) == {"run", "round", "adapter_digest", "rule", "charge", "plan_digest"}
+    names = {"run", "round", "adapter_digest", "rule", "charge", "plan_digest", "example_dp"}
+    assert set(entry) == names and entry["example_dp"] is None
     assert entry["plan_digest"] == plan.digest
     stored = [path for path in home.folder.parent.rglob("*") if path.is_file()]
     assert stored

@@ -59,7 +59,8 @@ def add(total: ClippedSum, content: RecordDict, plan: RoundPlan = PLAN) -> str:
     assert squares(moved) <= (STEPS**2 if reason == "accepted" else 0)
     # The average, in the update's own unit: what one client can do to it.
     privacy = plan.header.privacy
-    update = moved[:-STATISTICS] * (privacy.clip_norm / STEPS / privacy.expected_cohort)
+    step = privacy.clip_norm / STEPS / privacy.expected_cohort
+    update = moved[:-STATISTICS].astype(np.float64) * step
     assert l2_norm(update) <= privacy.clip_norm / privacy.expected_cohort * (1 + 1e-12)
     return reason
 

@@ -33,7 +33,7 @@ from homefire.common.privacy.mechanism import (
 
 plans = st.tuples(
     st.sampled_from([RUN, OTHER_RUN, "e" * 32]),
-    st.builds(BandedSqrt, st.floats(0.5, 30), st.integers(1, 3), st.just(9))
+    st.builds(BandedSqrt, st.floats(0.5, 30), st.integers(1, 3), st.just(20))
     | st.builds(Gaussian, st.floats(0.5, 30), st.just(0.5)),
 )
 
