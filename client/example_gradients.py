@@ -282,7 +282,7 @@ def _remove_traces(network: nn.Module, parameters: Sequence[nn.Parameter]) -> No
             vars(module).pop(name, None)
     for parameter in parameters:
         _clear(parameter)
-        for name in ("grad_sample", "_forward_counter"):
+        for name in ("grad_sample", "summed_grad", "_forward_counter"):
             vars(parameter).pop(name, None)
 
 

@@ -97,6 +97,61 @@ def test_an_experiment_file_is_read(cli: Cli, tiny_llama: Path, tmp_path: Path) 
     assert (tmp_path / "runs" / "mine" / "experiment.toml").is_file()
 
 
+def test_a_run_that_is_over_is_evaluated_again(cli: Cli, tiny_llama: Path, tmp_path: Path) -> None:
+    assert cli("simulate", *small(tiny_llama))[0] == 0
+    folder = tmp_path / "runs" / "default"
+    last = folder / "server" / "releases" / "000001.safetensors"
+    before = last.read_bytes()
+    (folder / "report.json").unlink()
+    code, output, _ = cli("simulate", "--resume", str(folder))
+    assert code == 0
+    assert "Shared adapter: 0 to do" in output
+    assert f"Report: {folder / 'report.html'}" in output.splitlines()
+    assert last.read_bytes() == before
+    assert json.loads((folder / "report.json").read_text())["rounds"][1]["accepted"] == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["default"]
+
+
+@pytest.mark.parametrize(
+    "more", [["mine.toml"], ["--set", "federation.rounds=9"], ["--name", "other"]]
+)
+def test_a_resumed_run_takes_no_other_settings(cli: Cli, tmp_path: Path, more: list[str]) -> None:
+    code, _, errors = cli("simulate", *more, "--resume", str(tmp_path))
+    assert code == 1
+    assert "--resume takes the settings of the interrupted run, and no others" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_shows_a_table_and_keeps_the_figures(
+    cli: Cli, tiny_llama: Path, tmp_path: Path
+) -> None:
+    banded = 'privacy={mechanism="banded-sqrt", clip_norm=1.0, epsilon=8.0, delta=1e-5}'
+    code, output, _ = cli("privacy", "compare", *small(tiny_llama), "--set", banded)
+    assert code == 0
+    written = tmp_path / "runs" / "default" / "comparison.json"
+    assert str(written) in output.splitlines()
+    rows = json.loads(written.read_text())
+    assert len(rows) == 4
+    (shown,) = [line.split() for line in output.splitlines() if line.startswith("none ")]
+    assert shown[1:4] == ["–", "∞", "∞"]
+    for row in rows[1:]:
+        assert f"{row['privacy']['noise_multiplier']:.3g}" in output
+    assert f"{rows[1]['gain'][0]['mean_gain']:+.3f}" in output
+
+
+def test_clip_gives_the_quantile_as_text_and_as_json(cli: Cli, tiny_llama: Path) -> None:
+    arguments = ("privacy", "clip", *small(tiny_llama), "--quantile", "0.75", "--users", "3")
+    code, output, _ = cli(*arguments, "--json")
+    found = json.loads(output)
+    assert code == 0
+    assert (found["quantile"], found["users"], len(found["norms"])) == (0.75, 3, 3)
+    assert found["norms"][1] < found["clip_norm"]
+    code, output, _ = cli(*arguments)
+    assert code == 0
+    assert output.startswith(f"clip_norm = {found['clip_norm']:.4g} ")
+    assert "75% of 3 public updates fit" in output
+
+
 # Errors
 
 
@@ -118,6 +173,9 @@ def test_an_unknown_key_is_two_lines_and_exit_code_1(cli: Cli, tmp_path: Path) -
         (["prepare", "--set", "federation.rounds=0"], "federation.rounds", ""),
         (["prepare", "--name", "../elsewhere"], "'../elsewhere' is not a plain name", "letters"),
         (["report", "absent"], "report.json: no such file", "Give the folder of a run"),
+        (["simulate", "--resume", "absent"], "absent/experiment.toml: no such file", ""),
+        (["audit", "absent"], "report.json: no such file", "Give the folder of a run"),
+        (["privacy", "compare"], "starts from banded-sqrt", "privacy.mechanism="),
         (["models", "get", "no-such-model"], "no-such-model", "smollm2-135m"),
         (["simulate"], "not fetched yet", "homefire models get smollm2-135m"),
     ],
@@ -142,7 +200,15 @@ def test_a_missing_package_is_named_with_its_extra(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for command in (["simulate"], ["prepare"], ["report", "x"], ["bench", "overhead"]):
+    for command in (
+        ["simulate"],
+        ["prepare"],
+        ["report", "x"],
+        ["audit", "x"],
+        ["privacy", "clip"],
+        ["privacy", "compare"],
+        ["bench", "overhead"],
+    ):
         code, _, errors = cli(*command)
         assert code == 1
         assert "this command needs the package" in errors
@@ -159,7 +225,7 @@ def test_version(cli: Cli) -> None:
 def test_help_names_the_commands(cli: Cli) -> None:
     code, output, _ = cli("--help")
     assert code == 0
-    for command in ("simulate", "prepare", "report", "models", "bench"):
+    for command in ("simulate", "prepare", "report", "audit", "privacy", "models", "bench"):
         assert command in output
 
 

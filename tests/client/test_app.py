@@ -230,6 +230,7 @@ def test_no_words_of_the_user_in_the_devices_log_either(
     assert "records.py" in caplog.text  # where, for whoever looks for the mistake
     assert "iris" not in caplog.text
     # Flower prints an error with its causes.
+    assert raised.value.__cause__ is None
     assert raised.value.__suppress_context__
 
 

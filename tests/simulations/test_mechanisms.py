@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,9 +94,6 @@ def test_the_noise_is_that_of_the_formulas(plans: dict[str, PrivacyPlan]) -> Non
     )
     assert sampled == pytest.approx(EPSILON, rel=0.01)
     assert noise["gaussian, equal ε_release"] < noise[LIMITED] < noise["banded-sqrt"]
-
-
-Change = Callable[[PrivacyConfig], PrivacyConfig]
 
 
 @pytest.mark.parametrize(

@@ -175,8 +175,8 @@ def damage(home: Home) -> None:
     """Write a canary into one user's dates."""
     path, date = home.folder / "users.jsonl", "2024-01-01"
     before = path.read_bytes()
-    after = before.replace(date.encode(), SECRETS[DAMAGED][: len(date)].encode())
-    assert len(after) == len(before) != 0 != len(SECRETS[DAMAGED][: len(date)])
+    after = before.replace(date.encode(), SECRETS[DAMAGED].encode())
+    assert len(after) == len(before)  # for the index beside it
     path.write_bytes(after)
 
 
@@ -210,7 +210,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Scene:
     tokenizer = load_base_model(str(tiny_llama)).tokenizer
     canaries = [
         canary(text, lambda word: tokenizer(word, add_special_tokens=False)["input_ids"])
-        for text in texts
+        for text in (*texts, SECRETS[DAMAGED])
     ]
     return Scene(home, federation, replies, logs, printed.getvalue(), canaries)
 
@@ -228,7 +228,8 @@ def test_no_canary_is_anywhere_but_in_the_histories(scene: Scene) -> None:
 
 def test_the_histories_hold_every_canary(scene: Scene) -> None:
     path = scene.home.folder / "users.jsonl"
-    assert len(found({"histories": path.read_bytes()}, scene.canaries)) == 3 * len(SECRETS)
+    # Id, text and prompt of each, and the date of one.
+    assert len(found({"histories": path.read_bytes()}, scene.canaries)) == 3 * len(SECRETS) + 1
 
 
 def test_the_devices_failed_for_what_their_users_wrote(scene: Scene) -> None:
@@ -275,7 +276,7 @@ def test_with_the_words_of_exceptions_the_canaries_would_be_in_log_and_reply(
     """What the device's app keeps back: its two places, each without its protection."""
     home, plan = scene_of_one(tmp_path, tiny_llama, user)
     monkeypatch.setattr(device_module, "encode", quoting(encode))
-    each = canary(SECRETS[user][:10])
+    each = canary(SECRETS[user])
 
     def log_it(error: Exception) -> None:
         logging.getLogger("homefire.client.app").error("failed", exc_info=error)
@@ -426,6 +427,7 @@ def test_a_devices_ledger_holds_numbers_and_digests_only(scene: Scene) -> None:
             "rule": "str",
             "charge": "NoneType",
             "plan_digest": "str",
+            "example_dp": "NoneType",
         }
         text = "".join(value for value in entry.values() if isinstance(value, str))
         assert re.fullmatch("[0-9a-f]{224}", text)
