@@ -73,16 +73,16 @@ def compare(
 
     settings, console = load_experiment(experiment, overrides or []), Console()
     folder = free_folder(runs, name or settings.name)
-    folder.mkdir(parents=True)
     results = compare_mechanisms(settings, folder, Reporter(console), users=users)
     delta = settings.privacy.delta
     table = Table(box=None, title=f"Gain of the shared adapter over the base model, δ = {delta}")
     for column in ("mechanism", "z", "ε_release", "ε_known", "seen users", "unseen users"):
-        table.add_column(column, justify="left" if column == "mechanism" else "right")
+        name = column == "mechanism"
+        table.add_column(column, justify="left" if name else "right", no_wrap=not name)
     for result in results:
         said = result.privacy
         gains = (
-            f"{gain.mean_gain:+.3f} ({gain.interval[0]:+.3f} … {gain.interval[1]:+.3f})"
+            f"{gain.mean_gain:+.3f}\n{gain.interval[0]:+.3f} … {gain.interval[1]:+.3f}"
             for gain in result.gain
         )
         noise = said["noise_multiplier"]

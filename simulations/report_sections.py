@@ -82,39 +82,43 @@ def audit(found: Mapping[str, Any] | None) -> Markup:
     claimed = canary["epsilon_claimed"]
     rows: list[tuple[object, ...]] = [
         (
-            f"One-shot canaries ({canary['canaries']:,} in, as many out, d = "
-            f"{canary['dimension']:,}): ε, lower bound at {canary['confidence']:.0%}",
+            _noted(
+                f"One-shot canaries: ε, lower bound at {canary['confidence']:.0%}",
+                f"{canary['canaries']:,} in, as many out, d = {canary['dimension']:,}",
+            ),
             h.number(canary["epsilon_lower"]),
+            _verdict(canary["claim_holds"]),
             "must not exceed ε_known_cohort, "
             + ("which is unbounded" if claimed is None else h.number(claimed)),
-            _verdict(canary["claim_holds"]),
         ),
-        ("The same: point estimate", h.number(canary["epsilon"]), "no bound", ""),
+        ("The same: point estimate", h.number(canary["epsilon"]), "", "no bound"),
     ]
     if noise is not None:
         rows.append(
             (
-                "Noise: standard deviation over what was announced",
+                _noted("Noise: standard deviation", "as a share of what was announced"),
                 h.number(noise["scale"]),
-                f"p = {noise['p_value']:.2g} over scale, shape and independence",
                 _verdict(noise["passed"]),
+                f"p = {noise['p_value']:.2g} over scale, shape and independence",
             )
         )
     if attack is not None:
         low, high = attack["auc_interval"]
         rows += [
             (
-                f"Membership inference, {attack['members']:,} training against "
-                f"{attack['others']:,} unseen users: AUC",
+                _noted(
+                    "Membership inference: AUC",
+                    f"{attack['members']:,} training against {attack['others']:,} unseen users",
+                ),
                 h.number(attack["auc"]),
-                f"{attack['confidence']:.0%} interval {low:.3f} to {high:.3f}; a guess has 0.5",
                 "",
+                f"{attack['confidence']:.0%} interval {low:.3f} to {high:.3f}; a guess has 0.5",
             ),
             ("The same: ε, lower bound", h.number(attack["epsilon_lower"]), "", ""),
         ]
     return section(
         "Audit",
-        h.table("What attacks and statistics show", ["What", "Found", "Reading", ""], rows),
+        h.table("What attacks and statistics show", ["What", "Found", "Claim", "Reading"], rows),
         tag(
             "p",
             "The canaries audit the mechanism over the run's rounds at the worst participation that"
@@ -125,8 +129,12 @@ def audit(found: Mapping[str, Any] | None) -> Markup:
     )
 
 
-def _verdict(holds: bool) -> str:
-    return "holds" if holds else "FAILS"
+def _verdict(holds: bool) -> Markup:
+    return tag("b", "holds" if holds else "FAILS")
+
+
+def _noted(title: str, note: str) -> Markup:
+    return join(title, tag("small", note))
 
 
 def efficiency(figures: Mapping[str, Any]) -> Markup:

@@ -132,11 +132,18 @@ def test_compare_shows_a_table_and_keeps_the_figures(
     assert str(written) in output.splitlines()
     rows = json.loads(written.read_text())
     assert len(rows) == 4
-    (shown,) = [line.split() for line in output.splitlines() if line.startswith("none ")]
+    (shown,) = [words for words in map(str.split, output.splitlines()) if words[:1] == ["none"]]
     assert shown[1:4] == ["–", "∞", "∞"]
+    assert shown[4:] == [f"{gain['mean_gain']:+.3f}" for gain in rows[0]["gain"]]
     for row in rows[1:]:
         assert f"{row['privacy']['noise_multiplier']:.3g}" in output
-    assert f"{rows[1]['gain'][0]['mean_gain']:+.3f}" in output
+
+
+def test_compare_leaves_nothing_where_it_cannot_start(cli: Cli, tmp_path: Path) -> None:
+    code, _, errors = cli("privacy", "compare")
+    assert code == 1
+    assert "starts from banded-sqrt" in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_clip_gives_the_quantile_as_text_and_as_json(cli: Cli, tiny_llama: Path) -> None:
@@ -175,7 +182,6 @@ def test_an_unknown_key_is_two_lines_and_exit_code_1(cli: Cli, tmp_path: Path) -
         (["report", "absent"], "report.json: no such file", "Give the folder of a run"),
         (["simulate", "--resume", "absent"], "absent/experiment.toml: no such file", ""),
         (["audit", "absent"], "report.json: no such file", "Give the folder of a run"),
-        (["privacy", "compare"], "starts from banded-sqrt", "privacy.mechanism="),
         (["models", "get", "no-such-model"], "no-such-model", "smollm2-135m"),
         (["simulate"], "not fetched yet", "homefire models get smollm2-135m"),
     ],

@@ -47,6 +47,8 @@ class NoiseFit:
         rounds_p: The largest correlation between rounds, over all distances of rounds and shifts
             of the coordinates; all pairs of rounds at one distance are taken together.
         coordinates_p: The largest correlation within rounds, at any shift of the coordinates.
+        each_p: Chi-square test of each coordinate by itself, over the rounds: one without noise
+            shows here alone.
     """
 
     mechanism: MechanismName
@@ -57,11 +59,12 @@ class NoiseFit:
     shape_p: float
     rounds_p: float
     coordinates_p: float
+    each_p: float
 
     @property
     def p_value(self) -> float:
         """Of all tests together: the smallest, times their number (Bonferroni)."""
-        each = (self.scale_p, self.shape_p, self.rounds_p, self.coordinates_p)
+        each = (self.scale_p, self.shape_p, self.rounds_p, self.coordinates_p, self.each_p)
         return min(1.0, len(each) * min(each))
 
     @property
@@ -134,7 +137,15 @@ def check_noise(noise: Floats, mechanism: Mechanism) -> NoiseFit:
         shape_p=float(stats.kstest(white.ravel(), stats.norm.cdf).pvalue),
         rounds_p=_largest(between),
         coordinates_p=_largest(within),
+        each_p=_worst_coordinate(white),
     )
+
+
+def _worst_coordinate(white: Floats) -> float:
+    rounds, dimension = white.shape
+    squares = (white * white).sum(axis=0)
+    tails = stats.chi2.cdf(squares, rounds), stats.chi2.sf(squares, rounds)
+    return min(1.0, 2 * dimension * float(np.min(tails)))
 
 
 def _steps(mechanism: Mechanism, dimension: int) -> float:

@@ -73,11 +73,9 @@ def header(
 
 
 def took_part(plan: PlanHeader) -> Participation:
-    charge = participation_charge(plan.privacy.announced)
     without_noise = plan.privacy.mechanism == "none"
-    return Participation(
-        plan.run, plan.round, plan.adapter_digest, None if without_noise else charge
-    )
+    charge = None if without_noise else participation_charge(plan.privacy.announced)
+    return Participation(plan.run, plan.round, plan.adapter_digest, plan.privacy.rule, charge)
 
 
 def most_often(config: FederationConfig, block: PrivacyBlock) -> list[PlanHeader]:
@@ -162,12 +160,16 @@ def test_refuses_more_bands_at_the_same_noise() -> None:
 def test_refuses_one_participation_more_than_the_rule_allows(case: str) -> None:
     """Whatever the plan says about its own limit."""
     config, policy, block = announced(case)
-    plans = most_often(config, block)
-    history = [took_part(plan) for plan in plans]
     laxer = block
     if block.participations is not None:
         laxer = PrivacyBlock(**{**block.model_dump(), "participations": 1000})
-    late = header(config, laxer, plans[-1].round + (block.separation or 1))
+    times = len(most_often(config, block))
+    apart = block.separation or 1
+    history = [took_part(header(config, laxer, 1 + apart * turn)) for turn in range(times)]
+    for length in range(times):
+        plan = header(config, laxer, 1 + apart * length)
+        assert check_plan(policy, plan, history[:length]) is None
+    late = header(config, laxer, 1 + apart * times)
     refusal = check_plan(policy, late, history)
     assert refusal is not None
     assert refusal.reason == "too often"

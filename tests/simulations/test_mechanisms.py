@@ -138,7 +138,6 @@ def test_nobody_unseen_is_refused_before_anything_is_trained(
 def test_each_mechanism_is_trained_once_and_scored(tmp_path: Path, tiny_llama: Path) -> None:
     settings = ("federation.cohort=2", "local.learning_rate=0.05", "population.unseen=3")
     folder = tmp_path / "compared"
-    folder.mkdir()
     results = compare_mechanisms(small(tiny_llama, *settings), folder, quiet(), users=2)
     assert [result.name.split(",")[0] for result in results] == [
         "none",

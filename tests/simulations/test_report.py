@@ -138,11 +138,11 @@ def audit_of(page: Page) -> str:
 def test_the_audits_figures_appear(report: dict[str, Any]) -> None:
     text = audit_of(Page(render(report | {"audit": AUDIT})))
     for expected in (
-        "(4,096 in, as many out, d = 8,192): ε, lower bound at 99% 14.250 must not exceed "
-        "ε_known_cohort, 17.441 holds",
+        "lower bound at 99% 4,096 in, as many out, d = 8,192 14.250 holds must not exceed "
+        "ε_known_cohort, 17.441",
         "point estimate 16.125 no bound",
-        "0.999 p = 0.42 over scale, shape and independence holds",
-        "120 training against 40 unseen users: AUC 0.613 99% interval 0.438 to 0.787",
+        "announced 0.999 holds p = 0.42 over scale, shape and independence",
+        "AUC 120 training against 40 unseen users 0.613 99% interval 0.438 to 0.787",
         "ε, lower bound 0.375",
     ):
         assert expected in text
@@ -160,8 +160,8 @@ def test_an_audit_that_contradicts_the_claim_says_so(report: dict[str, Any]) -> 
     failed["canary"] |= {"epsilon_lower": 18.5, "claim_holds": False}
     failed["noise"] |= {"scale": 0.5, "p_value": 0.0, "passed": False}
     text = audit_of(Page(render(report | {"audit": failed})))
-    assert "18.500 must not exceed ε_known_cohort, 17.441 FAILS" in text
-    assert "0.500 p = 0 over scale, shape and independence FAILS" in text
+    assert "18.500 FAILS must not exceed ε_known_cohort, 17.441" in text
+    assert "0.500 FAILS p = 0 over scale, shape and independence" in text
 
 
 def test_an_audit_of_a_run_without_noise(report: dict[str, Any]) -> None:

@@ -54,7 +54,13 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
     for number in range(300):
         mechanism = (BANDED, PLAIN)[number % 2]
         result = fit_noise(mechanism, rounds=4, dimension=1024, key=key_of(number))
-        each = (result.scale_p, result.shape_p, result.rounds_p, result.coordinates_p)
+        each = (
+            result.scale_p,
+            result.shape_p,
+            result.rounds_p,
+            result.coordinates_p,
+            result.each_p,
+        )
         values.append((*each, result.p_value))
     for level in (0.02, 0.1, 0.3):
         alarms = (np.array(values) <= level).sum(axis=0)
@@ -164,3 +170,13 @@ def test_json_holds_everything() -> None:
 def test_what_cannot_be_tested_raises(mechanism: Mechanism, size: int, message: str) -> None:
     with pytest.raises(PrivacyError, match=message):
         fit_noise(mechanism, rounds=2, dimension=size, key=key_of(0))
+
+
+@pytest.mark.parametrize("mechanism", [Gaussian(1.0, 0.5), BandedSqrt(1.0, 4, 2)])
+def test_a_single_coordinate_without_noise_is_caught(mechanism: Gaussian | BandedSqrt) -> None:
+    noise = draw_noise(mechanism, rounds=24, dimension=2048, key=bytes(32))
+    assert check_noise(noise, mechanism).passed
+    noise[:, 100] = 0
+    found = check_noise(noise, mechanism)
+    assert found.each_p < LEVEL / 5 and not found.passed
+    assert min(found.scale_p, found.shape_p, found.rounds_p, found.coordinates_p) > LEVEL
