@@ -77,8 +77,8 @@ def compare(
     delta = settings.privacy.delta
     table = Table(box=None, title=f"Gain of the shared adapter over the base model, δ = {delta}")
     for column in ("mechanism", "z", "ε_release", "ε_known", "seen users", "unseen users"):
-        name = column == "mechanism"
-        table.add_column(column, justify="left" if name else "right", no_wrap=not name)
+        is_text = column == "mechanism"
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text)
     for result in results:
         said = result.privacy
         gains = (

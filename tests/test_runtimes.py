@@ -228,7 +228,10 @@ def logs(run: Run) -> list[tuple[int, int]]:
 def carry_out(run: Run, **settings: float) -> list[Vector]:
     """The releases of the in-process runtime."""
     grid = InProcessGrid(client_app, run.home.folder, USERS)
-    config = {"federation": str(run.federation_file), **settings}
+    config: dict[str, bool | float | int | str] = {
+        "federation": str(run.federation_file),
+        **settings,
+    }
     server_app(grid, Context(grid.run.run_id, 0, {}, RecordDict(), config))
     assert logs(run) == [(USERS, USERS)] * ROUNDS
     return releases(run)

@@ -145,7 +145,7 @@ def _worst_coordinate(white: Floats) -> float:
     rounds, dimension = white.shape
     squares = (white * white).sum(axis=0)
     tails = stats.chi2.cdf(squares, rounds), stats.chi2.sf(squares, rounds)
-    return min(1.0, 2 * dimension * float(np.min(tails)))
+    return float(min(1.0, 2 * dimension * np.min(tails)))
 
 
 def _steps(mechanism: Mechanism, dimension: int) -> float:

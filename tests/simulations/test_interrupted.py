@@ -105,7 +105,8 @@ def test_an_interrupted_run_goes_on(make: Prepare, monkeypatch: pytest.MonkeyPat
     ledger = run_ledger(run)
     assert (ledger.opened, ledger.burnt, ledger.ended) == (4, [2], True)
     assert sorted(ledger.sums) == [1, 3, 4]
-    assert participations(run) == [[1, 3], [1, 3], [2, 4], [4]]  # the fourth never answered round 2
+    # One of round 2 never answered; which of the two is asked first is chance.
+    assert sorted(participations(run)) == [[1, 3], [1, 3], [2, 4], [4]]
     assert report["privacy"] == store(run).read(0).about["privacy"]
     assert report["privacy"]["rounds"] == 4
 

@@ -70,6 +70,7 @@ def test_banded_and_limited_gaussian_have_the_same_known_epsilon(
     """And it is tight; the amplified one pays much more once its cohorts are known."""
     for name in ("banded-sqrt", LIMITED):
         known = plans[name].statement.epsilon_known_cohort
+        assert known is not None
         assert known == plans[name].statement.epsilon_release
         assert known == pytest.approx(EPSILON, rel=1e-6)
         assert known <= EPSILON
