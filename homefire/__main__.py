@@ -188,7 +188,10 @@ def audit(
     ] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Attack a finished run: canaries, statistics of its noise, membership inference.
+    """Audit the installed code with a run's settings, and attack the run's release.
+
+    Canaries and statistics look at the mechanism, with fresh noise; membership inference looks at
+    the release itself. A run whose own ε is huge, as that of the default experiment, tells nothing.
 
     The lower bound that the canaries give must not exceed ε_known_cohort; where it does, the noise
     or the accounting is wrong and the exit code is 1. The figures go into the run's report.
@@ -210,7 +213,7 @@ def audit(
     noise = found["noise"]
     if not found["canary"]["claim_holds"] or (noise is not None and not noise["passed"]):
         raise PrivacyError(
-            "the audit contradicts what the run claims",
+            "the audit contradicts what is claimed with these settings",
             hint="Once in a hundred audits chance does it; repeat it, and look at the noise.",
         )
 

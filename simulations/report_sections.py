@@ -87,7 +87,7 @@ def audit(found: Mapping[str, Any] | None) -> Markup:
                 f"{canary['canaries']:,} in, as many out, d = {canary['dimension']:,}",
             ),
             h.number(canary["epsilon_lower"]),
-            _verdict(canary["claim_holds"]),
+            _canary_verdict(canary),
             "must not exceed ε_known_cohort, "
             + ("which is unbounded" if claimed is None else h.number(claimed)),
         ),
@@ -127,6 +127,12 @@ def audit(found: Mapping[str, Any] | None) -> Markup:
         ),
         id_="audit",
     )
+
+
+def _canary_verdict(canary: Mapping[str, Any]) -> str:
+    if canary["claim_holds"] and not canary["conclusive"]:
+        return f"cannot tell above {canary['epsilon_ceiling']:.1f}"
+    return _verdict(canary["claim_holds"])
 
 
 def _verdict(holds: bool) -> Markup:

@@ -55,6 +55,9 @@ def audit_table(found: dict[str, Any]) -> Table:
         _epsilon(canary["epsilon_lower"]),
         f"ε_known_cohort {_epsilon(canary['epsilon_claimed'])}",
     )
+    if not canary["conclusive"]:
+        ceiling = f"so many canaries cannot show more than {_epsilon(canary['epsilon_ceiling'])}"
+        table.add_row("", "cannot tell", ceiling)
     table.add_row("canaries: ε, point estimate", _epsilon(canary["epsilon"]), "no bound")
     if noise is not None:
         table.add_row("noise: scale", f"{noise['scale']:.4f}", f"1; p = {noise['p_value']:.2g}")

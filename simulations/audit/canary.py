@@ -56,6 +56,7 @@ class CanaryAudit:
         epsilon: The epsilon of `mu`: an estimate, no bound. None where it cannot be written.
         mu_lower: The lower bound.
         epsilon_lower: The epsilon of `mu_lower`.
+        epsilon_ceiling: The largest `epsilon_lower` that so many pairs can show.
         epsilon_claimed: `epsilon_known_cohort`; None means unbounded.
     """
 
@@ -71,6 +72,7 @@ class CanaryAudit:
     epsilon: float | None
     mu_lower: float
     epsilon_lower: float
+    epsilon_ceiling: float
     epsilon_claimed: float | None
 
     @property
@@ -78,9 +80,15 @@ class CanaryAudit:
         """Whether the lower bound does not exceed what is claimed."""
         return self.epsilon_claimed is None or self.epsilon_lower <= self.epsilon_claimed
 
+    @property
+    def conclusive(self) -> bool:
+        """Whether a lower bound above the claim could have been found at all."""
+        return self.epsilon_claimed is not None and self.epsilon_claimed < self.epsilon_ceiling
+
     def to_json(self) -> dict[str, Any]:
         """The audit as a JSON object."""
-        return {**asdict(self), "claim_holds": self.claim_holds}
+        verdict = {"claim_holds": self.claim_holds, "conclusive": self.conclusive}
+        return {**asdict(self), **verdict}
 
 
 def audit(
@@ -143,6 +151,7 @@ def audit(
         epsilon=None if mu is None else _epsilon(mu, delta),
         mu_lower=lower,
         epsilon_lower=_epsilon(lower, delta),
+        epsilon_ceiling=_epsilon(mu_lower_bound(canaries, canaries, confidence), delta),
         epsilon_claimed=epsilon_known_cohort(mechanism, rounds=schedule.rounds, delta=delta),
     )
 

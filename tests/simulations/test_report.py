@@ -116,6 +116,8 @@ AUDIT: dict[str, Any] = {
         "epsilon_lower": 14.25,
         "epsilon_claimed": 17.4412,
         "claim_holds": True,
+        "conclusive": True,
+        "epsilon_ceiling": 27.07,
     },
     "noise": {"scale": 0.9987, "p_value": 0.42, "passed": True},
     "membership": {

@@ -211,3 +211,19 @@ def test_parameters_out_of_range_raise(changed: dict[str, Any], message: str) ->
 def test_an_unknown_mechanism_raises(mechanism: Mechanism) -> None:
     with pytest.raises(PrivacyError, match="unknown mechanism"):
         audit(mechanism, SCHEDULES["gaussian"], delta=DELTA, canaries=8, dimension=16)
+
+
+def test_a_claim_above_what_the_canaries_can_show_is_not_called_held() -> None:
+    mechanism = Gaussian(1.0, 0.05)
+    schedule = Schedule(1000, 50, 40)
+    found = audit(mechanism, schedule, delta=1e-5, dimension=1024, canaries=256, key=bytes(32))
+    assert found.epsilon_claimed is not None and found.epsilon_claimed > 40
+    assert found.epsilon_lower <= found.epsilon_ceiling < found.epsilon_claimed
+    assert not found.conclusive and found.to_json()["conclusive"] is False
+
+
+def test_a_claim_below_it_can_be_contradicted() -> None:
+    mechanism = Gaussian(4.0, 0.05, participations=1)
+    schedule = Schedule(1000, 50, 40, participations=1)
+    found = audit(mechanism, schedule, delta=1e-5, dimension=1024, canaries=256, key=bytes(32))
+    assert found.conclusive
