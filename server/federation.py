@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from homefire.common.adapter import Vector
 from homefire.common.config import FederationConfig
-from homefire.common.errors import FederationError
+from homefire.common.errors import BudgetExhaustedError, FederationError
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
 from homefire.common.privacy.adaptive_clip import next_clip_norm
 from homefire.common.privacy.mechanism import Gaussian
@@ -84,6 +84,8 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
     Raises:
         FederationError: The output folder holds a run that is over or another one, there are fewer
             or more devices than enrolled users, or training diverged.
+        BudgetExhaustedError: Amplification is lost, and what holds without it is more than the
+            epsilon that was asked for; nothing more is released.
         LedgerError: The ledger is damaged, rolled back or in use.
     """
     config = federation.config
@@ -124,6 +126,7 @@ def _round(grid: Grid, federation: Federation, state: RunState) -> RoundLog:
         # Who refuses because of earlier rounds is no independent draw any more.
         if not current.refused.keys().isdisjoint(OF_EARLIER_ROUNDS):
             state.ledger.lose_amplification(number)
+            _check_target(federation, state)
     average, past = close_round(current, mechanism, state.secrets)
     values, moments = optimizers.apply(
         config.optimizer, state.optimizer, state.release.astype(np.float64), average.update
@@ -142,6 +145,21 @@ def _round(grid: Grid, federation: Federation, state: RunState) -> RoundLog:
         )
     commit(federation, state, number)
     return _log_round(current, average, len(cohort), time.monotonic() - started)
+
+
+def _check_target(federation: Federation, state: RunState) -> None:
+    """End a run whose releases would cost more than the epsilon that was asked for."""
+    asked, plan = federation.config.privacy.epsilon, federation.privacy
+    known = plan.statement.epsilon_known_cohort
+    if asked is None or plan.deployment is not None or known is None or known <= asked:
+        return
+    finish(federation, state)
+    raise BudgetExhaustedError(
+        "devices refused because of earlier rounds: without amplification the run costs "
+        f"{known:.3g}, more than the epsilon of {asked:g} that was asked for; this round was not "
+        "released",
+        hint="Use banded-sqrt, or set privacy.participations: their epsilon does not rest on it.",
+    )
 
 
 def _checked(values: optimizers.Values, number: int) -> Vector:

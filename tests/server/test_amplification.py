@@ -2,17 +2,24 @@
 
 from pathlib import Path
 
+import pytest
 from tiny_runs import POLICY, make_federation, make_grid, make_home, make_users
 
 from homefire.common.config import PrivacyConfig, RoundsConfig
+from homefire.common.errors import BudgetExhaustedError
+from homefire.common.keystore import Keystore
 from homefire.common.policy import DevicePolicy
 from homefire.server.federation import run_federation
-from homefire.server.run_state import Federation
+from homefire.server.releases import ReleaseStore
+from homefire.server.run_state import RUN_KEY, Federation
+
+NOISE = PrivacyConfig(mechanism="gaussian", clip_norm=1.0, noise_multiplier=1.0, delta=1e-3)
 
 
-def run(folder: Path, model: Path, policy: DevicePolicy) -> Federation:
+def run(
+    folder: Path, model: Path, policy: DevicePolicy, privacy: PrivacyConfig = NOISE
+) -> Federation:
     home = make_home(folder / "home", model, make_users(3), policy=policy)
-    privacy = PrivacyConfig(mechanism="gaussian", clip_norm=1.0, noise_multiplier=1.0, delta=1e-3)
     federation = make_federation(
         folder / "server",
         model,
@@ -54,3 +61,14 @@ def test_other_refusals_do_not_depend_on_earlier_rounds(tmp_path: Path, tiny_lla
     strict = POLICY.model_copy(update={"largest_clip_norm": 0.5})
     federation = run(tmp_path, tiny_llama, strict)
     assert epsilons(federation, 4) == epsilons(federation, 0)
+
+
+def test_an_epsilon_that_was_asked_for_is_not_passed(tmp_path: Path, tiny_llama: Path) -> None:
+    limited = POLICY.model_copy(update={"participations": 1})
+    asked = PrivacyConfig(mechanism="gaussian", clip_norm=1.0, epsilon=4.0, delta=1e-3)
+    with pytest.raises(BudgetExhaustedError, match="not *released"):
+        run(tmp_path, tiny_llama, limited, asked)
+    store = ReleaseStore(tmp_path / "server" / "releases")
+    stated = [store.read(number).about["privacy"]["epsilon_release"] for number in store.rounds()]
+    assert len(stated) < 5 and max(stated) <= 4.0
+    assert Keystore.beside(tmp_path / "server").get(RUN_KEY) is None
