@@ -257,8 +257,15 @@ def run_and_kill(folder: Path, federation: Federation, life: float) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def one_federation(folder: Path, mechanism: str, rng: random.Random, kills: int) -> int:
-    """One federation from start to end, killed at most so many times; returns how often it was."""
+def one_federation(
+    folder: Path, mechanism: str, rng: random.Random, kills: int
+) -> tuple[int, bool]:
+    """One federation from start to end, killed at most so many times.
+
+    Returns:
+        How often it was killed, and whether there was an older state folder to put back (a kill
+        after the first release leaves one), which was refused.
+    """
     federation = prepare(folder, mechanism)
     examiner, killed = Examiner(folder, federation), 0
     backup: Path | None = None
@@ -282,7 +289,7 @@ def one_federation(folder: Path, mechanism: str, rng: random.Random, kills: int)
         require(secret.read_bytes() != examiner.run_key, "the run key outlived the run")
     if backup is not None:
         _restore_is_refused(folder, federation, backup)
-    return killed
+    return killed, backup is not None
 
 
 def _restore_is_refused(folder: Path, federation: Federation, backup: Path) -> None:
@@ -320,14 +327,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    rng, killed, federations = random.Random(options.seed), 0, 0  # noqa: S311
+    rng, killed, federations, restored = random.Random(options.seed), 0, 0, 0  # noqa: S311
     started = time.monotonic()
     while killed < options.kills:
         mechanism = ("banded-sqrt", "gaussian")[federations % 2]
         with tempfile.TemporaryDirectory(prefix="homefire-torture-") as folder:
-            killed += one_federation(Path(folder), mechanism, rng, options.kills - killed)
+            left = options.kills - killed
+            times, was_restored = one_federation(Path(folder), mechanism, rng, left)
+        killed, restored = killed + times, restored + was_restored
         federations += 1
         print(f"{killed} of {options.kills} kills, {federations} federations", flush=True)
+    print(f"{restored} older state folders were put back, and refused")
     print(f"all invariants held; {time.monotonic() - started:.0f} s")
 
 
