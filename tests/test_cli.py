@@ -228,6 +228,10 @@ def test_version(cli: Cli) -> None:
     assert cli("--version")[:2] == (0, f"homefire {homefire.__version__}\n")
 
 
+def test_help_explains_arguments(cli: Cli) -> None:
+    assert "A run's folder" in cli("report", "--help")[1]
+
+
 def test_help_names_the_commands(cli: Cli) -> None:
     code, output, _ = cli("--help")
     assert code == 0
