@@ -42,6 +42,7 @@ from homefire.common.config import (
     RoundsConfig,
 )
 from homefire.common.errors import FederationError, HomefireError, LedgerError
+from homefire.common.keystore import Keystore
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import STEPS, Clipped, clip_to_grid
 from homefire.common.privacy.ledger import Ledger
@@ -60,6 +61,7 @@ from homefire.simulations.preparation import accepting_policy, write_toml
 
 USERS, COHORT, ROUNDS = 12, 3, 12
 CLIP_NORM = 1.0
+DESTROY = Keystore.destroy
 LONGEST_LIFE = 0.35
 """Seconds: about what a federation takes, so that most processes are killed before its end."""
 
@@ -88,6 +90,12 @@ def torture_client(folder: Path) -> ClientApp:
         number = int(self.user.user_id)
         return Trained(contribution_of(number, plan.header.round, plan.release.size))
 
+    def destroy(self: Keystore, name: str) -> None:
+        if (secret := self.get(name)) is not None:
+            (folder / "copied-key").write_bytes(secret)
+        DESTROY(self, name)
+
+    setattr(Keystore, "destroy", destroy)  # noqa: B010
     setattr(client, "decode_plan", decode)  # noqa: B010
     setattr(client, "encode_contribution", encode)  # noqa: B010
     setattr(Device, "_train", train)  # noqa: B010
@@ -146,7 +154,9 @@ class Examiner:
     def examine(self) -> None:
         """Check everything; raises AssertionError with what does not hold."""
         keystore, output = self.federation.keystore, self.federation.config.output
-        self.run_key = keystore.get(RUN_KEY) or self.run_key
+        copy = self.folder / "copied-key"  # where a run came to its end before it was killed
+        kept = copy.read_bytes() if copy.exists() else b""
+        self.run_key = keystore.get(RUN_KEY) or self.run_key or kept
         anchor = keystore.anchor(RELEASES)
         with Ledger.open(output / "ledger.jsonl", kind=RELEASES, anchor=anchor) as ledger:
             entries = ledger.entries
