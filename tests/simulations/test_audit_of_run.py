@@ -174,7 +174,7 @@ def test_halved_noise_is_exit_code_1(
     code, output, errors = cli("audit", str(run.folder), "--json")
     found = json.loads(output)
     assert code == 1
-    assert "Error: the audit contradicts what the run claims" in errors
+    assert "Error: the audit contradicts what is claimed with these settings" in errors
     assert "Hint: " in errors
     assert not found["canary"]["claim_holds"]
     assert not found["noise"]["passed"]
