@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ pytest_plugins = ["tiny_models", "tiny_runs"]
 # The time of one example says nothing on a busy machine.
 settings.register_profile("homefire", deadline=None)
 settings.load_profile("homefire")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_fetched_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test passes because somebody fetched a model here before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOMEFIRE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

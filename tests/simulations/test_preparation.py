@@ -14,7 +14,11 @@ from homefire.simulations.experiment import Experiment, load_experiment
 from homefire.simulations.populations import load_population
 from homefire.simulations.preparation import free_folder, free_ports, prepare
 
+MODEL = "base_model.name=nobody/model"
+"""The id of a hub: preparing a run looks nothing up there."""
+
 SMALL = [
+    MODEL,
     "population.users=3",
     "population.unseen=2",
     "population.records=10",
@@ -30,7 +34,7 @@ def experiment() -> Experiment:
 def from_file(path: Path, users: list[User], *more: str) -> Experiment:
     write_users(path, users)
     population = f'population={{kind="jsonl", path="{path}", users={len(users)}, unseen=0}}'
-    return load_experiment(None, [population, "federation.cohort=1", *more])
+    return load_experiment(None, [MODEL, population, "federation.cohort=1", *more])
 
 
 def test_every_history_is_split_in_time(tmp_path: Path, experiment: Experiment) -> None:
@@ -107,7 +111,7 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path, experiment: Experiment
 
 def test_nothing_is_written_for_a_population_that_cannot_be_loaded(tmp_path: Path) -> None:
     population = 'population={kind="jsonl", path="absent.jsonl", users=3, unseen=0}'
-    experiment = load_experiment(None, [population, "federation.cohort=1"])
+    experiment = load_experiment(None, [MODEL, population, "federation.cohort=1"])
     with pytest.raises(DataError):
         prepare(experiment, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -141,7 +145,8 @@ def test_what_was_skipped_is_counted(tmp_path: Path) -> None:
         f'population={{kind="jsonl", path="{tmp_path}/users.jsonl", users=2, unseen=1, '
         'on_bad="skip"}'
     )
-    run = prepare(load_experiment(None, [population, "federation.cohort=1"]), tmp_path / "run")
+    experiment = load_experiment(None, [MODEL, population, "federation.cohort=1"])
+    run = prepare(experiment, tmp_path / "run")
     assert run.skipped == {"too few records": 1}
     assert (run.training, run.unseen) == (2, 1)
 
