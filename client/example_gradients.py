@@ -20,6 +20,10 @@ from homefire.common.config import GradSampleMode
 from homefire.common.errors import HomefireError, PrivacyError
 from homefire.common.training import IGNORED, Example, collate
 
+TOLERANCE = 1e-3
+"""How far rounding may take two ways of one gradient apart, as a part of it; trained tensors are
+float32, whatever the frozen ones are."""
+
 
 def check_example_gradients(
     network: nn.Module,
@@ -28,11 +32,13 @@ def check_example_gradients(
     *,
     mode: GradSampleMode = "hooks",
 ) -> None:
-    """Compare Opacus' gradients of a batch with autograd's of one example at a time.
+    """Compare Opacus' gradients of a batch with autograd's of one example's loss at a time.
 
-    The trained tensors take other values meanwhile: at an adapter's start, where B is zero, every
-    gradient of A is zero, and zeros agree with anything. In mode ghost, which has no per-example
-    gradients, the norms and the clipped sum are compared.
+    For autograd the batch's other examples are replaced by others of the same length: a network
+    that mixes examples then gives other gradients, one that does not gives the same, rounded alike
+    in any precision. The trained tensors take other values meanwhile: at an adapter's start, where
+    B is zero, every gradient of A is zero, and zeros agree with anything. In mode ghost, which has
+    no per-example gradients, the norms and the clipped sum are compared.
 
     Guarantees:
         Silent corruption is refused: gradients that differ in any trained tensor raise.
@@ -44,7 +50,7 @@ def check_example_gradients(
     """
     _check_trained(network, parameters)
     with _other_values(parameters):
-        expected = [_autograd(network, parameters, example) for example in examples]
+        expected = [_autograd(network, parameters, examples, i) for i in range(len(examples))]
         norms = torch.stack([torch.stack([g.norm() for g in row]).norm() for row in expected])
         clip = float(norms.min()) / 2  # cuts every example
         if not (math.isfinite(clip) and clip > 0):
@@ -54,14 +60,13 @@ def check_example_gradients(
             found = [_sampled(parameter, mode) for parameter in parameters]
             sums = [_gradient(parameter).clone() for parameter in parameters]
     factors = (clip / norms).clamp(max=1.0) if mode == "ghost" else torch.ones_like(norms)
-    tolerance = _tolerance(network)
-    floor = 1e-3 * tolerance * float(norms.max())
+    floor = 1e-3 * TOLERANCE * float(norms.max())
     for position, sampled, total in zip(range(len(found)), found, sums, strict=True):
         rows = torch.stack([row[position] for row in expected])
         truth = _row_norms(rows) if mode == "ghost" else rows
         for ours, opacus in ((truth, sampled), (torch.einsum("i,i...", factors, rows), total)):
             gap, size = float((ours - opacus).norm()), float(ours.norm())
-            if not gap <= tolerance * size + floor:
+            if not gap <= TOLERANCE * size + floor:
                 raise PrivacyError(
                     f"per-example gradients of trained tensor {position}, shape "
                     f"{tuple(total.shape)}, are wrong by {gap:.3g} of {size:.3g}",
@@ -95,12 +100,20 @@ def listening(
 
     Raises:
         PrivacyError: Something else than `parameters` requires gradients, they are not float32,
-            or Opacus has its hooks on this network already.
+            Opacus has its hooks on this network already, or mode ghost is asked of a network in
+            half precision: its second, scaled backward pass is rounded anew, so that what is added
+            up may be longer than what was measured.
         HomefireError: Opacus is not installed.
     """
     _check_trained(network, parameters)
     if "autograd_grad_sample_hooks" in vars(network):
         raise PrivacyError("Opacus is already at work on this network")
+    exact = (torch.float32, torch.float64)
+    if mode == "ghost" and (half := [p for p in network.parameters() if p.dtype not in exact]):
+        raise PrivacyError(
+            f"mode ghost cannot bound examples in {half[0].dtype}",
+            hint='Use grad_sample_mode = "hooks", or a base model in float32.',
+        )
     grad_sample = import_opacus().grad_sample
     layers = [
         module
@@ -147,7 +160,7 @@ def fill_gradients(
     with _opacus_at_work():
         losses = example_losses(network, batch)
         losses.sum().backward(retain_graph=ghost)  # type: ignore[no-untyped-call]
-        _check_step(parameters, len(batch), "ghost" if ghost else "hooks", _tolerance(network))
+        _check_step(parameters, len(batch), "ghost" if ghost else "hooks")
         if ghost:
             factors = hooks.get_clipping_coef()
             for parameter in parameters:
@@ -155,7 +168,7 @@ def fill_gradients(
             hooks.disable_hooks()
             (factors * losses).sum().backward()
             hooks.enable_hooks()
-            _check_clipped(parameters, len(batch) * hooks.max_grad_norm, _tolerance(network))
+            _check_clipped(parameters, len(batch) * hooks.max_grad_norm)
     return losses.detach().cpu()
 
 
@@ -170,9 +183,7 @@ def _opacus_at_work() -> Iterator[None]:
             raise PrivacyError(f"Opacus makes no per-example gradients here: {error}") from error
 
 
-def _check_step(
-    parameters: Sequence[nn.Parameter], count: int, mode: GradSampleMode, tolerance: float
-) -> None:
+def _check_step(parameters: Sequence[nn.Parameter], count: int, mode: GradSampleMode) -> None:
     """Per-example gradients must be there, `count` of them, and add up to what autograd found.
 
     In mode ghost only norms are known: those of the parts are at least the norm of their sum.
@@ -185,15 +196,15 @@ def _check_step(
         norms = found if mode == "ghost" else _row_norms(found)
         bound = float(norms.sum())
         gap = float((total if mode == "ghost" else total - found.sum(0)).norm())
-        limit = (1 + tolerance) * bound if mode == "ghost" else tolerance * bound
+        limit = (1 + TOLERANCE) * bound if mode == "ghost" else TOLERANCE * bound
         if not (math.isfinite(bound) and gap <= limit + 1e-12):
             raise PrivacyError(f"per-example gradients {where} do not add up to the batch's")
 
 
-def _check_clipped(parameters: Sequence[nn.Parameter], bound: float, tolerance: float) -> None:
+def _check_clipped(parameters: Sequence[nn.Parameter], bound: float) -> None:
     """The norms of mode ghost come from differences of products, which rounding can spoil."""
     norm = float(torch.stack([_gradient(parameter).norm() for parameter in parameters]).norm())
-    if not norm <= (1 + tolerance) * bound:
+    if not norm <= (1 + TOLERANCE) * bound:
         raise PrivacyError(f"a sum of clipped gradients has the norm {norm}, not at most {bound}")
 
 
@@ -219,10 +230,15 @@ def _row_norms(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _autograd(
-    network: nn.Module, parameters: Sequence[nn.Parameter], example: Example
+    network: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[Example],
+    position: int,
 ) -> tuple[torch.Tensor, ...]:
-    """The gradient of one example alone."""
-    loss = example_losses(network, [example]).sum()
+    """The gradient of one example's loss, in a batch whose other examples are replaced."""
+    batch = [_replaced(example) for example in examples]
+    batch[position] = examples[position]
+    loss = example_losses(network, batch)[position]
     unused_are_none = torch.autograd.grad(loss, list(parameters), allow_unused=True)
     found = cast(tuple[torch.Tensor | None, ...], unused_are_none)
     gradients = tuple(gradient for gradient in found if gradient is not None)
@@ -231,10 +247,10 @@ def _autograd(
     return gradients
 
 
-def _tolerance(network: nn.Module) -> float:
-    """How far rounding may take two ways of one gradient apart, as a part of it."""
-    half = (torch.bfloat16, torch.float16)
-    return 0.1 if any(parameter.dtype in half for parameter in network.parameters()) else 1e-3
+def _replaced(example: Example) -> Example:
+    """Another token in every place."""
+    tokens = tuple(token - 1 if token else 1 for token in example.tokens)
+    return Example(tokens, example.first_target)
 
 
 @contextmanager

@@ -192,7 +192,9 @@ class ExampleDPConfig(Frozen):
     max_gradient_norm: Positive = Field(1.0, description="What one example's gradient is cut to.")
     delta: float = Field(1e-5, gt=0, lt=1)
     grad_sample_mode: GradSampleMode = Field(
-        "hooks", description="ghost never holds per-example gradients: less memory, two passes."
+        "hooks",
+        description="ghost never holds per-example gradients: less memory, two passes, and only "
+        "under a base model in float32.",
     )
 
 

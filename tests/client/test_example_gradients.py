@@ -42,6 +42,7 @@ EXAMPLES = (
 FFA = AdapterConfig(method="ffa", rank=2, alpha=4)
 LORA = AdapterConfig(method="lora", rank=2, alpha=4, targets="all-linear")
 MODES: tuple[GradSampleMode, ...] = ("hooks", "ghost")
+KINDS = [("hooks", "float32"), ("hooks", "bfloat16"), ("ghost", "float32")]
 PLAIN = LocalTraining(steps=3, learning_rate=0.01)
 
 
@@ -191,8 +192,7 @@ def test_ghost_clipping_sums_the_clipped_gradients(tiny_model: Path, config: Ada
     assert (found - truth).norm() < 1e-4 * truth.norm()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "dtype"), KINDS)
 @pytest.mark.parametrize("config", [FFA, LORA], ids=["ffa", "lora"])
 def test_sound_networks_pass_the_check(
     tiny_model: Path, config: AdapterConfig, mode: GradSampleMode, dtype: Any
@@ -201,18 +201,19 @@ def test_sound_networks_pass_the_check(
     check_example_gradients(model.network, parameters, EXAMPLES, mode=mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "dtype"), KINDS)
 @pytest.mark.parametrize("corrupt", CORRUPTIONS)
 @pytest.mark.parametrize(("config", "factor"), [(FFA, "B"), (LORA, "B"), (LORA, "A")])
 def test_silent_corruption_is_refused(
-    tiny_base: Callable[[], BaseModel],
+    tiny_llama: Path,
     corrupt: Callable[[nn.Linear], None],
     config: AdapterConfig,
     factor: str,
     mode: GradSampleMode,
+    dtype: Any,
 ) -> None:
     """Also of an A whose gradients are all zero at the adapter's start."""
-    model, parameters = wear(tiny_base(), config)
+    model, parameters = wear(load_base_model(str(tiny_llama), dtype=dtype), config)
     corrupt(adapter_layer(model.network, factor))
     before = traces(model.network)
     with pytest.raises(PrivacyError, match="per-example gradients"):
@@ -265,6 +266,13 @@ def test_norms_that_are_too_small_do_not_pass(
         monkeypatch.setattr(hooks, "get_clipping_coef", lambda: torch.ones(1))
         with pytest.raises(PrivacyError, match="clipped gradients"):
             fill_gradients(model.network, parameters, EXAMPLES[:1], hooks)
+
+
+def test_ghost_in_half_precision_is_refused(tiny_llama: Path) -> None:
+    model, parameters = wear(load_base_model(str(tiny_llama), dtype="bfloat16"))
+    with pytest.raises(PrivacyError, match="bfloat16") as caught:
+        check_example_gradients(model.network, parameters, EXAMPLES, mode="ghost")
+    assert "hooks" in caught.value.hint
 
 
 @pytest.mark.parametrize("mode", MODES)
