@@ -181,13 +181,24 @@ def test_extras_bring_what_their_commands_need_and_a_device_needs_none() -> None
         extra: {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements}
         for extra, requirements in project["optional-dependencies"].items()
     }
-    assert names["server"] == {"dp-accounting", "scipy"}
+    assert names["server"] == {"dp-accounting"}
     assert names["example-dp"] == {"opacus"}
     assert names["gguf"] == {"gguf"}
     device = {re.split(r"[\[<>=]", requirement)[0] for requirement in project["dependencies"]}
     assert device & {name.replace("_", "-") for name in NOT_FOR_DEVICES} == set()
     for extra in ("server", "example-dp", "gguf"):
         assert device & names[extra] == set()
+
+
+def test_a_simulation_brings_everything_that_the_other_extras_bring() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (whole,) = (
+        requirement
+        for requirement in extras["optional-dependencies"]["simulation"]
+        if requirement.startswith("homefire[")
+    )
+    others = set(extras["optional-dependencies"]) - {"dev", "simulation"}
+    assert set(whole.removeprefix("homefire[").removesuffix("]").split(",")) == others
 
 
 def test_flowers_bundle_holds_code_and_nothing_else(tmp_path: Path) -> None:
