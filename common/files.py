@@ -19,7 +19,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
         mode: The file's permissions, which it has before it holds any data; without it, what the
             umask leaves.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # Made anew: somebody may hold a leftover open that had other permissions.
     temporary.unlink(missing_ok=True)
@@ -35,6 +35,15 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; their names are on the disk when this returns."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import ConfigError, LedgerError, PrivacyError
-from homefire.common.files import sync_folder, write_atomically
+from homefire.common.files import make_folder, sync_folder, write_atomically
 from homefire.common.privacy.ledger import Anchor, Ledger
 
 SECRET_BYTES = 32
@@ -226,7 +226,7 @@ class Keystore:
     def _locked(self, *, check: bool = True) -> Iterator[None]:
         """Keep others from writing: one process and one thread at a time."""
         if not self.folder.exists():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder.parent)
             self.folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(self.folder.parent)
         if check:

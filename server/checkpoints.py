@@ -64,7 +64,8 @@ def forget_older(folder: Path) -> None:
 
     Not before: interrupted rounds leave checkpoints that are newer than the newest release.
     """
-    for old in sorted(folder.glob("[0-9]*.safetensors"))[:-KEPT]:
+    files = folder.glob("[0-9]*.safetensors")
+    for old in sorted(files, key=lambda path: (len(path.name), path.name))[:-KEPT]:
         old.unlink()
 
 

@@ -18,7 +18,7 @@ from homefire.common.config import FederationConfig
 from homefire.common.errors import BudgetExhaustedError, FederationError
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
 from homefire.common.privacy.adaptive_clip import next_clip_norm
-from homefire.common.privacy.mechanism import Gaussian
+from homefire.common.privacy.mechanism import Gaussian, Mechanism
 from homefire.common.protocol import ACTION, OF_EARLIER_ROUNDS, encode_plan
 from homefire.common.signatures import public_key
 from homefire.server import optimizers
@@ -30,6 +30,7 @@ from homefire.server.run_state import (
     RunState,
     begin,
     commit,
+    costs_too_much,
     finish,
     open_ledger,
     resume,
@@ -96,6 +97,7 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
         nodes = _await_nodes(grid, config)
         if ledger.facts:
             state = resume(federation, ledger, nodes)
+            _end_if_too_costly(federation, state)
         else:
             state = begin(federation, ledger, nodes, new_run_id())
         logs: list[RoundLog] = []
@@ -122,11 +124,10 @@ def _round(grid: Grid, federation: Federation, state: RunState) -> RoundLog:
         run_key=state.secrets.run_key,
     )
     current = _collect(grid, federation, _plan(federation, state, number), state.key, cohort)
-    if isinstance(mechanism, Gaussian) and not state.ledger.unamplified:
+    if _is_amplified(mechanism, state) and not current.refused.keys().isdisjoint(OF_EARLIER_ROUNDS):
         # Who refuses because of earlier rounds is no independent draw any more.
-        if not current.refused.keys().isdisjoint(OF_EARLIER_ROUNDS):
-            state.ledger.lose_amplification(number)
-            _check_target(federation, state)
+        state.ledger.lose_amplification(number)
+        _end_if_too_costly(federation, state)
     average, past = close_round(current, mechanism, state.secrets)
     values, moments = optimizers.apply(
         config.optimizer, state.optimizer, state.release.astype(np.float64), average.update
@@ -147,17 +148,22 @@ def _round(grid: Grid, federation: Federation, state: RunState) -> RoundLog:
     return _log_round(current, average, len(cohort), time.monotonic() - started)
 
 
-def _check_target(federation: Federation, state: RunState) -> None:
+def _is_amplified(mechanism: Mechanism, state: RunState) -> bool:
+    """Whether the run's statement still rests on independent draws."""
+    sampled = isinstance(mechanism, Gaussian) and mechanism.participations is None
+    return sampled and not state.ledger.unamplified
+
+
+def _end_if_too_costly(federation: Federation, state: RunState) -> None:
     """End a run whose releases would cost more than the epsilon that was asked for."""
-    asked, plan = federation.config.privacy.epsilon, federation.privacy
-    known = plan.statement.epsilon_known_cohort
-    if asked is None or plan.deployment is not None or known is None or known <= asked:
+    if not costs_too_much(state.ledger):
         return
+    facts = state.ledger.facts
     finish(federation, state)
     raise BudgetExhaustedError(
         "devices refused because of earlier rounds: without amplification the run costs "
-        f"{known:.3g}, more than the epsilon of {asked:g} that was asked for; this round was not "
-        "released",
+        f"{facts['statement']['privacy']['epsilon_known_cohort']:.6g}, more than the epsilon of "
+        f"{facts['target']:g} that was asked for; round {state.ledger.opened} was not released",
         hint="Use banded-sqrt, or set privacy.participations: their epsilon does not rest on it.",
     )
 

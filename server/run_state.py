@@ -186,7 +186,7 @@ def resume(federation: Federation, ledger: RunLedger, nodes: Sequence[int]) -> R
 
     Raises:
         FederationError: Privacy, base model, adapter or nodes are not those of the run.
-        LedgerError: The run key is gone, or the newest release or its checkpoint is.
+        LedgerError: The run key is gone, or all releases, or the checkpoint of the newest one.
     """
     config, keystore = federation.config, federation.keystore
     order = _read_nodes(config.output / "nodes.json")
@@ -251,6 +251,19 @@ def commit(federation: Federation, state: RunState, number: int) -> None:
     forget_older(checkpoints)
 
 
+def costs_too_much(ledger: RunLedger) -> bool:
+    """Whether a run lost its amplification and costs, without it, more than was asked for.
+
+    A deployment's noise is asked for by the deployment's epsilon, which this says nothing about.
+    """
+    if not ledger.unamplified:
+        return False
+    asked, stated = ledger.facts["target"], ledger.facts["statement"]
+    if asked is None or stated["deployment"] is not None:
+        return False
+    return bool(stated["privacy"]["epsilon_known_cohort"] > asked)
+
+
 def finish(federation: Federation, state: RunState) -> None:
     """End a run.
 
@@ -264,12 +277,10 @@ def finish(federation: Federation, state: RunState) -> None:
 
 def _key_destroyed(ledger: RunLedger) -> bool:
     """Whether the process died between the run's last two acts."""
-    unfinished = bool(ledger.facts) and not ledger.ended
-    return (
-        unfinished
-        and ledger.opened == ledger.facts["rounds"]
-        and ledger.keystore.get(RUN_KEY) is None
-    )
+    if not ledger.facts or ledger.ended:
+        return False
+    has_no_more = ledger.opened == ledger.facts["rounds"] or costs_too_much(ledger)
+    return has_no_more and ledger.keystore.get(RUN_KEY) is None
 
 
 def _check_release_anchor(federation: Federation) -> None:
@@ -297,6 +308,7 @@ def _facts(federation: Federation, order: list[int]) -> dict[str, Any]:
         "users": config.users,
         "cohort": config.federation.cohort,
         "statement": federation.privacy.to_json(),
+        "target": config.privacy.epsilon,
         "adaptive_clip": config.privacy.model_dump(mode="json")["adaptive_clip"],
         "base_model": federation.base_model,
         "adapter_digest": federation.spec.digest,

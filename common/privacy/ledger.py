@@ -26,7 +26,7 @@ from typing import Any
 
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import LedgerError
-from homefire.common.files import sync_folder
+from homefire.common.files import make_folder, sync_folder
 
 POLL_SECONDS = 0.02
 """How often a waiting process looks whether the lock is free."""
@@ -225,11 +225,9 @@ def _check_anchor(path: Path, anchors: list[Anchor], known: Anchor | None) -> No
         return
     length = len(anchors) - 1
     if known.length > length:
-        raise _rolled_back(path, f"holds {length} entries, but {known.length} were written")
+        raise _rolled_back(path, f"holds {length} of the {known.length} entries that were written")
     if anchors[known.length] != known:
-        raise _rolled_back(
-            path, f"holds {length} entries, but not the {known.length} that were written"
-        )
+        raise _rolled_back(path, f"has another entry {known.length} than the one that was written")
 
 
 def _rolled_back(path: Path, what: str) -> LedgerError:
@@ -243,13 +241,13 @@ def _rolled_back(path: Path, what: str) -> LedgerError:
 def _open_file(path: Path, start: Anchor, known: Anchor | None) -> int:
     flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
     if known is None or known == start:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         flags |= os.O_CREAT
     try:
         descriptor = os.open(path, flags, 0o600)
     except FileNotFoundError as error:
         length = 0 if known is None else known.length
-        raise _rolled_back(path, f"is absent (0 entries), but {length} were written") from error
+        raise _rolled_back(path, f"is absent, but {length} entries were written") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise LedgerError(f"{path}: a ledger is a file, which this is not")

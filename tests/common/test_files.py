@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from homefire.common import files
 from homefire.common.errors import ConfigError
-from homefire.common.files import expand, write_atomically
+from homefire.common.files import expand, make_folder, write_atomically
 
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -94,6 +95,16 @@ def test_content_is_on_disk_before_the_name_and_the_name_before_the_end(
     monkeypatch.setattr(Path, "replace", replace)
     write_atomically(tmp_path / "file.bin", b"new")
     assert events == ["sync file True", "rename", "sync folder True"]
+
+
+def test_new_folders_are_on_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert len(synced) == 3
 
 
 def test_leftover_of_a_killed_process_does_no_harm(tmp_path: Path) -> None:

@@ -384,8 +384,37 @@ def test_a_restored_state_folder_is_noticed(store: Keystore, tmp_path: Path) -> 
         if number == 0:
             backup = path.read_bytes()
     path.write_bytes(backup)
-    with pytest.raises(LedgerError, match="holds 1 entries, but 3 were written"):
+    with pytest.raises(LedgerError, match="holds 1 of the 3 entries"):
         Ledger.open(path, kind="releases", anchor=store.anchor("ledger"))
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+def test_same_day_a_ledger_is_at_most_one_entry_ahead(
+    store: Keystore, tmp_path: Path, ahead: int
+) -> None:
+    path = tmp_path / "state" / "ledger"
+    with store.open_ledger(path, "ledger") as ledger:
+        store.keep_anchor("ledger", ledger.append({"round": 0}))
+        for number in range(ahead):
+            ledger.append({"round": number + 1})
+    if ahead == 1:  # a kill between entry and anchor
+        store.open_ledger(path, "ledger").close()
+        assert store.anchor("ledger") == ledger.anchor
+        return
+    with pytest.raises(LedgerError, match=f"{ahead} entries ahead of its anchor") as caught:
+        store.open_ledger(path, "ledger")
+    assert "newest keystore" in caught.value.hint
+    with store.open_ledger(tmp_path / "copy", "other"):  # the lock of the refused one is free
+        Ledger.open(path, kind="ledger").close()
+
+
+def test_same_day_what_the_anchor_covers_must_be_there(store: Keystore, tmp_path: Path) -> None:
+    path = tmp_path / "state" / "ledger"
+    with store.open_ledger(path, "ledger") as ledger:
+        store.keep_anchor("ledger", ledger.append({"round": 0}))
+    path.write_bytes(b"")
+    with pytest.raises(LedgerError, match="holds 0 of the 1 entries"):
+        store.open_ledger(path, "ledger")
 
 
 def test_signing_key_is_the_secret_as_an_ed25519_seed(store: Keystore) -> None:

@@ -89,6 +89,13 @@ def test_only_the_newest_are_kept_once_their_release_is_there(tmp_path: Path) ->
     assert read_checkpoint(tmp_path, 4, RELEASE).optimizer.momentum[0] == 6.0
 
 
+def test_the_newest_are_kept_beyond_six_digits(tmp_path: Path) -> None:
+    for number in (999_998, 999_999, 1_000_000):
+        write_checkpoint(tmp_path, number, some(number))
+    forget_older(tmp_path)
+    assert set(written(tmp_path)) == {"999999.safetensors", "1000000.safetensors"}
+
+
 def test_nothing_is_forgotten_before_the_release_is_there(tmp_path: Path) -> None:
     """Rounds that were interrupted after their checkpoint do not push out the one that counts."""
     for number in range(1, 6):

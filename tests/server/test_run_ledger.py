@@ -250,7 +250,7 @@ def test_charged_first_a_shorter_ledger_is_refused(ledger: RunLedger, keep: int)
     ledger.ledger.close()
     path = ledger.ledger._path
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:keep]))
-    with pytest.raises(LedgerError, match=f"holds {keep} entries, but 3 were written"):
+    with pytest.raises(LedgerError, match=f"holds {keep} of the 3 entries that were written"):
         RunLedger.open(path, ledger.keystore)
 
 

@@ -66,7 +66,7 @@ def with_training(**changes: Any) -> PrivateConfig:
 # One user only
 
 
-def test_a_user_does_not_depend_on_the_users_before(make: Make) -> None:
+def test_one_user_only_whoever_came_before(make: Make) -> None:
     alone = train_user(make(), 1)
     results = []
     for text in ("", "something else entirely "):
@@ -78,7 +78,7 @@ def test_a_user_does_not_depend_on_the_users_before(make: Make) -> None:
         assert result == replace(alone, vector=result.vector)
 
 
-def test_many_users_in_a_row_get_what_each_gets_alone(make: Make) -> None:
+def test_one_user_only_many_in_a_row_get_what_each_gets_alone(make: Make) -> None:
     model = make()
     one_after_another = [train_user(model, number) for number in (0, 1, 2, 0)]
     for number, result in zip((0, 1, 2, 0), one_after_another, strict=True):
@@ -110,7 +110,7 @@ def test_what_was_left_in_the_model_does_not_matter(make: Make, left_over: str) 
 
 
 @pytest.mark.parametrize("on", [("shared",), ()])
-def test_the_release_and_the_base_model_are_untouched(make: Make, on: tuple[str, ...]) -> None:
+def test_shared_untouched_and_the_base_model_too(make: Make, on: tuple[str, ...]) -> None:
     model = make()
 
     def frozen() -> dict[str, bytes]:
@@ -134,7 +134,7 @@ def test_the_adapter_is_trained_on_top_of_the_release(make: Make) -> None:
     assert train_user(model, 0, on=()).vector.tobytes() == alone.tobytes()
 
 
-def test_a_changed_release_throws_the_result_away(
+def test_shared_untouched_or_the_result_is_thrown_away(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make()

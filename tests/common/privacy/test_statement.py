@@ -177,6 +177,21 @@ def test_all_or_none_delta_that_promises_nothing_is_refused(delta: float) -> Non
             state(mechanism, schedule=RUN, clip_norm=0.5, delta=delta)
 
 
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        BandedSqrt(1.0, separation=10, participations=5),
+        BandedSqrt(1.0, separation=20, participations=4),
+        Gaussian(1.0, 0.1),
+        Gaussian(1.0, 0.05, participations=3),
+        NoPrivacy(0.1),
+    ],
+)
+def test_one_rule_a_mechanism_of_another_schedule_is_not_stated(mechanism: Mechanism) -> None:
+    with pytest.raises(PrivacyError, match="does not follow from"):
+        state(mechanism, schedule=RUN, clip_norm=0.5, delta=DELTA)
+
+
 def test_statement_of_a_rota() -> None:
     said = stated(BandedSqrt(1.5, separation=20, participations=5))
     assert (said.mechanism, said.noise_multiplier) == ("banded-sqrt", 1.5)
