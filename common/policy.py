@@ -179,8 +179,11 @@ def lifetime_epsilon(charges: Sequence[float | None], *, delta: float) -> float 
         charges: mu^2 of each; None where there was no noise.
         delta: In (0, 1).
 
+    Guarantees:
+        Summed charges: nothing is amplified, and a charge that is none makes it unbounded.
+
     Returns:
-        Epsilon; None without bound, and where a charge is none.
+        Epsilon; None without bound.
     """
     known = [charge for charge in charges if charge is not None and 0 < charge < LARGEST_MU]
     if len(known) < len(charges):

@@ -180,7 +180,7 @@ def close_round(
 
 
 def noise_stream(run_key: bytes, run: str, round_number: int, named: str) -> KeyStream:
-    """The secret stream of one round's noise.
+    """The secret stream of one round's noise; see "One sum, one noise" at `close_round`.
 
     Args:
         run_key: The run's secret.
@@ -221,7 +221,10 @@ def _check_announced(announced: PrivacyBlock, mechanism: Mechanism) -> None:
 
 
 def sum_name(total: ClippedSum, run_key: bytes, run: str, round_number: int) -> str:
-    """Names a sum by its exact values, to holders of the run key alone; 64 hex digits."""
+    """Names a sum by its exact values, to holders of the run key alone; 64 hex digits.
+
+    See "Nothing bare" at `close_round`.
+    """
     values = digest("homefire/sum/v1", total.values.astype("<i8").tobytes())
     context = bytes.fromhex(run), round_number.to_bytes(8, "little"), bytes.fromhex(values)
     return derive_key(run_key, "homefire/sum-name/v1", *context).hex()

@@ -40,7 +40,11 @@ class PrivacyPlan:
     deployment: DeploymentStatement | None
 
     def without_amplification(self) -> "PrivacyPlan":
-        """What the run may claim once devices refused because they took part before."""
+        """What the run may claim once devices refused because they took part before.
+
+        Guarantees:
+            No false amplification: epsilon_release is then epsilon_known_cohort.
+        """
         own = self.statement
         participation = f"{own.participation}; devices kept limits of their own: no amplification"
         unamplified = replace(

@@ -140,6 +140,9 @@ def calibrate_poisson(epsilon: float, *, sampling_rate: float, rounds: int, delt
 
     It is never below `SMALLEST_PLD_NOISE`: where that is enough, the run has less than `epsilon`.
 
+    Guarantees:
+        Meets its target: the `poisson_epsilon` of the result does not exceed it.
+
     Raises:
         PrivacyError: The target is not positive or needs more noise than makes sense.
     """

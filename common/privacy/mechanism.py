@@ -148,6 +148,11 @@ class ClippedSum:
     def add(self, contribution: Clipped) -> None:
         """Add one contribution that passed the gate; it may be forgotten afterwards.
 
+        Guarantees:
+            Sum is exact: nothing is rounded, and int64 holds more contributions than there are
+                people.
+            Another sensitivity or length is refused, and leaves the sum as it was.
+
         Raises:
             PrivacyError: It was clipped to another norm, or has another length.
         """

@@ -97,6 +97,10 @@ def attack(
         confidence: Of the interval and of the bound.
         rates: False-positive rates to report.
 
+    Guarantees:
+        Covers: the lower bound on epsilon exceeds the truth with a probability of at most
+            1 - confidence, and the interval misses the AUC as rarely, about.
+
     Assumes:
         Who trained was chosen at random, and the users' scores are independent of each other given
         the release.

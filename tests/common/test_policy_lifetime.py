@@ -99,7 +99,7 @@ def test_never_over_the_weakest_plan_that_can_be_written(mechanism: Mechanism) -
 
 
 @given(st.lists(st.floats(1e-6, 1e6), max_size=6), st.randoms())
-def test_lifetime_epsilon_is_that_of_the_summed_charges(charges: list[float], chance: Any) -> None:
+def test_summed_charges_give_the_lifetime_epsilon(charges: list[float], chance: Any) -> None:
     epsilon = lifetime_epsilon(charges, delta=1e-6)
     expected = gaussian_epsilon(math.sqrt(math.fsum(charges)), 1e-6) if charges else 0.0
     assert epsilon == expected
@@ -110,5 +110,5 @@ def test_lifetime_epsilon_is_that_of_the_summed_charges(charges: list[float], ch
 
 
 @pytest.mark.parametrize("charge", [None, math.nan, math.inf, 0.0, -1.0, 1e200])
-def test_lifetime_epsilon_of_a_charge_that_is_none_is_without_bound(charge: float | None) -> None:
+def test_summed_charges_with_one_that_is_none_are_without_bound(charge: float | None) -> None:
     assert lifetime_epsilon([0.1, charge, 0.1], delta=1e-6) is None
