@@ -87,7 +87,10 @@ class PrivacyConfig(Frozen):
     epsilon: Positive | None = None
     delta: float | None = Field(None, gt=0, lt=1)
     participations: int | None = Field(
-        None, ge=1, description="k: the most rounds of one user; devices keep it too."
+        None,
+        ge=1,
+        description="k: the most rounds of one user; devices keep it too. With a deployment: of "
+        "that deployment alone.",
     )
     separation: int | None = Field(
         None,
@@ -147,7 +150,7 @@ class FederationConfig(Frozen):
     """Everything that the server needs."""
 
     name: str = Field("homefire", pattern=NAME_PATTERN)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     users: int = Field(ge=1, description="Enrolled users: the population that epsilon counts on.")
     output: Path
     roster: Path = Field(description="Public keys of the enrolled devices, one a line.")

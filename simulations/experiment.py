@@ -42,7 +42,7 @@ class Experiment(Frozen):
     """A whole simulation. Every table has defaults that work but `privacy`, which has none."""
 
     name: str = Field("experiment", pattern=NAME_PATTERN)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     threads: int | None = Field(None, ge=1, description="Of torch; all cores if absent.")
     base_model: BaseModelConfig = BaseModelConfig()
     population: PopulationConfig = Synthetic(kind="synthetic")

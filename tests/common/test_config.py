@@ -77,6 +77,7 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         ("name", "../elsewhere"),
         ("name", ".hidden"),
         ("seed", -1),
+        ("seed", 2**63),
         ("privacy", None),
         ("privacy.mechanism", "laplace"),
         ("privacy.clip_norm", 0),
