@@ -97,6 +97,25 @@ def score_user(
     return scores
 
 
+def base_and_shared_loss(
+    model: AdaptedModel, records: Sequence[Record], *, max_tokens: int
+) -> tuple[float, float]:
+    """Mean token loss of one user's records: of the base model, and with the shared adapter.
+
+    Args:
+        model: The shared adapter holds the release; left as the bare base model.
+        records: Of one user.
+        max_tokens: What is read of each record.
+    """
+    examples = [encode(model.base.tokenizer, record, max_tokens) for record in records]
+    model.activate()
+    base, _ = mean_loss(model.network, examples)
+    model.activate(SHARED)
+    shared, _ = mean_loss(model.network, examples)
+    model.activate()
+    return base, shared
+
+
 def summarize(scores: Sequence[UserScores], *, seed: int) -> dict[str, Any] | None:
     """One group of users: means by variant, paired comparisons, anonymous per-user losses."""
     if not scores:

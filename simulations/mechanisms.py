@@ -7,17 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from homefire.client.personalize.private import SHARED
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.config import PrivacyConfig
 from homefire.common.errors import ConfigError
 from homefire.common.files import write_atomically
 from homefire.common.privacy.schedule import Schedule
-from homefire.common.training import encode, mean_loss
+from homefire.simulations.evaluation import base_and_shared_loss
 from homefire.simulations.experiment import Experiment
 from homefire.simulations.metrics import PairedComparison, compare
 from homefire.simulations.preparation import Run, prepare
-from homefire.simulations.progress import Reporter
+from homefire.simulations.progress import Advance, Reporter
 from homefire.simulations.rounds import ROUNDS, releases, train_shared
 
 SCORING = "Held-out records"
@@ -135,18 +134,12 @@ def _measure(name: str, run: Run, reporter: Reporter, *, users: int) -> Mechanis
     )
 
 
-def _score(run: Run, model: AdaptedModel, number: int, advance: Any) -> tuple[float, float]:
+def _score(run: Run, model: AdaptedModel, number: int, advance: Advance) -> tuple[float, float]:
     """Base and shared loss of one user."""
     tokens = run.experiment.evaluation.max_tokens
-    records = run.held_out[number].records
-    examples = [encode(model.base.tokenizer, record, tokens) for record in records]
-    model.activate()
-    base, _ = mean_loss(model.network, examples)
-    model.activate(SHARED)
-    loss, _ = mean_loss(model.network, examples)
-    model.activate()
+    losses = base_and_shared_loss(model, run.held_out[number].records, max_tokens=tokens)
     advance()
-    return base, loss
+    return losses
 
 
 def _means(scores: Sequence[Sequence[tuple[float, float]]], part: int) -> tuple[float, float]:
