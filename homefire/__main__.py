@@ -200,6 +200,7 @@ def audit(
       homefire audit runs/default
     """
     need("simulation", "plotly", "scipy")
+    from homefire.simulations.audit import CHANCE
     from homefire.simulations.audit.of_run import audit_run
     from homefire.simulations.progress import Reporter
     from homefire.simulations.report_text import audit_table
@@ -210,11 +211,17 @@ def audit(
     else:
         Console().print(audit_table(found))
         typer.echo(f"Report: {(run / 'report.html').resolve()}")
-    noise = found["noise"]
+    noise, attack = found["noise"], found["membership"]
     if not found["canary"]["claim_holds"] or (noise is not None and not noise["passed"]):
         raise PrivacyError(
             "the audit contradicts what is claimed with these settings",
-            hint="Once in a hundred audits chance does it; repeat it, and look at the noise.",
+            hint=CHANCE.format("a hundred"),
+        )
+    if attack is not None and not attack["claim_holds"]:
+        raise PrivacyError(
+            "membership inference shows more than the run's ε_release",
+            hint="Chance alone does this to one run in a hundred. Repeat run and audit: if it "
+            "fails again, the noise or the accounting is wrong.",
         )
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from homefire.common import claims
 from homefire.common.errors import ConfigError, HomefireError
 
 if TYPE_CHECKING:
@@ -168,8 +169,8 @@ def _answer_rows(answer: "Budget") -> tuple[tuple[str, str, str], ...]:
     said, z = answer.statement, answer.statement.noise_multiplier
     return (
         ("noise multiplier z", _short(z), "fresh noise on the sum of a round, in clip norms"),
-        (_NAMES[0], _bound(said.epsilon_release), _MEANINGS["release"]),
-        (_NAMES[1], _bound(said.epsilon_known_cohort), _MEANINGS["known"]),
+        (_NAMES[0], claims.shown(said.epsilon_release), _MEANINGS["release"]),
+        (_NAMES[1], claims.shown(said.epsilon_known_cohort), _MEANINGS["known"]),
         ("ε_server", "∞", _MEANINGS["server"]),
         ("δ", _short(said.delta), "probability bound of each ε above"),
         ("charge μ²", _short(answer.charge), "what each participation adds to a device's ledger"),
@@ -217,8 +218,8 @@ def _comparison(others: Sequence["Alternative"], epsilon: float) -> Table:
         table.add_row(
             other.name,
             _short(found.statement.noise_multiplier, digits=4),
-            _bound(found.statement.epsilon_release),
-            _bound(found.statement.epsilon_known_cohort),
+            claims.shown(found.statement.epsilon_release),
+            claims.shown(found.statement.epsilon_known_cohort),
             _short(found.prefix_rmse / found.schedule.cohort, digits=3),
         )
     return table
@@ -238,7 +239,7 @@ def _notes(others: Sequence["Alternative"]) -> list[str]:
         if said and said.epsilon_release != said.epsilon_known_cohort:
             lines.append(
                 f"That holds while nobody learns who took part when; then it is ε = "
-                f"{_bound(said.epsilon_known_cohort)}."
+                f"{claims.shown(said.epsilon_known_cohort)}."
             )
     return lines + [line for other in others if other.budget for line in _refusals(other.budget)]
 
@@ -271,7 +272,7 @@ def text_chart(points: Sequence["Point"], width: int) -> list[str]:
     positive = [math.log(e) for row in rows for e in row[1:] if e > 0]
     if not positive:
         return []
-    cells = [(f"{z:.4g}", _bound(release), _bound(known)) for z, release, known in rows]
+    cells = [(f"{z:.4g}", claims.shown(release), claims.shown(known)) for z, release, known in rows]
     heads = ("z", *_NAMES)
     widths = [max(len(row[i]) for row in (heads, *cells)) for i in range(3)]
     columns = max(width, 60) - sum(widths) - 8
@@ -376,7 +377,8 @@ def _plot(answer: "Budget", points: Sequence["Point"]) -> str:
             mode="lines+markers",
             line={"color": colour, "dash": dash},
             marker={"symbol": symbol, "size": 9},
-            hovertemplate="z %{x:.4g}: ε %{y:.2f}",
+            customdata=[claims.shown(epsilon) for epsilon in epsilons],
+            hovertemplate="z %{x:.4g}: ε %{customdata}",
         )
     answered = answer.statement.noise_multiplier
     figure.add_vline(x=answered, line={"color": "#8a8f98", "dash": "dot"})
@@ -388,13 +390,6 @@ def _plot(answer: "Budget", points: Sequence["Point"]) -> str:
     figure.update_yaxes(title="ε", type="log")
     settings = {"displayModeBar": False, "responsive": True}
     return str(figure.to_html(full_html=False, include_plotlyjs=True, config=settings))
-
-
-def _bound(epsilon: float | None) -> str:
-    """An epsilon, rounded up: a bound must not look better than it is."""
-    from homefire.simulations.report_html import epsilon as rounded_up
-
-    return "∞" if epsilon is None else rounded_up(epsilon)
 
 
 def _short(value: float | None, *, digits: int = 6) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from homefire.common import claims
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 
 
@@ -87,7 +88,7 @@ def compare(
         )
         noise = said["noise_multiplier"]
         epsilons = (said["epsilon_release"], said["epsilon_known_cohort"])
-        shown = ("∞" if epsilon is None else f"{epsilon:.2f}" for epsilon in epsilons)
+        shown = map(claims.shown, epsilons)
         table.add_row(result.name, "–" if noise is None else f"{noise:.3g}", *shown, *gains)
     console.print(table)
     console.print(f"\n{escape(str((folder / 'comparison.json').resolve()))}", soft_wrap=True)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from homefire.common import claims
 from homefire.simulations import report_html as h
 from homefire.simulations.report_html import UNIT, Markup, join, section, tag
 from homefire.simulations.report_plots import GROUPS
@@ -54,7 +55,8 @@ def privacy_box(privacy: Mapping[str, Any]) -> Markup:
             "p",
             "ε covers the releases alone. This report holds exact measurements of users, which a"
             " release never does: treat it like their data. ε bounds what an observer can learn"
-            " about whether one user took part: it can shift the odds by a factor of e",
+            " about one user's history: compared with a run in which that user contributed nothing,"
+            " it can shift the odds by a factor of e",
             tag("sup", "ε"),
             " at most, except with a probability of about δ. In words, after Ponomareva et al."
             " (2023): up to 1 strong, up to 10 reasonable, above that weak; above 20 the odds may"
@@ -230,7 +232,9 @@ def _epsilon_card(title: str, value: float | None, against: str, *, off: bool) -
     value = math.inf if value is None else value
     words = protection(value)
     kind = {"strong": "good", "reasonable": "good", "weak": "fair"}.get(words, "bad")
-    return _card(title, h.epsilon(value), join(f"against {against}: ", tag("b", words)), kind=kind)
+    return _card(
+        title, claims.shown(value), join(f"against {against}: ", tag("b", words)), kind=kind
+    )
 
 
 def _release_card(privacy: Mapping[str, Any]) -> Markup:
@@ -250,4 +254,4 @@ def _graded(value: float | None) -> str:
     """An ε in one line; none means that there is no bound."""
     value = math.inf if value is None else value
     words = protection(value)
-    return f"{h.epsilon(value)} ({words})" if words == _NO_PROTECTION else h.epsilon(value)
+    return f"{claims.shown(value)} ({words})" if words == _NO_PROTECTION else claims.shown(value)

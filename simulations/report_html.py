@@ -131,19 +131,6 @@ def perplexity(value: float | None) -> str:
     return number(value, digits=1 if value is not None and value >= 100 else 2)
 
 
-def epsilon(value: float | None) -> str:
-    """A bound on the privacy loss, rounded up: a bound must not look better than it is.
-
-    >>> [epsilon(value) for value in (3.501, 8.0, 10_000.2, float("inf"), None)]
-    ['3.51', '8.00', '10,001', '∞', '–']
-    """
-    if value is None or not math.isfinite(value):
-        return number(value)
-    if value >= 1000:
-        return f"{math.ceil(value):,}"
-    return f"{math.ceil(round(value * 100, 4)) / 100:.2f}"
-
-
 def power(value: float | None) -> str:
     """A very small number, such as a δ.
 

@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from homefire.common import claims
 from homefire.simulations import report_html as h
+from homefire.simulations.audit import CHANCE
 from homefire.simulations.report_html import UNIT, Markup, join, section, tag
 from homefire.simulations.report_plots import (
     GROUPS,
@@ -22,8 +24,8 @@ _VARIANT_NOTES = {
     "other_private": "control: a different user's private adapter",
 }
 _GROUP_NOTES = {
-    "training_users": "They could be drawn into the cohorts that trained the shared adapter."
-    " Measured on their newest records, which no training saw.",
+    "training_users": "They were enrolled for the training of the shared adapter. Measured on their"
+    " newest records, which no training saw.",
     "unseen_users": "They had no part in training the shared adapter: this is what it is worth to"
     " somebody new. Measured on their newest records, which no training saw.",
 }
@@ -61,7 +63,7 @@ def training(rounds: Sequence[Mapping[str, Any]], plot: Plot | None) -> Markup:
         _figure(plot),
         tag(
             "details",
-            tag("summary", f"All {len(rounds)} rounds as a table"),
+            tag("summary", "Every round as a table"),
             h.table("Rounds", head, (_round(entry) for entry in rounds)),
             tag(
                 "p",
@@ -74,12 +76,11 @@ def training(rounds: Sequence[Mapping[str, Any]], plot: Plot | None) -> Markup:
     )
 
 
-def audit(found: Mapping[str, Any] | None) -> Markup:
-    """What `homefire audit` found; nothing where it was not run."""
+def audit(found: Mapping[str, Any] | None, *, epsilon_release: float | None) -> Markup:
+    """What `homefire audit` found, against what the run claims; nothing where it was not run."""
     if found is None:
         return Markup()
     canary, noise, attack = found["canary"], found["noise"], found["membership"]
-    claimed = canary["epsilon_claimed"]
     rows: list[tuple[object, ...]] = [
         (
             _noted(
@@ -88,8 +89,8 @@ def audit(found: Mapping[str, Any] | None) -> Markup:
             ),
             h.number(canary["epsilon_lower"]),
             _canary_verdict(canary),
-            "must not exceed ε_known_cohort, "
-            + ("which is unbounded" if claimed is None else h.number(claimed)),
+            _limit("ε_known_cohort", canary["epsilon_claimed"])
+            + ("" if canary["claim_holds"] else ". " + CHANCE.format("a hundred")),
         ),
         ("The same: point estimate", h.number(canary["epsilon"]), "", "no bound"),
     ]
@@ -99,11 +100,13 @@ def audit(found: Mapping[str, Any] | None) -> Markup:
                 _noted("Noise: standard deviation", "as a share of what was announced"),
                 h.number(noise["scale"]),
                 _verdict(noise["passed"]),
-                f"p = {noise['p_value']:.2g} over scale, shape and independence",
+                f"p = {noise['p_value']:.2g} over scale, shape and independence"
+                + ("" if noise["passed"] else ". " + CHANCE.format("a thousand")),
             )
         )
     if attack is not None:
         low, high = attack["auc_interval"]
+        holds = not claims.contradicts(attack["epsilon_lower"], epsilon_release)
         rows += [
             (
                 _noted(
@@ -114,7 +117,13 @@ def audit(found: Mapping[str, Any] | None) -> Markup:
                 "",
                 f"{attack['confidence']:.0%} interval {low:.3f} to {high:.3f}; a guess has 0.5",
             ),
-            ("The same: ε, lower bound", h.number(attack["epsilon_lower"]), "", ""),
+            (
+                f"The same: ε, lower bound at {attack['confidence']:.0%}",
+                h.number(attack["epsilon_lower"]),
+                _verdict(holds),
+                _limit("ε_release", epsilon_release)
+                + ("" if holds else ". Chance alone does this to one run in a hundred."),
+            ),
         ]
     return section(
         "Audit",
@@ -133,6 +142,11 @@ def _canary_verdict(canary: Mapping[str, Any]) -> str:
     if canary["claim_holds"] and not canary["conclusive"]:
         return f"cannot tell above {canary['epsilon_ceiling']:.1f}"
     return _verdict(canary["claim_holds"])
+
+
+def _limit(name: str, claim: float | None) -> str:
+    bound = "which is unbounded" if claim is None else claims.shown(claim, digits=3)
+    return f"must not exceed {name}, {bound}"
 
 
 def _verdict(holds: bool) -> Markup:

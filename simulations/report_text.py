@@ -7,6 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from homefire.common import claims
 from homefire.simulations.metrics import TIE
 
 NAMES = {
@@ -31,8 +32,8 @@ def _privacy(privacy: dict[str, Any], deployment: dict[str, Any] | None) -> Iter
         yield Text("\nDifferential privacy was OFF in this run.", style="bold red")
         return
     yield Text(
-        f"\nPrivacy of this run: ε_release {_epsilon(privacy['epsilon_release'])}, "
-        f"ε_known_cohort {_epsilon(privacy['epsilon_known_cohort'])}, "
+        f"\nPrivacy of this run: ε_release {claims.shown(privacy['epsilon_release'])}, "
+        f"ε_known_cohort {claims.shown(privacy['epsilon_known_cohort'])}, "
         f"ε_server ∞ ({privacy['trust']}); δ = {privacy['delta']:g}, {privacy['mechanism']}, "
         f"{privacy['adjacency']}; {privacy['participation']}."
     )
@@ -40,8 +41,8 @@ def _privacy(privacy: dict[str, Any], deployment: dict[str, Any] | None) -> Iter
         yield Text(
             f"The noise is that of a deployment of {deployment['users']:,} users "
             f"(cohort {deployment['cohort']:,}, {deployment['rounds']} rounds), for which "
-            f"ε_release would be {_epsilon(deployment['epsilon_release'])} and ε_known_cohort "
-            f"{_epsilon(deployment['epsilon_known_cohort'])} at δ = {deployment['delta']:g}. "
+            f"ε_release would be {claims.shown(deployment['epsilon_release'])} and ε_known_cohort "
+            f"{claims.shown(deployment['epsilon_known_cohort'])} at δ = {deployment['delta']:g}. "
             "That is not this run's privacy."
         )
 
@@ -52,24 +53,35 @@ def audit_table(found: dict[str, Any]) -> Table:
     table = Table("", "found", "to compare with", title="Audit", title_justify="left")
     table.add_row(
         f"canaries: ε, {canary['confidence']:.0%} lower bound",
-        _epsilon(canary["epsilon_lower"]),
-        f"ε_known_cohort {_epsilon(canary['epsilon_claimed'])}",
+        _measured(canary["epsilon_lower"]),
+        _against("ε_known_cohort", canary),
     )
     if not canary["conclusive"]:
-        ceiling = f"so many canaries cannot show more than {_epsilon(canary['epsilon_ceiling'])}"
+        ceiling = f"so many canaries cannot show more than {_measured(canary['epsilon_ceiling'])}"
         table.add_row("", "cannot tell", ceiling)
-    table.add_row("canaries: ε, point estimate", _epsilon(canary["epsilon"]), "no bound")
+    table.add_row("canaries: ε, point estimate", _measured(canary["epsilon"]), "no bound")
     if noise is not None:
         table.add_row("noise: scale", f"{noise['scale']:.4f}", f"1; p = {noise['p_value']:.2g}")
     if attack is not None:
         low, high = attack["auc_interval"]
         table.add_row("membership: AUC", f"{attack['auc']:.3f}", f"0.5; {low:.3f} … {high:.3f}")
-        table.add_row("membership: ε, lower bound", _epsilon(attack["epsilon_lower"]), "")
+        table.add_row(
+            f"membership: ε, {attack['confidence']:.0%} lower bound",
+            _measured(attack["epsilon_lower"]),
+            _against("ε_release", attack),
+        )
     return table
 
 
-def _epsilon(value: float | None) -> str:
-    return "∞" if value is None else f"{value:,.2f}"
+def _against(name: str, found: dict[str, Any]) -> str:
+    """A claim beside the bound that must not exceed it."""
+    verdict = "not exceeded" if found["claim_holds"] else "EXCEEDED"
+    return f"{name} {claims.shown(found['epsilon_claimed'])}: {verdict}"
+
+
+def _measured(epsilon: float | None) -> str:
+    """What an attack found; a lower bound is not rounded up."""
+    return "∞" if epsilon is None else f"{epsilon:,.2f}"
 
 
 def _group(title: str, group: dict[str, Any]) -> Table:

@@ -11,7 +11,7 @@ import pytest
 
 import homefire
 from homefire import __main__ as command_line
-from homefire.common import model_cache
+from homefire.common import claims, model_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -136,7 +136,10 @@ def test_compare_shows_a_table_and_keeps_the_figures(
     assert shown[1:4] == ["–", "∞", "∞"]
     assert shown[4:] == [f"{gain['mean_gain']:+.3f}" for gain in rows[0]["gain"]]
     for row in rows[1:]:
-        assert f"{row['privacy']['noise_multiplier']:.3g}" in output
+        said = row["privacy"]
+        epsilons = (said["epsilon_release"], said["epsilon_known_cohort"])
+        expected = (f"{said['noise_multiplier']:.3g}", *map(claims.shown, epsilons))
+        assert " ".join(expected) in " ".join(output.split())
 
 
 def test_compare_leaves_nothing_where_it_cannot_start(cli: Cli, tmp_path: Path) -> None:

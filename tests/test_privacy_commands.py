@@ -235,6 +235,7 @@ def test_the_page_needs_no_network(plan: Plan, tmp_path: Path) -> None:
     drawn = text[text.rindex("Plotly.newPlot") :]
     assert '"name":"ε_release"' in drawn.replace("\\u03b5", "ε")
     assert '"name":"ε_known_cohort"' in drawn.replace("\\u03b5", "ε")
+    assert '"3.51"' in drawn and '"91.82"' in drawn  # shown rounded up, as everywhere
 
 
 def test_a_missing_plotly_is_named_with_its_extra(

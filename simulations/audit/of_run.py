@@ -6,12 +6,13 @@ from typing import Any
 from homefire.client.device import adapted_model
 from homefire.client.personalize.private import SHARED
 from homefire.common.adapted_model import AdaptedModel
+from homefire.common.claims import contradicts
 from homefire.common.config import FederationConfig, load_config
 from homefire.common.errors import DataError
 from homefire.common.privacy.mechanism import NoPrivacy
-from homefire.common.training import encode, mean_loss
 from homefire.server.planning import plan_privacy, schedule_of
 from homefire.simulations.audit import canary, membership, statistics
+from homefire.simulations.evaluation import base_and_shared_loss
 from homefire.simulations.preparation import Run, reopen
 from homefire.simulations.progress import Advance, Reporter
 from homefire.simulations.report import load_report, write_report
@@ -34,7 +35,7 @@ def audit_run(folder: Path, reporter: Reporter, *, users: int) -> dict[str, Any]
         Three entries: `canary`, the one-shot audit of the run's mechanism over its rounds, at
         worst-case participation; `noise`, goodness of fit, null where there is none or next to
         none; `membership`, an attack on the last release by the loss on the users' older records,
-        null with too few users.
+        null with too few users, with the ε_release that its bound must not exceed.
 
     Raises:
         DataError: The run has no report yet.
@@ -56,13 +57,17 @@ def audit_run(folder: Path, reporter: Reporter, *, users: int) -> dict[str, Any]
     found = {
         "canary": canaries.to_json(),
         "noise": fit,
-        "membership": _membership(run, reporter, users=users, delta=delta),
+        "membership": _membership(
+            run, reporter, users=users, delta=delta, claim=report["privacy"]["epsilon_release"]
+        ),
     }
     write_report(folder, {**report, "audit": found})
     return found
 
 
-def _membership(run: Run, reporter: Reporter, *, users: int, delta: float) -> dict[str, Any] | None:
+def _membership(
+    run: Run, reporter: Reporter, *, users: int, delta: float, claim: float | None
+) -> dict[str, Any] | None:
     members = range(min(users, run.training))
     others = range(run.training, run.training + min(users, run.unseen))
     if min(len(members), len(others)) < FEWEST_USERS:
@@ -72,7 +77,9 @@ def _membership(run: Run, reporter: Reporter, *, users: int, delta: float) -> di
     with reporter.phase(MEMBERSHIP, len(members) + len(others)) as advance:
         inside = [_gain(run, model, number, advance) for number in members]
         outside = [_gain(run, model, number, advance) for number in others]
-    return membership.attack(inside, outside, delta=delta, seed=run.experiment.seed).to_json()
+    found = membership.attack(inside, outside, delta=delta, seed=run.experiment.seed)
+    holds = not contradicts(found.epsilon_lower, claim)
+    return {**found.to_json(), "epsilon_claimed": claim, "claim_holds": holds}
 
 
 def _gain(run: Run, model: AdaptedModel, number: int, advance: Advance) -> float:
@@ -81,11 +88,6 @@ def _gain(run: Run, model: AdaptedModel, number: int, advance: Advance) -> float
     if not records:
         raise DataError(f"user {number} has no records")
     tokens = run.experiment.local.max_tokens
-    examples = [encode(model.base.tokenizer, record, tokens) for record in records]
-    model.activate()
-    base, _ = mean_loss(model.network, examples)
-    model.activate(SHARED)
-    loss, _ = mean_loss(model.network, examples)
-    model.activate()
+    base, loss = base_and_shared_loss(model, records, max_tokens=tokens)
     advance()
     return float(membership.loss_reduction([loss], [base])[0])

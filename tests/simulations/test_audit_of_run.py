@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ from made_up_report import MADE_UP, Page
 from tiny_simulations import NO_PRIVACY, prepare_small, quiet
 
 from homefire import __main__ as command_line
+from homefire.common.claims import shown
 from homefire.common.errors import ConfigError, DataError
 from homefire.common.privacy import mechanism as mechanism_module
 from homefire.common.privacy.accounting import gaussian_epsilon
 from homefire.common.privacy.mechanism import ClippedSum, Gaussian, Mechanism, Past, Sum
 from homefire.common.privacy.randomness import KeyStream
-from homefire.simulations.audit import canary, statistics
+from homefire.simulations.audit import CHANCE, canary, membership, statistics
 from homefire.simulations.audit import path as path_module
+from homefire.simulations.audit.membership import MembershipAttack
 from homefire.simulations.audit.of_run import audit_run
 from homefire.simulations.preparation import Run
 from homefire.simulations.report import load_report
@@ -110,11 +113,14 @@ def test_figures_go_into_the_report(runs: Callable[[str], Run]) -> None:
     assert noise["passed"]
     assert noise["scale"] == pytest.approx(1.0, abs=0.02)
     assert (attack["members"], attack["others"]) == (4, 4)
+    assert attack["epsilon_claimed"] == before["privacy"]["epsilon_release"]
+    assert attack["claim_holds"]
     text = audit_section(run)
     assert f"{canaries['epsilon_lower']:.3f}" in text
     assert f"{noise['scale']:.3f}" in text
     assert "4 training against 4 unseen users" in text
-    assert text.count("holds") == 2
+    assert text.count("holds") == 3
+    assert "Chance alone" not in text
 
 
 @pytest.mark.slow
@@ -138,7 +144,11 @@ def test_without_noise_nothing_is_claimed(runs: Callable[[str], Run], cli: Cli) 
     assert found["canary"]["epsilon_lower"] > 10
     assert found["noise"] is None
     assert found["membership"]["members"] == 4
-    assert "which is unbounded" in audit_section(run)
+    assert found["membership"]["epsilon_claimed"] is None
+    assert found["membership"]["claim_holds"]
+    text = audit_section(run)
+    for name in ("ε_known_cohort", "ε_release"):
+        assert f"must not exceed {name}, which is unbounded" in text
 
 
 @pytest.mark.slow
@@ -159,8 +169,9 @@ def test_the_command_prints_a_table(runs: Callable[[str], Run], cli: Cli) -> Non
     assert code == 0
     for word in ("lower bound", "point estimate", "noise: scale", "membership: AUC"):
         assert word in output
-    known = load_report(run.folder)["privacy"]["epsilon_known_cohort"]
-    assert f"ε_known_cohort {known:.2f}" in output
+    said = load_report(run.folder)["privacy"]
+    for name in ("release", "known_cohort"):
+        assert f"ε_{name} {shown(said[f'epsilon_{name}'])}: not exceeded" in output
     assert f"Report: {run.folder / 'report.html'}" in output
 
 
@@ -175,11 +186,35 @@ def test_halved_noise_is_exit_code_1(
     found = json.loads(output)
     assert code == 1
     assert "Error: the audit contradicts what is claimed with these settings" in errors
-    assert "Hint: " in errors
+    assert f"Hint: {CHANCE.format('a hundred')}" in errors
     assert not found["canary"]["claim_holds"]
     assert not found["noise"]["passed"]
     assert found["noise"]["scale"] == pytest.approx(0.5, abs=0.01)
-    assert audit_section(run).count("FAILS") == 2
+    text = audit_section(run)
+    assert text.count("FAILS") == 2
+    assert text.count("Repeat it: if it fails again, the noise or the accounting is wrong.") == 2
+
+
+@pytest.mark.slow
+def test_a_membership_bound_above_the_runs_claim_is_exit_code_1(
+    runs: Callable[[str], Run], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs("gaussian")
+    claim = load_report(run.folder)["privacy"]["epsilon_release"]
+    honest = membership.attack
+
+    def luckier(*scores: Sequence[float], delta: float, seed: int) -> MembershipAttack:
+        return replace(honest(*scores, delta=delta, seed=seed), epsilon_lower=claim + 0.5)
+
+    monkeypatch.setattr(membership, "attack", luckier)
+    code, output, errors = cli("audit", str(run.folder))
+    assert code == 1
+    assert f"ε_release {shown(claim)}: EXCEEDED" in output
+    assert "Error: membership inference shows more than the run's ε_release" in errors
+    assert "Hint: Chance alone does this to one run in a hundred. Repeat run and audit" in errors
+    text = audit_section(run)
+    assert f"{claim + 0.5:.3f} FAILS must not exceed ε_release, {shown(claim, digits=3)}" in text
+    assert text.count("FAILS") == 1
 
 
 def test_too_few_users_are_not_attacked(tmp_path: Path, tiny_llama: Path) -> None:

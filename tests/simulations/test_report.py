@@ -59,6 +59,8 @@ def test_privacy_box_states_the_three_epsilons_and_their_premises(report: dict[s
         "participation each round drawn independently with probability q",
         "expected cohort 12",
         "sampling rate 0.1",
+        "compared with a run in which that user contributed nothing, it can shift the odds",
+        "They were enrolled for the training of the shared adapter.",
     ):
         assert expected in text
     assert "OFF" not in text
@@ -141,11 +143,11 @@ def test_the_audits_figures_appear(report: dict[str, Any]) -> None:
     text = audit_of(Page(render(report | {"audit": AUDIT})))
     for expected in (
         "lower bound at 99% 4,096 in, as many out, d = 8,192 14.250 holds must not exceed "
-        "ε_known_cohort, 17.441",
+        "ε_known_cohort, 17.442",
         "point estimate 16.125 no bound",
         "announced 0.999 holds p = 0.42 over scale, shape and independence",
         "AUC 120 training against 40 unseen users 0.613 99% interval 0.438 to 0.787",
-        "ε, lower bound 0.375",
+        "ε, lower bound at 99% 0.375 holds must not exceed ε_release, 7.924",
     ):
         assert expected in text
     assert "FAILS" not in text
@@ -162,8 +164,31 @@ def test_an_audit_that_contradicts_the_claim_says_so(report: dict[str, Any]) -> 
     failed["canary"] |= {"epsilon_lower": 18.5, "claim_holds": False}
     failed["noise"] |= {"scale": 0.5, "p_value": 0.0, "passed": False}
     text = audit_of(Page(render(report | {"audit": failed})))
-    assert "18.500 FAILS must not exceed ε_known_cohort, 17.441" in text
-    assert "0.500 FAILS p = 0 over scale, shape and independence" in text
+    assert (
+        "18.500 FAILS must not exceed ε_known_cohort, 17.442. Chance alone does this once in a "
+        "hundred audits. Repeat it: if it fails again, the noise or the accounting is wrong."
+        in text
+    )
+    assert (
+        "0.500 FAILS p = 0 over scale, shape and independence. Chance alone does this once in a "
+        "thousand audits." in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("claim", "words"),
+    [
+        (0.374, "FAILS must not exceed ε_release, 0.374. Chance alone does this to one run in a"),
+        (0.375, "holds must not exceed ε_release, 0.375"),
+        (None, "holds must not exceed ε_release, which is unbounded"),
+    ],
+)
+def test_the_membership_bound_stands_beside_the_runs_claim(
+    report: dict[str, Any], claim: float | None, words: str
+) -> None:
+    report["privacy"]["epsilon_release"] = claim
+    text = audit_of(Page(render(report | {"audit": AUDIT})))
+    assert f"The same: ε, lower bound at 99% 0.375 {words}" in text
 
 
 def test_an_audit_of_a_run_without_noise(report: dict[str, Any]) -> None:
