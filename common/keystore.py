@@ -11,7 +11,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,8 +167,9 @@ class Keystore:
             LedgerError: Damaged, rolled back, in use, or newer than the keystore.
         """
         known = self.anchor(name)
-        ledger = Ledger.open(path, kind=kind or name, anchor=known)
-        try:
+        with ExitStack() as undo:
+            ledger = Ledger.open(path, kind=kind or name, anchor=known)
+            undo.callback(ledger.close)
             ahead = ledger.anchor.length - (0 if known is None else known.length)
             if ahead > 1:
                 raise LedgerError(
@@ -179,9 +180,7 @@ class Keystore:
                 )
             if ahead:
                 self.keep_anchor(name, ledger.anchor)
-        except BaseException:
-            ledger.close()
-            raise
+            undo.pop_all()
         return ledger
 
     def keep_anchor(self, name: str, anchor: Anchor) -> None:
