@@ -275,16 +275,19 @@ def _record(wins: int, ties: int, losses: int) -> Markup:
 
 
 def _round(entry: Mapping[str, Any]) -> tuple[object, ...]:
-    clipped = entry["clipped_share"]
+    if entry.get("interrupted"):
+        words = "interrupted: charged, not released"
+        return (entry["round"], h.NOTHING, h.NOTHING, words, *[h.NOTHING] * 4)
+    clipped, seconds = entry["clipped_share"], entry["seconds"]
     return (
         entry["round"],
-        f"{entry['cohort']:,}",
-        f"{entry['accepted']:,}",
+        h.plain(entry["cohort"]),
+        h.plain(entry["accepted"]),
         h.plain({**entry["dropped"], **entry.get("refused", {})}),
         h.number(entry["train_loss"]),
         h.NOTHING if clipped is None else f"{100 * clipped:.0f} %",
         h.number(entry["validation_loss"]),
-        h.duration(entry["seconds"]),
+        h.NOTHING if seconds is None else h.duration(seconds),
     )
 
 

@@ -33,7 +33,8 @@ class SharedTraining:
 
     Attributes:
         model: The devices' model; its shared adapter holds the last release.
-        rounds: One entry a round, round 0 first: the operator's log and the validation loss.
+        rounds: One entry a round, round 0 first: the operator's log and the validation loss. Of a
+            round that was interrupted it says so; nothing else of that round is known.
         traffic: Messages and bytes.
     """
 
@@ -128,18 +129,36 @@ def _score_releases(run: Run, model: AdaptedModel) -> list[dict[str, Any]]:
     count = min(run.experiment.evaluation.curve_users, run.training)
     slices = [user_examples(run, model, number)[1].validation for number in range(count)]
     examples = [example for part in slices for example in part]
+    rounds = _rounds(run)
+    for entry in rounds:
+        entry["validation_loss"] = None
+        if examples and not entry["interrupted"]:
+            model.load(SHARED, releases(run).read(entry["round"]).vector)
+            model.activate(SHARED)
+            entry["validation_loss"] = mean_loss(model.network, examples)[0]
+    model.load(SHARED, releases(run).latest().vector)
+    model.activate(SHARED)
+    return rounds
+
+
+def _rounds(run: Run) -> list[dict[str, Any]]:
+    """Round 0 and every round that was charged, from the operator's log.
+
+    A round that was interrupted has no line, nor has one whose process was killed between the
+    release and its line.
+    """
     log = run.folder / "server" / "rounds.jsonl"
     # A run whose rounds were all interrupted has none.
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    start = {"round": 0, "cohort": 0, "accepted": 0, "dropped": {}, "refused": {}}
-    rounds: list[dict[str, Any]] = [
-        {**start, "train_loss": None, "clipped_share": None, "seconds": 0.0},
-        *(json.loads(line) for line in lines),
+    logged = {entry["round"]: entry for entry in map(json.loads, lines)}
+    logged[0] = {"round": 0, "cohort": 0, "accepted": 0, "seconds": 0.0}
+    unknown: dict[str, Any] = dict.fromkeys(
+        ("cohort", "accepted", "train_loss", "clipped_share", "seconds")
+    )
+    unknown |= {"dropped": {}, "refused": {}}
+    known = {*logged, *releases(run).rounds()}
+    spent, _ = rounds_spent(run.folder / "server")
+    return [
+        {**unknown, "round": number, "interrupted": number not in known, **logged.get(number, {})}
+        for number in range(spent + 1)
     ]
-    for entry in rounds:
-        model.load(SHARED, releases(run).read(entry["round"]).vector)
-        model.activate(SHARED)
-        entry["validation_loss"] = mean_loss(model.network, examples)[0] if examples else None
-    # A kill may come between a release and its line.
-    model.load(SHARED, releases(run).latest().vector)
-    return rounds

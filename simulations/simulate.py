@@ -13,14 +13,16 @@ from homefire.client.home import Home
 from homefire.client.personalize.private import SHARED
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
+from homefire.common.errors import DataError
 from homefire.simulations.evaluation import PrivateVectors, UserScores, score_user, summarize
 from homefire.simulations.grid import Traffic
 from homefire.simulations.preparation import Run, write_toml
 from homefire.simulations.progress import Reporter
-from homefire.simulations.report import write_report
+from homefire.simulations.report import load_report, write_report
 from homefire.simulations.rounds import releases, train_shared
 
 PRIVATE_PHASE, EVALUATION = "Private adapters", "Evaluation"
+TRAFFIC = tuple(f"{name}_per_contribution" for name in ("bytes_up", "bytes_down", "device_seconds"))
 
 
 @dataclass(slots=True)
@@ -43,9 +45,11 @@ def simulate(run: Run, reporter: Reporter) -> dict[str, Any]:
 
     Returns:
         The report; `report.json`, `report.html` and the exported shared adapter lie in the run's
-        folder.
+        folder. A run that was over is evaluated again; what only its first report can know, the
+        audit and the traffic, is kept.
     """
     experiment, started = run.experiment, time.monotonic()
+    earlier = _earlier_report(run, reporter)
     shared = train_shared(run, reporter)
     model, measured = shared.model, Measured(shared.traffic, shared.rounds)
     releases(run).export(
@@ -55,8 +59,28 @@ def simulate(run: Run, reporter: Reporter) -> dict[str, Any]:
     _evaluate(run, model, reporter, measured)
     measured.seconds = time.monotonic() - started
     report = _report(run, model, reporter, measured)
+    if earlier is not None and not measured.traffic.messages:
+        _carry_over(earlier, report)
     write_report(run.folder, report)
     return report
+
+
+def _earlier_report(run: Run, reporter: Reporter) -> dict[str, Any] | None:
+    """The report that a finished run has already; nobody needs a damaged one."""
+    if not (run.folder / "report.json").exists():
+        return None
+    reporter.console.print("This run is over: it is evaluated again, and its report is replaced.")
+    try:
+        return load_report(run.folder)
+    except DataError:
+        return None
+
+
+def _carry_over(earlier: dict[str, Any], report: dict[str, Any]) -> None:
+    """Keep what is about the run's rounds and releases, which are the same."""
+    if "audit" in earlier:
+        report["audit"] = earlier["audit"]
+    report["efficiency"] |= {name: earlier["efficiency"].get(name) for name in TRAFFIC}
 
 
 def _train_private_adapters(

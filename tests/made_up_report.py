@@ -148,6 +148,29 @@ DEPLOYMENT = {
     "trust": "trusted aggregator",
 }
 
+AUDIT: dict[str, Any] = {
+    "canary": {
+        "canaries": 4096,
+        "dimension": 8192,
+        "confidence": 0.99,
+        "epsilon": 16.125,
+        "epsilon_lower": 14.25,
+        "epsilon_claimed": 17.4412,
+        "claim_holds": True,
+        "conclusive": True,
+        "epsilon_ceiling": 27.07,
+    },
+    "noise": {"scale": 0.9987, "p_value": 0.42, "passed": True},
+    "membership": {
+        "members": 120,
+        "others": 40,
+        "auc": 0.6125,
+        "auc_interval": [0.4375, 0.7875],
+        "confidence": 0.99,
+        "epsilon_lower": 0.375,
+    },
+}
+
 
 class Page(HTMLParser):
     """What a browser makes of a page: elements with attributes, scripts, the text to be read."""

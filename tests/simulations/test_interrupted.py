@@ -1,5 +1,6 @@
 """A simulation that was interrupted goes on where it stopped, and spends nothing twice."""
 
+import io
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from made_up_report import AUDIT, Page
 from pydantic import BaseModel
-from tiny_simulations import NO_PRIVACY, SMALL, prepare_small, quiet, store
+from rich.console import Console
+from tiny_simulations import NO_PRIVACY, SMALL, lasting, prepare_small, quiet, store
 
 from homefire.client.app import app as client_app
 from homefire.client.participation import open_participations
@@ -25,6 +28,8 @@ from homefire.simulations import preparation
 from homefire.simulations import rounds as rounds_module
 from homefire.simulations import simulate as simulate_module
 from homefire.simulations.preparation import Run, prepare, reopen, write_toml
+from homefire.simulations.progress import Reporter
+from homefire.simulations.report import load_report, write_report
 from homefire.simulations.simulate import simulate
 
 BANDED = (
@@ -101,7 +106,11 @@ def test_an_interrupted_run_goes_on(make: Prepare, monkeypatch: pytest.MonkeyPat
     after = bytes_of(run)
     assert {number: after[number] for number in before} == before
     assert list(after) == [0, 1, 3, 4]
-    assert [entry["round"] for entry in report["rounds"]] == [0, 1, 3, 4]
+    assert [entry["round"] for entry in report["rounds"]] == [0, 1, 2, 3, 4]
+    assert [entry["round"] for entry in report["rounds"] if entry["interrupted"]] == [2]
+    assert report["rounds"][2]["validation_loss"] is None
+    page = Page((run.folder / "report.html").read_text(encoding="utf-8")).text
+    assert page.count("2 – – interrupted: charged, not released – – – –") == 1
     ledger = run_ledger(run)
     assert (ledger.opened, ledger.burnt, ledger.ended) == (4, [2], True)
     assert sorted(ledger.sums) == [1, 3, 4]
@@ -159,9 +168,52 @@ def test_a_run_whose_only_round_was_interrupted(
     run = make(NO_PRIVACY, "federation.rounds=1", "federation.cohort=4", "evaluation.generated=0")
     interrupt(run, monkeypatch, at_plan=1)
     report = simulate(reopen(run.folder), quiet())
-    assert [entry["round"] for entry in report["rounds"]] == [0]
+    assert [entry["interrupted"] for entry in report["rounds"]] == [False, True]
     assert run_ledger(run).burnt == [1]
     assert store(run).rounds() == [0]
+
+
+def test_a_round_killed_between_its_release_and_its_line_was_not_interrupted(
+    make: Prepare,
+) -> None:
+    """It is scored; what the operator's log would have said of it is unknown."""
+    run = make(NO_PRIVACY, "evaluation.generated=0")
+    whole = simulate(run, quiet())
+    log = run.folder / "server" / "rounds.jsonl"
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
+    last = simulate(reopen(run.folder), quiet())["rounds"][2]
+    assert last["validation_loss"] == whole["rounds"][2]["validation_loss"]
+    assert not last["interrupted"]
+    assert last["accepted"] is last["train_loss"] is last["seconds"] is None
+    page = Page((run.folder / "report.html").read_text(encoding="utf-8")).text
+    assert f"2 – – – – – {last['validation_loss']:.3f} –" in page
+
+
+def test_a_second_evaluation_keeps_what_only_the_first_could_know(make: Prepare) -> None:
+    """The audit, and the traffic of rounds that are not repeated."""
+    run = make(NO_PRIVACY, "evaluation.generated=0")
+    first = simulate(run, quiet())
+    names = [f"{name}_per_contribution" for name in ("bytes_up", "bytes_down", "device_seconds")]
+    assert all(first["efficiency"][name] for name in names)
+    audit = {"canary": AUDIT["canary"], "noise": None, "membership": None}
+    write_report(run.folder, first | {"audit": audit})
+    said = io.StringIO()
+    second = simulate(reopen(run.folder), Reporter(Console(file=said, width=200)))
+    assert "This run is over: it is evaluated again, and its report is replaced." in said.getvalue()
+    assert second["audit"] == audit
+    assert load_report(run.folder)["audit"] == audit
+    for name in names:
+        assert second["efficiency"][name] == first["efficiency"][name]
+    assert lasting(second | {"audit": None}) == lasting(first | {"audit": None})
+
+
+def test_a_damaged_report_is_replaced(make: Prepare) -> None:
+    run = make(NO_PRIVACY, "evaluation.generated=0")
+    simulate(run, quiet())
+    (run.folder / "report.json").write_text("{")
+    second = simulate(reopen(run.folder), quiet())
+    assert second["efficiency"]["bytes_up_per_contribution"] is None
+    assert load_report(run.folder)["created_at"] == second["created_at"]
 
 
 # Refused

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_report import DEPLOYMENT, MADE_UP, Page, made_up_group
+from made_up_report import AUDIT, DEPLOYMENT, MADE_UP, Page, made_up_group
 
 from homefire.common.errors import DataError, HomefireError
 from homefire.simulations.report import load_report, render, write_report
@@ -95,6 +95,16 @@ def test_efficiency_rounds_and_settings_appear(report: dict[str, Any]) -> None:
         )
 
 
+def test_an_interrupted_round_is_a_row_and_no_point(report: dict[str, Any]) -> None:
+    nothing = dict.fromkeys(report["rounds"][3]) | {"dropped": {}, "refused": {}}
+    report["rounds"][3] = nothing | {"round": 3, "interrupted": True}
+    page = Page(render(report))
+    assert "3 – – interrupted: charged, not released – – – –" in page.text
+    train = figures_of(page)["plot-rounds"]["data"][0]
+    assert 3 not in train["x"]
+    assert len(train["x"]) == len(report["rounds"]) - 1
+
+
 def test_what_was_not_measured_is_a_dash(report: dict[str, Any]) -> None:
     """A run that was resumed after its rounds sent nothing."""
     names = ("bytes_up", "bytes_down", "device_seconds")
@@ -107,30 +117,6 @@ def test_what_was_not_measured_is_a_dash(report: dict[str, Any]) -> None:
         "Device time, per contribution –",
     ):
         assert expected in text
-
-
-AUDIT: dict[str, Any] = {
-    "canary": {
-        "canaries": 4096,
-        "dimension": 8192,
-        "confidence": 0.99,
-        "epsilon": 16.125,
-        "epsilon_lower": 14.25,
-        "epsilon_claimed": 17.4412,
-        "claim_holds": True,
-        "conclusive": True,
-        "epsilon_ceiling": 27.07,
-    },
-    "noise": {"scale": 0.9987, "p_value": 0.42, "passed": True},
-    "membership": {
-        "members": 120,
-        "others": 40,
-        "auc": 0.6125,
-        "auc_interval": [0.4375, 0.7875],
-        "confidence": 0.99,
-        "epsilon_lower": 0.375,
-    },
-}
 
 
 def audit_of(page: Page) -> str:
