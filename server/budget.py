@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from homefire.common.errors import PrivacyError
+from homefire.common.errors import HomefireError, PrivacyError
 from homefire.common.privacy.accounting import check_delta, check_epsilon, poisson_epsilon
 from homefire.common.privacy.factorization import prefix_error
 from homefire.common.privacy.mechanism import (
@@ -29,7 +29,7 @@ from homefire.common.privacy.statement import (
     state,
 )
 
-SMALLEST_NOISE = 1e-6
+LEAST_PLANNED_NOISE = 1e-6
 """Less noise than this is none; its squared inverse would leave float64."""
 
 MANY_USERS, MANY_ROUNDS, MANY_STEPS = 10**10, 100_000, 5 * 10**7
@@ -86,7 +86,7 @@ class Question:
         if self.delta * self.schedule.users >= 1:
             raise PrivacyError(
                 f"delta {self.delta:g} is not below 1 / {self.schedule.users:,} users: it would "
-                "allow to publish somebody's whole history",
+                "allow publishing somebody's whole history",
                 hint=f"Use at most {default_delta(self.schedule.users):g}.",
             )
         self._check_target()
@@ -110,7 +110,7 @@ class Question:
             )
         if epsilon is not None:
             check_epsilon(epsilon)
-        if z is not None and 0 < z < SMALLEST_NOISE:
+        if z is not None and 0 < z < LEAST_PLANNED_NOISE:
             raise PrivacyError(
                 f"noise multiplier {z} is no noise at all", hint="Ask for --mechanism none."
             )
@@ -227,6 +227,7 @@ def answer(question: Question) -> Budget:
             hint=f"Use a separation of at most {MANY_STEPS // schedule.rounds:,}.",
         )
     if question.epsilon is not None:
+        _check_reach(question, name, question.epsilon)
         unit = calibrate(name, question.epsilon, delta=question.delta, schedule=schedule)
     elif question.noise_multiplier is not None:
         unit = make_mechanism(name, question.noise_multiplier, schedule)
@@ -261,7 +262,8 @@ def alternatives(question: Question) -> list[Alternative]:
         other = replace(question, mechanism=mechanism, schedule=rule, accountant="auto")
         try:
             found.append(Alternative(name, answer(other)))
-        except PrivacyError as error:
+        except HomefireError as error:
+            # Also where what accounts for it is not installed.
             found.append(Alternative(name, None, str(error)))
     return found
 
@@ -275,7 +277,7 @@ def curve(budget: Budget) -> Iterator[Point]:
     z = said.noise_multiplier
     if z is None or delta is None:
         return
-    largest = LARGEST_CORRELATED_NOISE if said.mechanism == "banded-sqrt" else LARGEST_NOISE
+    largest = _largest_noise(said.mechanism)
     for quarter in range(-4, 5):
         noise = z * 2 ** (quarter / 4)
         if noise > largest:
@@ -327,6 +329,27 @@ def _budget(mechanism: Mechanism, question: Question, accountant: Accountant | N
         prefix_rmse=z * _prefix_error(bands, schedule.rounds),
         noise_on_average=z / schedule.cohort,
     )
+
+
+def _check_reach(question: Question, name: MechanismName, epsilon: float) -> None:
+    """Refuse a target that the most noise does not reach; random sampling's search says so itself.
+
+    Raises:
+        PrivacyError: Names the most noise.
+    """
+    most = make_mechanism(name, _largest_noise(name), question.schedule)
+    if _accountant(most) != "exact":
+        return
+    least = epsilon_known_cohort(most, rounds=question.schedule.rounds, delta=question.delta)
+    if least is not None and least > epsilon:
+        raise PrivacyError(
+            f"epsilon {epsilon} needs a noise multiplier above {_largest_noise(name):g}",
+            hint="Ask for a larger epsilon, fewer rounds or a smaller cohort.",
+        )
+
+
+def _largest_noise(name: MechanismName) -> float:
+    return LARGEST_CORRELATED_NOISE if name == "banded-sqrt" else LARGEST_NOISE
 
 
 @lru_cache(maxsize=16)

@@ -108,7 +108,7 @@ def check_small_delta(delta: float | None, users: int) -> None:
     """
     if delta is not None and delta * users >= 1:
         raise PrivacyError(
-            f"delta {delta:g} is not below 1 / {users:,} users: it would allow to publish "
+            f"delta {delta:g} is not below 1 / {users:,} users: it would allow publishing "
             "somebody's whole history",
             hint=f"Use at most {min(1e-5, users**-1.1):.1g}.",
         )

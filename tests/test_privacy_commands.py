@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from homefire import __main__ as command_line
+from homefire.common.privacy.accounting import calibrate_poisson, poisson_epsilon
 from homefire.privacy_commands import text_chart
 from homefire.server.budget import Point
 
@@ -131,6 +132,19 @@ def test_a_smaller_error_that_rests_on_secrecy_says_so(plan: Plan) -> None:
 def test_an_alternative_that_is_impossible_is_explained(plan: Plan) -> None:
     _, output, _ = plan(*GAUSSIAN, "--participations", "2", "--epsilon", "8")
     assert "Not possible: banded-sqrt: 100 rounds of 50 ask each" in output
+
+
+def test_a_device_without_an_accountant_plans_a_rota(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    poisson_epsilon.cache_clear()
+    calibrate_poisson.cache_clear()
+    code, output, errors = plan(*SMALL, "--epsilon", "8")
+    assert (code, errors) == (0, "")
+    plain = " ".join(output.split())
+    assert "Not possible: gaussian, no limit: equal ε_release: accounting for sampled" in plain
+    assert "Least noise: banded-sqrt" in plain
 
 
 def test_noise_alone_needs_no_comparison(plan: Plan) -> None:
@@ -277,7 +291,7 @@ def test_a_page_that_cannot_be_written_is_an_error(plan: Plan, tmp_path: Path) -
         ("--epsilon 8 --mechanism gaussian --separation 5", "at random", "banded-sqrt"),
         ("--epsilon 1 --mechanism none", "neither an epsilon nor a noise", "Leave --epsilon"),
         ("--epsilon -1", "epsilon -1.0 is not a positive", "--help"),
-        ("--epsilon 1e-9", "noise multiplier", "--help"),
+        ("--epsilon 1e-9", "epsilon 1e-09 needs a noise multiplier above 4096", "larger epsilon"),
         ("--noise-multiplier nan", "noise multiplier nan", "--help"),
         ("--noise-multiplier 1e-200", "no noise at all", "--mechanism none"),
         ("--mechanism none --html here.html", "no epsilon to plot", "Leave --html out"),

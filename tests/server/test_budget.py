@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homefire.common.errors import PrivacyError
-from homefire.common.privacy.accounting import gaussian_epsilon, gaussian_mu
+from homefire.common.privacy.accounting import (
+    calibrate_poisson,
+    gaussian_epsilon,
+    gaussian_mu,
+    poisson_epsilon,
+)
 from homefire.common.privacy.mechanism import LARGEST_CORRELATED_NOISE
 from homefire.common.privacy.schedule import Schedule
 from homefire.server.budget import (
@@ -137,7 +143,7 @@ def test_own_accountant(
         ({"accountant": "rdp"}, "rdp is refused: .*looser"),
         ({"accountant": "prv"}, "unknown accountant 'prv'"),
         ({"mechanism": "laplace"}, "unknown mechanism 'laplace'"),
-        ({"delta": 0.001}, "delta 0.001 is not below 1 / 1,000 users"),
+        ({"delta": 0.001}, "delta 0.001 is not below 1 / 1,000 users: .* allow publishing"),
         ({"delta": 0.0}, "delta 0.0 is not between"),
         ({"delta": math.nan}, "delta nan is not between"),
         ({"epsilon": None}, "neither of --epsilon and --noise-multiplier"),
@@ -172,6 +178,29 @@ def test_a_plan_that_would_take_minutes_is_refused() -> None:
     with pytest.raises(PrivacyError, match="would take minutes") as refused:
         answer(ask(long, epsilon=1.0, delta=1e-10))
     assert refused.value.hint == "Use a separation of at most 1,000."
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "participations", "most"),
+    [("banded-sqrt", None, "4096"), ("gaussian", 100, "1.04858e+06")],
+)
+def test_an_epsilon_beyond_the_most_noise_names_it(
+    mechanism: str, participations: int | None, most: str
+) -> None:
+    """Far below delta, a target of 1e-12 asks for noise that no mechanism takes."""
+    schedule = replace(SMALL, participations=participations)
+    question = ask(schedule, mechanism, epsilon=1e-12, delta=1e-14)
+    with pytest.raises(PrivacyError) as refused:
+        answer(question)
+    assert str(refused.value) == f"epsilon 1e-12 needs a noise multiplier above {most}"
+    assert refused.value.hint.startswith("Ask for a larger epsilon")
+
+
+def test_the_most_noise_can_be_asked_for_by_its_epsilon() -> None:
+    most = answer(ask(noise_multiplier=LARGEST_CORRELATED_NOISE)).statement.epsilon_release
+    assert most is not None
+    found = answer(ask(epsilon=most * (1 + 1e-6))).statement
+    assert found.noise_multiplier == pytest.approx(LARGEST_CORRELATED_NOISE, rel=1e-3)
 
 
 def test_a_rota_that_cannot_be_kept_is_refused() -> None:
@@ -269,6 +298,19 @@ def test_an_impossible_alternative_says_why() -> None:
     assert first.budget is None
     assert "more than 1" in first.reason
     assert all(other.budget for other in others)
+
+
+def test_an_alternative_whose_accountant_is_not_installed_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a device, which has no dp-accounting; what was asked for needs none."""
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    poisson_epsilon.cache_clear()
+    calibrate_poisson.cache_clear()
+    first, random, limited = alternatives(ask(epsilon=8.0))
+    assert first.budget and limited.budget
+    assert random.budget is None
+    assert "needs the package dp-accounting" in random.reason
 
 
 def test_alternatives_need_a_target() -> None:
