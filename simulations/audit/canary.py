@@ -34,8 +34,8 @@ DIMENSION = 8192
 OVERSHOOT = 4.0
 """How many clip norms a canary sends, so that clipping has work to do; what is left is one."""
 
-ROUNDS = "homefire audit: rounds of the canaries"
-DIRECTIONS = "homefire audit: directions of the canaries"
+ROUNDS = "homefire/audit-rounds/v1"
+DIRECTIONS = "homefire/audit-directions/v1"
 
 
 @dataclass(frozen=True, slots=True)
