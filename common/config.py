@@ -1,10 +1,12 @@
 """Frozen models of the TOML files that server and device read. Unknown keys are errors."""
 
+import reprlib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from homefire.common.adapter import AdapterConfig
 from homefire.common.errors import ConfigError
@@ -16,6 +18,14 @@ Model = TypeVar("Model", bound=BaseModel)
 GradSampleMode = Literal["hooks", "ghost"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _RefusedError(ValueError):
+    """What a validator refuses, with a remedy."""
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 class Frozen(BaseModel):
@@ -105,33 +115,45 @@ class PrivacyConfig(Frozen):
     @classmethod
     def _known_wrong(cls, value: object) -> object:
         if isinstance(value, str) and value in WRONG_PATHS:
-            raise ValueError(f"{value} is refused: {WRONG_PATHS[value]}")
+            raise _RefusedError(
+                f"{value} is refused: {WRONG_PATHS[value]}", hint="Use gaussian or banded-sqrt."
+            )
         return value
 
     @model_validator(mode="after")
     def _check(self) -> "PrivacyConfig":
         clip = self.adaptive_clip
         if clip is not None and self.clip_norm > clip.largest:
-            raise ValueError("clip_norm is larger than adaptive_clip.largest")
+            raise _RefusedError(
+                f"clip_norm {self.clip_norm} is larger than adaptive_clip.largest {clip.largest}",
+                hint="Lower clip_norm, or raise adaptive_clip.largest.",
+            )
         given = [name for name in ("noise_multiplier", "epsilon") if getattr(self, name)]
         if self.mechanism == "none":
             extra = (self.delta, self.deployment, self.participations, self.separation)
             if given or any(value is not None for value in extra):
-                raise ValueError(
+                raise _RefusedError(
                     '"none" takes no noise_multiplier, epsilon, delta, participations, separation '
-                    "or deployment"
+                    "or deployment",
+                    hint="Take them out, or choose another mechanism.",
                 )
             return self
         if len(given) != 1:
-            raise ValueError(f'"{self.mechanism}" needs one of noise_multiplier and epsilon')
+            raise _RefusedError(
+                f'"{self.mechanism}" needs one of noise_multiplier and epsilon',
+                hint="Take one of them out." if given else "Add epsilon, such as 8.0.",
+            )
         if self.delta is None:
-            raise ValueError(f'"{self.mechanism}" needs delta')
+            raise _RefusedError(f'"{self.mechanism}" needs delta', hint="Add delta, such as 1e-5.")
         if self.mechanism == "gaussian" and self.separation is not None:
-            raise ValueError('"gaussian" draws cohorts at random and keeps no separation')
+            raise _RefusedError(
+                '"gaussian" draws cohorts at random and keeps no separation',
+                hint="Take separation out, or use banded-sqrt.",
+            )
         if self.mechanism == "banded-sqrt" and self.adaptive_clip is not None:
-            raise ValueError(
-                '"banded-sqrt" takes noise back in later rounds, so its clip norm is fixed: '
-                "estimate it beforehand (homefire privacy clip)"
+            raise _RefusedError(
+                '"banded-sqrt" takes noise back in later rounds, so its clip norm is fixed',
+                hint="Take adaptive_clip out; `homefire privacy clip` estimates clip_norm.",
             )
         return self
 
@@ -165,12 +187,14 @@ class FederationConfig(Frozen):
     def _check(self) -> "FederationConfig":
         large = self.privacy.deployment
         if large is not None and (large.rounds or self.federation.rounds) < self.federation.rounds:
-            raise ValueError(
-                f"a deployment of {large.rounds} rounds cannot speak for {self.federation.rounds}"
+            raise _RefusedError(
+                f"a deployment of {large.rounds} rounds cannot speak for {self.federation.rounds}",
+                hint="Leave privacy.deployment.rounds out: it is then as many.",
             )
         if self.federation.cohort > self.users:
-            raise ValueError(
-                f"cohort {self.federation.cohort} is larger than the {self.users} enrolled users"
+            raise _RefusedError(
+                f"cohort {self.federation.cohort} is larger than the {self.users} enrolled users",
+                hint="Lower federation.cohort, or enrol more users.",
             )
         return self
 
@@ -234,12 +258,37 @@ def validate(model: type[Model], tables: dict[str, object], *, where: str) -> Mo
     except ValidationError as error:
         first, *more = error.errors()
         key = ".".join(str(part) for part in first["loc"]) or "settings"
-        message, hint = first["msg"], ""
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(sorted(_table(model, first["loc"][:-1]).model_fields))
-            message, hint = "unknown key", f"Known here: {known}."
+        message, hint = _explain(model, first)
         others = f" (and {len(more)} more)" if more else ""
         raise ConfigError(f"{where}: {key}: {message}{others}", hint=hint) from error
+
+
+def _explain(model: type[BaseModel], error: ErrorDetails) -> tuple[str, str]:
+    """What is wrong with one key, naming a plain value, and what to do about it."""
+    place, message = error["loc"], error["msg"]
+    match error["type"]:
+        case "extra_forbidden":
+            known = ", ".join(sorted(_table(model, place[:-1]).model_fields))
+            return "unknown key", f"Known here: {known}."
+        case "missing":
+            return message, _missing(model, place)
+        case "value_error":
+            reason = error["ctx"]["error"]
+            return str(reason), getattr(reason, "hint", "")
+    if message.startswith("Input should be a valid "):
+        message = message.partition(",")[0]  # without how it was tried
+    value = error["input"]
+    is_plain = isinstance(value, str | int | float)
+    return (f"{message}, not {reprlib.repr(value)}" if is_plain else message), ""
+
+
+def _missing(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """What to add to which table; the kind of a table stands in the path, but in no name of it."""
+    tables = [_table(model, place[:depth]).model_fields for depth in range(len(place))]
+    *parents, name = [str(key) for key, fields in zip(place, tables, strict=True) if key in fields]
+    if _models(tables[-1][name].annotation):
+        return f"Add a table [{'.'.join([*parents, name])}]."
+    return f"Add {name} to the table [{'.'.join(parents)}]." if parents else f"Add {name}."
 
 
 def _table(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:

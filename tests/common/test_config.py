@@ -153,6 +153,78 @@ def test_known_keys_are_those_of_the_same_table(
     assert known in error.value.hint.removeprefix("Known here: ").rstrip(".").split(", ")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("privacy.clip_norm", -1.0, "Input should be greater than 0, not -1.0"),
+        ("privacy.clip_norm", math.inf, "Input should be a finite number, not inf"),
+        (
+            "privacy.mechanism",
+            "laplace",
+            "Input should be 'banded-sqrt', 'gaussian' or 'none', not 'laplace'",
+        ),
+        ("users", "many", "Input should be a valid integer, not 'many'"),
+        ("privacy.participations", 1.5, "Input should be a valid integer, not 1.5"),
+        ("shared.rank", [4], "Input should be a valid integer"),
+    ],
+)
+def test_the_error_names_a_plain_value(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(FederationConfig, with_change(key, value), where="some.toml")
+    assert str(error.value) == f"some.toml: {key}: {message}"
+
+
+def test_the_error_cuts_a_long_value() -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(FederationConfig, with_change("name", "-" * 10_000), where="some.toml")
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("tables", "error", "hint"),
+    [
+        ({}, "privacy: Field required", "Add a table [privacy]."),
+        (
+            {"privacy": {"mechanism": "none"}},
+            "privacy.clip_norm: Field required",
+            "Add clip_norm to the table [privacy].",
+        ),
+        (
+            {"population": {"kind": "hf", "path": "data", "users": 2, "unseen": 0}},
+            "population.hf.columns: Field required",
+            "Add a table [population.columns].",
+        ),
+        (
+            {"privacy": {"mechanism": "banded-sqrt", "clip_norm": 1.0, "epsilon": 8.0}},
+            'privacy: "banded-sqrt" needs delta',
+            "Add delta, such as 1e-5.",
+        ),
+        (
+            {"privacy": {"mechanism": "gaussian", "clip_norm": 1.0, "delta": 1e-6}},
+            'privacy: "gaussian" needs one of noise_multiplier and epsilon',
+            "Add epsilon, such as 8.0.",
+        ),
+        (
+            {"privacy": {"mechanism": "rdp", "clip_norm": 1.0}},
+            "privacy.mechanism: rdp is refused",
+            "Use gaussian or banded-sqrt.",
+        ),
+    ],
+)
+def test_the_error_says_what_to_do(tables: dict[str, Any], error: str, hint: str) -> None:
+    known = {"privacy": {"mechanism": "none", "clip_norm": 1.0}} if tables else {}
+    with pytest.raises(ConfigError) as caught:
+        validate(Experiment, known | tables, where="some.toml")
+    assert str(caught.value).startswith(f"some.toml: {error}")
+    assert caught.value.hint == hint
+
+
+def test_what_a_file_without_tables_lacks_is_named() -> None:
+    with pytest.raises(ConfigError, match="here: users: Field required") as error:
+        validate(FederationConfig, with_change("users", None), where="here")
+    assert error.value.hint == "Add users."
+
+
 def test_the_error_counts_the_other_ones() -> None:
     tables = with_change("users", 0) | {"seed": -1, "more": 1}
     with pytest.raises(ConfigError, match=r"\(and 2 more\)"):
@@ -242,7 +314,7 @@ def test_a_privacy_table_that_says_too_little_or_too_much_is_refused(
 
 @pytest.mark.parametrize("name", WRONG_PATHS)
 def test_accountings_that_mislead_are_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"mechanism: Value error, {name} is refused: ") as error:
+    with pytest.raises(ConfigError, match=f"mechanism: {name} is refused: ") as error:
         validate(PrivacyConfig, {"clip_norm": 1.0, **POISSON, "mechanism": name}, where="here")
     assert WRONG_PATHS[name] in str(error.value)
 
