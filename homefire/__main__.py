@@ -65,10 +65,14 @@ def simulate(
         Path | None, typer.Option(help="Go on with an interrupted run: its folder.")
     ] = None,
 ) -> None:
-    """Train a shared adapter by all users, a private one for each, and report who gained what.
+    """Train a shared adapter and private ones; report who gained what.
 
-    Without a file: a synthetic population on SmolLM2-135M-Instruct, some minutes on two cores.
-    A run that was interrupted goes on with --resume; the round that it was in is spent.
+    All users train the shared adapter, each trains a private one. Without a
+    file: a synthetic population on SmolLM2-135M-Instruct, some minutes on two
+    cores.
+
+    A run that was interrupted goes on with --resume; the round that it was in
+    is spent. One that is over is evaluated again.
 
     Examples:
       homefire simulate
@@ -107,8 +111,9 @@ def prepare(
 ) -> None:
     """Write a run's folder (devices, server settings) without running it.
 
-    Then any Flower runtime can carry it out; the commands are printed. Flower leaves a SuperLink
-    running that keeps the environment it was started with: the printed ports are this run's own.
+    Then any Flower runtime can carry it out; the commands are printed. Flower
+    leaves a SuperLink running that keeps the environment it was started with:
+    the printed ports are this run's own.
     """
     need("simulation", "ray", "plotly", "dp_accounting")
     from homefire.simulations.experiment import load_experiment
@@ -139,14 +144,17 @@ def tune(
     experiment: ExperimentFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Run an experiment's rounds for each combination of settings; rank them by validation loss.
+    r"""Rank combinations of settings by the validation loss.
 
-    The validation slices lie in the older part of the histories: held-out records stay unseen.
-    Tuning looks at exact losses of users, and no epsilon covers that: for a real federation, tune
-    on people who agreed to it or on public text.
+    An experiment's rounds are run for each combination. The validation slices
+    lie in the older part of the histories: held-out records stay unseen.
+
+    Tuning looks at exact losses of users, and no epsilon covers that: for a
+    real federation, tune on people who agreed to it or on public text.
 
     Example:
-      homefire tune --grid privacy.clip_norm=1,3 --grid local.learning_rate=0.003,0.01
+      homefire tune --grid privacy.clip_norm=1,3 \
+        --grid local.learning_rate=0.003,0.01
     """
     need("simulation", "ray", "plotly", "dp_accounting")
     from homefire.simulations.progress import Reporter
@@ -188,13 +196,16 @@ def audit(
     ] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Audit the installed code with a run's settings, and attack the run's release.
+    """Audit the installed code with a run's settings; attack the run's release.
 
-    Canaries and statistics look at the mechanism, with fresh noise; membership inference looks at
-    the release itself. A run whose own ε is huge, as that of the default experiment, tells nothing.
+    Canaries and statistics look at the mechanism, with fresh noise; membership
+    inference looks at the release itself. A run whose own ε is huge, as that of
+    the default experiment, tells nothing.
 
-    The lower bound that the canaries give must not exceed ε_known_cohort; where it does, the noise
-    or the accounting is wrong and the exit code is 1. The figures go into the run's report.
+    The lower bound that the canaries give must not exceed ε_known_cohort, nor
+    that of membership inference ε_release. Where one does, the exit code is 1:
+    chance does that once in a hundred audits; if it happens again, the noise or
+    the accounting is wrong. The figures go into the run's report.
 
     Example:
       homefire audit runs/default
@@ -258,7 +269,7 @@ def bench_overhead(
     rounds: Annotated[int, typer.Option(min=2, help="Rounds; the first is a warm-up.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """What a round costs besides training: in-process against Flower's Ray simulation."""
+    """What a round costs besides training: in-process against Flower's Ray."""
     need("simulation", "ray")
     from homefire.simulations.benchmarks.overhead import measure_overhead, show
 

@@ -23,11 +23,12 @@ def clip(
     users: Annotated[int, typer.Option(min=2, help="How many public people to train.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate the clip norm from people whose text is public, before a federation starts.
+    """Estimate the clip norm from public people, before a federation starts.
 
-    The experiment's population must be such people, none of the federation's own users: a look at
-    their updates would be a release that no epsilon covers. The estimate is a quantile of the norms
-    of first-round updates.
+    The experiment's population must be people whose text is public, none of
+    the federation's own users: a look at their updates would be a release that
+    no epsilon covers. The estimate is a quantile of the norms of first-round
+    updates.
 
     Example:
       homefire privacy clip experiment.toml --set population.path=public.jsonl
@@ -57,11 +58,13 @@ def compare(
     runs: Runs = Path("runs"),
     name: Name = None,
 ) -> None:
-    """One table: no noise, banded-sqrt, gaussian at equal ε_release and at equal ε_known_cohort.
+    """Train under every mechanism at the same ε, and print one table.
 
-    Trains the shared adapter once under each, with the same users and settings, and scores it on
-    the newest records of users who could take part and of users who could not. Nothing is tuned for
-    any of them.
+    Its rows: no noise, banded-sqrt, gaussian at equal ε_release, gaussian at
+    equal ε_known_cohort. The shared adapter is trained once under each, with
+    the same users and settings, and scored on the newest records of users who
+    could take part and of users who could not. Nothing is tuned for any of
+    them.
 
     Example:
       homefire privacy compare simulations/experiments/mechanisms/experiment.toml

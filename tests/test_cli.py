@@ -1,13 +1,16 @@
 """The command line: exit codes, errors with hints, and one whole run."""
 
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pytest
+import typer.main
 
 import homefire
 from homefire import __main__ as command_line
@@ -233,6 +236,29 @@ def test_version(cli: Cli) -> None:
 
 def test_help_explains_arguments(cli: Cli) -> None:
     assert "A run's folder" in cli("report", "--help")[1]
+
+
+def commands(group: click.Command, *path: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every command with what its function says of it."""
+    if isinstance(group, click.Group):
+        for name, command in group.commands.items():
+            yield from commands(command, *path, name)
+    else:
+        yield path, inspect.cleandoc(group.callback.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    list(commands(typer.main.get_command(command_line.app))),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_help_breaks_where_its_lines_end(cli: Cli, path: tuple[str, ...], text: str) -> None:
+    """In a terminal of 80 columns; a command that is broken cannot be copied."""
+    code, output, _ = cli(*path, "--help")
+    assert code == 0
+    shown = [line.rstrip() for line in output.splitlines()]
+    assert text
+    assert [line for line in text.splitlines() if line and f" {line}" not in shown] == []
 
 
 def test_help_names_the_commands(cli: Cli) -> None:
