@@ -36,14 +36,12 @@ def key_of(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def audited(
-    name: MechanismName, epsilon: float, *, schedule: Schedule | None = None, **changed: Any
-) -> CanaryAudit:
+def audited(name: MechanismName, epsilon: float, **changed: Any) -> CanaryAudit:
     """An audit of a mechanism whose epsilon_known_cohort is `epsilon`, with a fixed key.
 
-    Of a hundred keys one lands above the claim by chance; these do not.
+    Of a hundred keys one lands above the claim by chance; these, the third set tried, do not.
     """
-    schedule = schedule or SCHEDULES[name]
+    schedule = changed.pop("schedule", SCHEDULES[name])
     mechanism = calibrate(name, epsilon, delta=DELTA, schedule=schedule)
     sizes = {"canaries": 2048, "dimension": 4096, "key": key_of("canaries", name, epsilon)}
     return audit(mechanism, schedule, delta=DELTA, **{**sizes, **changed})
