@@ -1,4 +1,4 @@
-"""Makes protocol_v1.json: messages, noise, ledger lines and a release, byte for byte.
+"""Makes protocol_v1.json: messages, keys, cohorts, noise, ledgers and a release, byte for byte.
 
 Another implementation is right when it writes these bytes from these keys and values, and answers
 every case with the outcome that stands beside it. Run this file after a change of the protocol that
@@ -15,12 +15,13 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord
 
-from homefire.common.adapter import AdapterConfig
+from homefire.client.home import Home
+from homefire.common.adapter import AdapterConfig, AdapterSpec, TargetModule
 from homefire.common.encoding import canonical_json, digest
+from homefire.common.keystore import Keystore
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
-from homefire.common.privacy.clipping import STEPS, Clipped
+from homefire.common.privacy.clipping import STEPS, Clipped, clip_to_grid, is_clipped
 from homefire.common.privacy.factorization import coefficients
-from homefire.common.privacy.ledger import Ledger
 from homefire.common.privacy.mechanism import (
     BandedSqrt,
     ClippedSum,
@@ -29,11 +30,14 @@ from homefire.common.privacy.mechanism import (
     NoPrivacy,
     Past,
     advance,
+    participation_charge,
     privatize,
 )
 from homefire.common.privacy.randomness import KeyStream, derive_key
+from homefire.common.privacy.statement import PrivacyStatement
 from homefire.common.protocol import (
     LARGEST_HEADER,
+    LOSS_SCALE,
     STATISTICS,
     VERSION,
     ContributionHeader,
@@ -46,7 +50,9 @@ from homefire.common.protocol import (
 from homefire.common.signatures import public_key, sign
 from homefire.common.training import LocalTraining
 from homefire.server.aggregator import sum_name
+from homefire.server.cohorts import cohort_of
 from homefire.server.releases import ReleaseStore
+from homefire.server.run_ledger import KIND, RunLedger
 
 FILE = Path(__file__).with_name("protocol_v1.json")
 SERVER, DEVICE, OTHER, STRANGER = (
@@ -66,6 +72,27 @@ MECHANISMS: tuple[Mechanism, ...] = (BANDED, Gaussian(1.5, 0.05, 2), NoPrivacy(0
 NOISE_ROUNDS, NOISE_SIZE = 4, 8
 XI_DENOMINATOR = 16
 """Makes whole numbers of the correlated noise of four rounds in three bands."""
+
+CANONICAL: tuple[object, ...] = (
+    [True, False, None, [], {}, ""],
+    [0, -1, 2**64, 1.0, -0.0, 0.1, 100.0],
+    [0.0001, 0.00001, 1.5e-5, 1e-10, 5e-324, 2.0**-40],
+    [1e15, 9999999999999998.0, 1e16, 1.5e22, 123456789012345680.0, 1.7976931348623157e308],
+    ["/", '"\\', "\b\f\n\r\t", "\0\x1f\x7f", "ü“€", "\U0001f525"],
+    {"b": 1, "B": 2, "a": {"z": 1, "": 2}, "\U0001f525": 3, "\uffff": 4, "é": 5},
+)
+"""Values whose canonical text shows a rule of it."""
+
+MODULES = (TargetModule("layers.0.k_proj", 6, 4), TargetModule("layers.0.q_proj", 6, 8))
+UPDATES: dict[str, tuple[tuple[float, ...], float]] = {
+    "an update that fits": ((0.0625, -0.03125, 1e-6, -0.1), 2.5),
+    "an update that is clipped": ((3.0, -4.0, 0.5, 1e-3), 11.999),
+    "an update whose squares leave float64": ((3e38, -1e38, 0.0, 1e30), 50.0),
+    "no change at all": ((0.0, -0.0, 0.0, 0.0), -1.0),
+}
+"""Updates with mean training losses."""
+
+NODES = (2**64 - 1, 17, 5, 2**63, 1000, 3, 42)
 
 PAYLOADS: dict[str, tuple[str, tuple[int, ...]]] = {
     "an update and its statistics": ("accepted", CONTRIBUTION),
@@ -250,33 +277,159 @@ def noise(mechanism: Mechanism) -> Iterator[dict[str, object]]:
 
 
 def ledger(folder: Path) -> dict[str, object]:
-    """A ledger's lines and its anchor."""
-    kind = "participations-" + "0123456789abcdef" * 2
+    """A device's ledger: its lines and its anchor."""
+    kind, keystore = "participations-" + "0123456789abcdef" * 2, Keystore(folder / "device.keys")
     took_part = {"run": RUN, "adapter_digest": "b" * 64, "rule": "c" * 64, "plan_digest": "d" * 64}
     entries: list[dict[str, Any]] = [
-        {**took_part, "round": 7, "charge": 0.25},
-        {**took_part, "round": 9, "charge": None},
+        {**took_part, "round": 7, "charge": 0.25, "example_dp": None},
+        {**took_part, "round": 9, "charge": None, "example_dp": None},
         {"note": "ü “quoted”", "numbers": [1e-300, -0.0, 2**63]},
     ]
-    path = folder / "ledger.jsonl"
-    with Ledger.open(path, kind=kind) as opened:
+    path = folder / "participations.jsonl"
+    with keystore.open_ledger(path, kind) as opened:
         start = opened.anchor.head
         for entry in entries:
-            opened.append(entry)
-        head = opened.anchor.head
+            keystore.keep_anchor(kind, opened.append(entry))
+    return {"entries": entries} | _stored_ledger(path, keystore, kind, start)
+
+
+def run_ledger(folder: Path) -> dict[str, object]:
+    """A server's ledger: a round that was released, two that were burnt, the end."""
+    keystore, path = Keystore(folder / "server.keys"), folder / "ledger.jsonl"
+    run = RunLedger.open(path, keystore)
+    start = run.anchor.head
+    run.start({"run": RUN, "rounds": 3, "users": 7, "cohort": 2})
+    run.open_round(1)
+    run.lose_amplification(1)
+    run.record_sum(1, "1" * 64)
+    run.open_round(2)
+    run.burn(2)
+    run.open_round(3)
+    run.record_sum(3, "3" * 64)
+    run.burn(3)
+    run.end()
+    run.ledger.close()
+    return _stored_ledger(path, keystore, KIND, start)
+
+
+def _stored_ledger(path: Path, keystore: Keystore, name: str, start: str) -> dict[str, object]:
     lines = path.read_text(encoding="ascii").splitlines()
-    return {"kind": kind, "start": start, "entries": entries, "lines": lines, "head": head}
+    anchor = keystore.anchor(name)
+    stored = keystore.get(name)
+    if anchor is None or stored is None:
+        raise ValueError(f"{name} has no anchor")
+    files = {"lines": lines, "anchor": stored.decode("ascii")}
+    return {"kind": name, "start": start, **files, "head": anchor.head}
 
 
 def release(folder: Path) -> dict[str, object]:
-    """A signed release: what is said about it, and its vector."""
+    """A signed release: what is said about it, its vector, and the file that holds both."""
+    statement = PrivacyStatement(
+        mechanism="banded-sqrt",
+        noise_multiplier=1.5,
+        clip_norm=0.25,
+        delta=1e-5,
+        rounds=14,
+        expected_cohort=10,
+        sampling_rate=None,
+        participations=2,
+        separation=3,
+        participation="an example",
+        epsilon_release=3.5,
+        epsilon_known_cohort=3.5,
+    )
     about = {
         "run": RUN,
-        "privacy": {"mechanism": "banded-sqrt", "epsilon_release": 3.5, "delta": 1e-5},
+        "base_model": "a" * 64,
+        "adapter_digest": "b" * 64,
+        "privacy": statement.to_json(),
+        "deployment": None,
         "ledger": {"length": 3, "head": "e" * 64},
     }
     written = ReleaseStore(folder).write(7, RELEASE, about, SERVER)
-    return {"about": written.about, "vector": RELEASE.astype("<f4").tobytes().hex()}
+    return {
+        "about": written.about,
+        "vector": RELEASE.astype("<f4").tobytes().hex(),
+        "file": (folder / "000007.safetensors").read_bytes().hex(),
+    }
+
+
+def clipping() -> Iterator[dict[str, object]]:
+    """What a device makes of an update and a loss; the last one has too few records."""
+    for name, (values, mean_loss) in UPDATES.items():
+        update = np.array(values, np.float32)
+        loss = min(max(mean_loss, 0.0), LOSS_SCALE) / LOSS_SCALE
+        long = is_clipped(update, clip_norm=0.25, statistics=STATISTICS)
+        shares = np.array([1.0, loss, -1.0 if long else 1.0])
+        clipped = clip_to_grid(update, shares, clip_norm=0.25)
+        stored = update.astype("<f4").tobytes().hex()
+        yield {"name": name, "update": stored, "mean_loss": mean_loss} | _grid(clipped)
+    zeros = clip_to_grid(np.zeros(UPDATE_SIZE), np.zeros(STATISTICS), clip_norm=0.25)
+    yield {"name": "too few records", "update": None, "mean_loss": None} | _grid(zeros)
+
+
+def _grid(clipped: Clipped) -> dict[str, object]:
+    return {"values": clipped.values.tolist(), "payload": clipped.payload.hex()}
+
+
+def adapters() -> Iterator[dict[str, object]]:
+    """Adapters of two layers: the digest, and the tensors in the order of the vector."""
+    for config in (
+        AdapterConfig(rank=2, targets=("q_proj", "k_proj"), seed=2**63),
+        AdapterConfig(method="lora", rank=3, alpha=16, targets="all-linear"),
+    ):
+        spec = AdapterSpec(config, MODULES, ("k_proj", "q_proj"))
+        yield {
+            "config": config.model_dump(mode="json"),
+            "modules": [[m.name, m.in_features, m.out_features] for m in MODULES],
+            "digest": spec.digest,
+            "slots": [[slot.module, slot.factor, *slot.shape, slot.start] for slot in spec.slots],
+        }
+
+
+def cohorts() -> dict[str, object]:
+    """Who is asked in five rounds, by draw and by rota."""
+    order = sorted(NODES)
+    mechanisms: dict[str, Mechanism] = {
+        "gaussian": Gaussian(1.5, 0.4),
+        "none, everybody": NoPrivacy(1.0),
+        "banded-sqrt": BANDED,
+    }
+    asked: dict[str, object] = {}
+    for name, mechanism in mechanisms.items():
+        asked[name] = [
+            cohort_of(number, order, mechanism, cohort=3, run_key=RUN_KEY) for number in range(1, 6)
+        ]
+    return {
+        "run_key": RUN_KEY.hex(),
+        "nodes": NODES,
+        "nodes_digest": digest("homefire/nodes/v1", canonical_json(order)),
+        "roster_digest": digest("homefire/roster/v1", canonical_json(sorted(ROSTER))),
+        "sampling_rate": 0.4,
+        "cohort": 3,
+        "asked": asked,
+    }
+
+
+def derived_keys(folder: Path) -> dict[str, object]:
+    """Keys that no other example needs."""
+    root, seed = bytes([9]) * 32, 2**63 - 1
+    home = Home(folder / "home")
+    home.keystore.put("devices", root)
+    purposes = ("homefire/example-dp/draws/v1", "homefire/example-dp/noise/v1")
+    run_key = derive_key(seed.to_bytes(32, "little"), "homefire/reproducible-run/v1")
+    return {
+        "run without privacy": {"seed": seed, "key": run_key.hex()},
+        "device": {
+            "secret": root.hex(),
+            "user": "ann ü",
+            "public": public_key(home.identity("ann ü")),
+        },
+        "example-level privacy": {
+            "secret": root.hex(),
+            **{purpose: derive_key(root, purpose).hex() for purpose in purposes},
+        },
+    }
 
 
 def _case(name: str, outcome: str, record: dict[str, Any]) -> dict[str, object]:
@@ -291,8 +444,14 @@ def render() -> str:
     """The text of protocol_v1.json."""
     plan = example_plan()
     keys = {"server": SERVER, "device": DEVICE, "other device": OTHER, "stranger": STRANGER}
-    with TemporaryDirectory() as folder:
-        stored = {"ledger": ledger(Path(folder)), "release": release(Path(folder) / "releases")}
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        stored = {
+            "ledger": ledger(folder),
+            "run_ledger": run_ledger(folder),
+            "release": release(folder / "releases"),
+            "derived_keys": derived_keys(folder),
+        }
     content = {
         "about": {
             "bytes": "in hex; or a list of pieces, each with how many times it stands there",
@@ -309,15 +468,22 @@ def render() -> str:
         "sender": NODE,
         "update_size": UPDATE_SIZE,
         "clip_norm": plan.header.privacy.clip_norm,
+        "canonical": [
+            {"value": value, "text": canonical_json(value).decode("ascii")} for value in CANONICAL
+        ],
+        "adapters": list(adapters()),
         "plan_digest": plan.digest,
         "rules": [
             block.model_dump(mode="json") | {"rule": block.rule}
             for block in (example_plan(mechanism).header.privacy for mechanism in MECHANISMS)
         ],
+        "charges": [participation_charge(mechanism) for mechanism in MECHANISMS[:2]],
         "contribution_values": CONTRIBUTION,
+        "clipping": list(clipping()),
         "plans": list(plan_cases(plan)),
         "contributions": list(contribution_cases(plan)),
         "refusals": list(refusals()),
+        "cohorts": cohorts(),
         "coefficients": coefficients(20),
         "noise": {
             "run": RUN,
