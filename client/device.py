@@ -1,22 +1,29 @@
 """One device: what it answers to a plan, and how it trains its private adapter."""
 
+import logging
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
 import numpy as np
 
-from homefire.client.example_dp import ExampleDPStatement, train_private_steps
+from homefire.client.example_dp import (
+    ExampleDPStatement,
+    example_epsilon,
+    example_statement,
+    train_private_steps,
+)
 from homefire.client.home import Home, PrivateAdapter
-from homefire.client.participation import open_participations
+from homefire.client.participation import ParticipationLedger, open_participations
 from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult, train_private
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector, resolve_spec
 from homefire.common.base_model import load_base_model
 from homefire.common.config import BaseModelConfig, DeviceConfig, ExampleDPConfig
-from homefire.common.errors import AdapterError
+from homefire.common.errors import AdapterError, DivergedError
 from homefire.common.plan import RoundPlan, release_digest
-from homefire.common.policy import check_plan
+from homefire.common.policy import TOO_MUCH, check_plan
 from homefire.common.privacy.clipping import Clipped, clip_to_grid, is_clipped
 from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal
 from homefire.common.records import User, split_newest
@@ -28,6 +35,8 @@ from homefire.common.training import (
     encode,
     train,
 )
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +52,7 @@ class Device:
     user: User
 
     def answer(self, plan: RoundPlan) -> Clipped | Refusal:
-        """Check a plan against policy and ledger, train on this user's records, clip, charge.
+        """Check a plan against policy and ledger, charge, train on this user's records, clip.
 
         Args:
             plan: Its signature is verified already.
@@ -51,40 +60,51 @@ class Device:
         Guarantees:
             Refused before work: a plan that the policy or the ledger forbids, or that does not fit
                 base model or adapter, trains nothing and charges nothing.
-            Charged before it leaves: what comes back is in the ledger, on the disk.
+            Charged first: before anything is computed from the history the participation is in the
+                ledger, on the disk. Whatever happens then, the round is not answered again: a
+                server that makes training fail learns from that once, not as often as it likes.
+            Nothing instead of an error: a history too short to train on, or training that diverges,
+                gives a vector of zeros, within the same bound as any other.
             Own settings: nothing but the plan's local training and privacy block comes from the
                 server; policy, base model and history are this device's own.
 
         Raises:
             LedgerError: The ledger is damaged, rolled back or in use.
         """
+        config = self.home.config
         with open_participations(self.home, self.user.user_id) as ledger:
             refusal = check_plan(self.home.policy, plan.header, ledger.history)
             if refusal is not None:
                 return refusal
-            trained = self._train(plan)
-            if isinstance(trained, Refusal):
-                return trained
-            ledger.charge(plan, example_dp=trained.example_dp)
-            return trained.clipped
+            model = _fitting_model(config, plan)
+            if isinstance(model, Refusal):
+                return model
+            cost = self._example_cost(config, plan, ledger)
+            if isinstance(cost, Refusal):
+                return cost
+            ledger.charge(plan, example_dp=cost)
+            return self._train(config, model, plan)
 
-    def _train(self, plan: RoundPlan) -> "Trained | Refusal":
-        config = self.home.config
-        try:
-            model = adapted_model(config, plan.header.adapter)
-        except AdapterError as error:
-            return Refusal(reason="wrong adapter spec", detail=str(error)[:500])
-        if (refusal := _unfit(plan, model)) is not None:
-            return refusal
+    def _train(self, config: DeviceConfig, model: AdaptedModel, plan: RoundPlan) -> Clipped:
         if len(self.user.records) < 2:
-            # Too short to train on. A refusal would say so; a vector of zeros says nothing.
-            zeros = np.zeros(plan.release.shape, np.float32)
-            clip_norm = plan.header.privacy.clip_norm
-            return Trained(clip_to_grid(zeros, np.zeros(STATISTICS), clip_norm=clip_norm))
+            return nothing(plan)  # a refusal would say so
         examples = self.examples(model, config, plan.header.training.max_tokens).training
         if config.example_dp is not None:
             return contribute_privately(model, plan, examples, config.example_dp)
-        return Trained(contribute(model, plan, examples, user_id=self.user.user_id))
+        return contribute(model, plan, examples, user_id=self.user.user_id)
+
+    def _example_cost(
+        self, config: DeviceConfig, plan: RoundPlan, ledger: ParticipationLedger
+    ) -> ExampleDPStatement | Refusal | None:
+        """What the contribution will cost each record, where the device protects those too."""
+        own = config.example_dp
+        if own is None or len(self.user.records) < 2:
+            return None
+        count = len(split_newest(self.user.records, config.private.validation_share)[0])
+        cost = example_statement(own, plan.header.training, examples=count)
+        if example_epsilon([*ledger.example_costs, cost], delta=own.delta) > own.largest_epsilon:
+            return Refusal(reason="lifetime epsilon spent", detail=TOO_MUCH)
+        return cost
 
     def personalize(
         self, model: AdaptedModel, release: Vector, *, seed: int, on_shared: bool = True
@@ -127,6 +147,16 @@ class Device:
         return Examples(*split_newest(encoded, config.private.validation_share))
 
 
+def _fitting_model(config: DeviceConfig, plan: RoundPlan) -> AdaptedModel | Refusal:
+    """This device's model for a plan, or why the plan cannot be carried out on it."""
+    try:
+        model = adapted_model(config, plan.header.adapter)
+    except AdapterError as error:
+        return Refusal(reason="wrong adapter spec", detail=str(error)[:500])
+    refusal = _unfit(plan, model)
+    return model if refusal is None else refusal
+
+
 def _unfit(plan: RoundPlan, model: AdaptedModel) -> Refusal | None:
     """Why a plan cannot be carried out on this device's model."""
     header, base, spec = plan.header, model.base, model.specs[SHARED]
@@ -154,24 +184,17 @@ def _unfit(plan: RoundPlan, model: AdaptedModel) -> Refusal | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """What a device made of a plan.
-
-    Attributes:
-        clipped: What leaves.
-        example_dp: What it costs each record, where the device protects those; stays here.
-    """
-
-    clipped: Clipped
-    example_dp: ExampleDPStatement | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Examples:
     """A history as token ids: what is trained on, and the slice that choices are made on."""
 
     training: tuple[Example, ...]
     validation: tuple[Example, ...]
+
+
+def nothing(plan: RoundPlan) -> Clipped:
+    """What a device contributes that has nothing to contribute: zeros, statistics included."""
+    zeros = np.zeros(plan.release.shape, np.float32)
+    return clip_to_grid(zeros, np.zeros(STATISTICS), clip_norm=plan.header.privacy.clip_norm)
 
 
 def contribute(
@@ -188,26 +211,28 @@ def contribute(
     Guarantees:
         Joint clip: update and statistics together have a norm of at most C.
         Nothing else: no count, loss or time leaves but inside the clipped vector.
-
-    Raises:
-        PrivacyError: Training gave a value that is not finite; nothing may be sent.
+        Nothing instead of an error: training that diverges gives zeros.
     """
     header = plan.header
     update, mean_loss = local_update(
         model, plan.release, examples, header.training, order=(user_id, header.round)
     )
+    if not (math.isfinite(mean_loss) and np.isfinite(update).all()):
+        LOG.warning("training diverged under the plan of round %d: zeros are sent", header.round)
+        return nothing(plan)
     loss = min(max(mean_loss, 0.0), LOSS_SCALE) / LOSS_SCALE
     return _with_statistics(update, loss, header.privacy.clip_norm)
 
 
 def contribute_privately(
     model: AdaptedModel, plan: RoundPlan, examples: tuple[Example, ...], config: ExampleDPConfig
-) -> Trained:
+) -> Clipped:
     """As `contribute`, with example-level DP-SGD on the device.
 
     Guarantees:
         Noisy throughout: whatever leaves follows from the noisy update alone; the slot of the
             training loss, which no noise covers, stays empty.
+        Nothing instead of an error: training that diverges gives zeros.
 
     Raises:
         PrivacyError: Per-example gradients are wrong; nothing may be sent.
@@ -215,11 +240,13 @@ def contribute_privately(
     """
     model.load(SHARED, plan.release)
     parameters = model.activate(SHARED, train=SHARED)
-    _, statement = train_private_steps(
-        model.network, parameters, examples, plan.header.training, config
-    )
+    try:
+        train_private_steps(model.network, parameters, examples, plan.header.training, config)
+    except DivergedError as error:
+        LOG.warning("%s under the plan of round %d: zeros are sent", error, plan.header.round)
+        return nothing(plan)
     update = model.vector(SHARED) - plan.release
-    return Trained(_with_statistics(update, 0.0, plan.header.privacy.clip_norm), statement)
+    return _with_statistics(update, 0.0, plan.header.privacy.clip_norm)
 
 
 def _with_statistics(update: Vector, loss: float, clip_norm: float) -> Clipped:

@@ -11,8 +11,10 @@ two short examples and in every step as far as one backward pass can tell.
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from homefire.client.example_gradients import (
     listening,
 )
 from homefire.common.config import ExampleDPConfig
-from homefire.common.errors import DataError, PrivacyError
+from homefire.common.errors import DataError, DivergedError, PrivacyError
 from homefire.common.privacy.accounting import SMALLEST_PLD_NOISE, gaussian_epsilon
 from homefire.common.privacy.randomness import KeyStream, derive_key, new_key
 from homefire.common.training import Example, LocalTraining, TrainingLog, make_optimizer
@@ -41,6 +43,8 @@ PROBE_TOKENS = (16, 11)
 @dataclass(frozen=True, slots=True)
 class ExampleDPStatement:
     """What one contribution costs each record; it tells the number of examples: keep it here.
+
+    What several cost together is `example_epsilon` of all their statements.
 
     Attributes:
         noise_multiplier: z, of each step.
@@ -69,14 +73,14 @@ def train_private_steps(
     config: ExampleDPConfig,
     *,
     key: bytes | None = None,
-) -> tuple[TrainingLog, ExampleDPStatement]:
+) -> TrainingLog:
     """Train for exactly K noisy steps on Poisson-sampled batches of expected size b.
 
     The loss of an example is the mean over its own predicted tokens; a batch's token mean would
     tie every example's gradient to the lengths of the others. A step's gradient is the sum of the
     clipped ones plus noise, over the expected batch size min(b, examples); an empty batch takes a
-    step too, of noise alone. `settings.max_gradient_norm`, a clip of whole batches, and
-    `settings.seed` play no part.
+    step too, of noise alone. What this costs is said by `example_statement`.
+    `settings.max_gradient_norm`, a clip of whole batches, and `settings.seed` play no part.
 
     Args:
         network: Token ids in, logits out.
@@ -87,7 +91,7 @@ def train_private_steps(
         key: A secret of 32 bytes that serves nothing else; by default from the operating system.
 
     Returns:
-        A log whose mean loss is over the drawn examples (nan where none was drawn), and the cost.
+        A log whose mean loss is over the drawn examples; nan where none was drawn.
 
     Guarantees:
         Bounded influence: without noise, one example moves the sum of a step by at most the clip.
@@ -102,8 +106,9 @@ def train_private_steps(
 
     Raises:
         DataError: No examples.
-        PrivacyError: Per-example gradients are wrong or missing, a value is not finite, or
-            something else than `parameters` changed; nothing trained here may be used.
+        DivergedError: A value is not finite, or an example has no gradient to be compared by.
+        PrivacyError: Per-example gradients are wrong or missing, or something else than
+            `parameters` changed. In either case nothing trained here may be used.
         HomefireError: Opacus is not installed.
 
     Source: Abadi et al. 2016; Poisson sampling as in Mironov et al. 2019.
@@ -113,10 +118,9 @@ def train_private_steps(
     key = new_key() if key is None else key
     draws = KeyStream(derive_key(key, "homefire/example-dp/draws/v1"))
     noise = _SecretNoise(parameters, config, derive_key(key, "homefire/example-dp/noise/v1"))
-    rate = min(1.0, settings.batch_size / len(examples))
-    epsilon = example_epsilon(config, sampling_rate=rate, steps=settings.steps)
+    rate = _sampling_rate(settings, len(examples))
     check_example_gradients(network, parameters, _probe(examples), mode=config.grad_sample_mode)
-    frozen = _versions(network, parameters)
+    frozen = _state_of_frozen(network, parameters)
     losses: list[torch.Tensor] = []
     tokens = 0
     mode, clip = config.grad_sample_mode, config.max_gradient_norm
@@ -132,28 +136,43 @@ def train_private_steps(
             tokens += sum(example.targets for example in batch)
     if noise.additions != settings.steps:
         raise PrivacyError(f"{noise.additions} of {settings.steps} steps were noisy")
-    if _versions(network, parameters) != frozen:
+    if _state_of_frozen(network, parameters) != frozen:
         raise PrivacyError("training changed a tensor that is frozen")
     if not all(bool(parameter.isfinite().all()) for parameter in parameters):
-        raise PrivacyError("training gave a value that is not finite")
-    mean_loss = float(torch.cat(losses).mean())
-    statement = ExampleDPStatement(
-        config.noise_multiplier, config.delta, epsilon, settings.steps, rate, len(examples)
+        raise DivergedError("training gave a value that is not finite")
+    return TrainingLog(float(torch.cat(losses).mean()), tokens)
+
+
+def example_statement(
+    config: ExampleDPConfig, settings: LocalTraining, *, examples: int
+) -> ExampleDPStatement:
+    """What `train_private_steps` will cost each record: known before it begins.
+
+    Args:
+        config: Noise and delta.
+        settings: Steps and batch size, which the server chooses.
+        examples: How many there are to train on.
+    """
+    rate = _sampling_rate(settings, examples)
+    cost = ExampleDPStatement(
+        config.noise_multiplier, config.delta, math.inf, settings.steps, rate, examples
     )
-    return TrainingLog(mean_loss, tokens), statement
+    return replace(cost, epsilon=example_epsilon([cost], delta=config.delta))
 
 
-def example_epsilon(config: ExampleDPConfig, *, sampling_rate: float, steps: int) -> float:
-    """Epsilon of noisy steps, by the accountant that comes with Opacus (PRV).
+def example_epsilon(costs: Sequence[ExampleDPStatement], *, delta: float) -> float:
+    """Epsilon of the noisy steps of all contributions, by Opacus' accountant (PRV).
 
-    For several contributions, give the steps of all of them.
+    Args:
+        costs: Of each contribution; their own epsilons are not added up, their steps are composed.
+        delta: Of all together.
 
     Guarantees:
         Upper bound: the accountant's own error is added, and the value never exceeds the exact one
             of the same steps on all examples.
 
     Assumes:
-        Every example is drawn independently with probability `sampling_rate`, and secretly.
+        Every example is drawn independently with its contribution's rate, and secretly.
 
     Raises:
         PrivacyError: The steps cost too much to be written as a number.
@@ -161,18 +180,32 @@ def example_epsilon(config: ExampleDPConfig, *, sampling_rate: float, steps: int
 
     Source: Gopi et al. 2021, as implemented in Opacus.
     """
-    z = config.noise_multiplier
-    unamplified = gaussian_epsilon(math.sqrt(steps) / z, config.delta)
-    if sampling_rate >= 1 or z < SMALLEST_PLD_NOISE or unamplified == 0:
+    steps: Counter[tuple[float, float]] = Counter()
+    for cost in costs:
+        steps[cost.noise_multiplier, cost.sampling_rate] += cost.steps
+    charge = math.fsum(count / z**2 for (z, _), count in steps.items())
+    unamplified = gaussian_epsilon(math.sqrt(charge), delta)
+    sampled = any(rate < 1 for _, rate in steps)
+    if not sampled or min(z for z, _ in steps) < SMALLEST_PLD_NOISE or unamplified == 0:
         return unamplified
+    return min(_prv_epsilon(tuple(sorted(steps.items())), delta, unamplified), unamplified)
+
+
+@lru_cache(maxsize=256)
+def _prv_epsilon(
+    steps: tuple[tuple[tuple[float, float], int], ...], delta: float, unamplified: float
+) -> float:
     accountant = import_opacus().accountants.PRVAccountant()
-    accountant.history = [(z, sampling_rate, steps)]
+    accountant.history = [(z, rate, count) for (z, rate), count in steps]
     # The tolerance grows with the losses: their grid would take gigabytes where nothing is private.
     tolerance = max(0.01, 1e-4 * unamplified)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its search for the grid's range
-        epsilon = float(accountant.get_epsilon(config.delta, eps_error=tolerance))
-    return min(epsilon, unamplified)
+        return float(accountant.get_epsilon(delta, eps_error=tolerance))
+
+
+def _sampling_rate(settings: LocalTraining, examples: int) -> float:
+    return min(1.0, settings.batch_size / examples)
 
 
 class _SecretNoise:
@@ -207,10 +240,16 @@ def _shorten(example: Example, targets: int) -> Example:
     return Example(tokens, example.first_target - start)
 
 
-def _versions(network: nn.Module, parameters: Sequence[nn.Parameter]) -> list[int]:
-    """How often each frozen tensor was written to."""
+def _state_of_frozen(
+    network: nn.Module, parameters: Sequence[nn.Parameter]
+) -> list[tuple[int, int, float]]:
+    """How often each frozen tensor was written to, where it lies, and what it adds up to.
+
+    The last two, because writing through `data`, as PEFT does, is not counted.
+    """
     trained = {id(parameter) for parameter in parameters}
-    return [p._version for p in network.parameters() if id(p) not in trained]
+    frozen = [p.detach() for p in network.parameters() if id(p) not in trained]
+    return [(p._version, p.data_ptr(), float(p.sum(dtype=torch.float64))) for p in frozen]
 
 
 def _make_optimizer(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from homefire.common.config import GradSampleMode
-from homefire.common.errors import HomefireError, PrivacyError
+from homefire.common.errors import DivergedError, HomefireError, PrivacyError
 from homefire.common.training import IGNORED, Example, collate
 
 TOLERANCE = 1e-3
@@ -45,6 +45,7 @@ def check_example_gradients(
         Nothing changes: the trained tensors have their own values again afterwards.
 
     Raises:
+        DivergedError: An example's gradient is zero or not finite: nothing to be compared.
         PrivacyError: They differ, or Opacus cannot make them for this network.
         HomefireError: Opacus is not installed.
     """
@@ -54,7 +55,7 @@ def check_example_gradients(
         norms = torch.stack([torch.stack([g.norm() for g in row]).norm() for row in expected])
         clip = float(norms.min()) / 2  # cuts every example
         if not (math.isfinite(clip) and clip > 0):
-            raise PrivacyError(f"an example's gradient has the norm {2 * clip}")
+            raise DivergedError(f"an example's gradient has the norm {2 * clip}")
         with listening(network, parameters, mode=mode, max_gradient_norm=clip) as hooks:
             fill_gradients(network, parameters, examples, hooks)
             found = [_sampled(parameter, mode) for parameter in parameters]
@@ -146,6 +147,7 @@ def fill_gradients(
         The loss of each example, shape (examples,).
 
     Raises:
+        DivergedError: A per-example gradient is not finite.
         PrivacyError: Per-example gradients are missing, or do not fit the batch's gradient.
     """
     ghost = hasattr(hooks, "get_clipping_coef")
@@ -197,7 +199,9 @@ def _check_step(parameters: Sequence[nn.Parameter], count: int, mode: GradSample
         bound = float(norms.sum())
         gap = float((total if mode == "ghost" else total - found.sum(0)).norm())
         limit = (1 + TOLERANCE) * bound if mode == "ghost" else TOLERANCE * bound
-        if not (math.isfinite(bound) and gap <= limit + 1e-12):
+        if not math.isfinite(bound):
+            raise DivergedError(f"per-example gradients {where} are not finite")
+        if not gap <= limit + 1e-12:
             raise PrivacyError(f"per-example gradients {where} do not add up to the batch's")
 
 

@@ -35,6 +35,19 @@ class ParticipationLedger:
         """
         return tuple(_read(entry) for entry in self.ledger.entries)
 
+    @property
+    def example_costs(self) -> tuple[ExampleDPStatement, ...]:
+        """What earlier contributions cost each record, oldest first.
+
+        Raises:
+            LedgerError: An entry is none of ours.
+        """
+        costs = [entry["example_dp"] for entry in self.ledger.entries if entry.get("example_dp")]
+        try:
+            return tuple(ExampleDPStatement(**cost) for cost in costs)
+        except TypeError as error:
+            raise LedgerError(f"an example-level cost cannot be read ({error})") from error
+
     def charge(self, plan: RoundPlan, *, example_dp: ExampleDPStatement | None = None) -> None:
         """Record that this device takes part; only then may the contribution leave.
 

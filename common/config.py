@@ -218,6 +218,11 @@ class ExampleDPConfig(Frozen):
     )
     max_gradient_norm: Positive = Field(1.0, description="What one example's gradient is cut to.")
     delta: float = Field(1e-5, gt=0, lt=1)
+    largest_epsilon: Positive = Field(
+        10.0,
+        description="Over all contributions: a plan whose steps and batches would pass it is "
+        "refused.",
+    )
     grad_sample_mode: GradSampleMode = Field(
         "hooks",
         description="ghost never holds per-example gradients: less memory, two passes, and only "

@@ -10,6 +10,7 @@ HomefireError
 │   └── RejectedContributionError   one contribution failed the server's gate
 ├── DeviceError            a device could not answer; says nothing else, for it leaves the device
 ├── PrivacyError           a privacy parameter or claim is invalid; nothing was released
+│   ├── DivergedError           training gave values that say nothing; a device then sends zeros
 │   ├── LedgerError             a ledger is damaged, rolled back or in use; nothing may be spent
 │   └── BudgetExhaustedError    the privacy that was planned is spent; nothing was released
 └── FederationError        a run cannot go on
@@ -82,6 +83,10 @@ class DeviceError(HomefireError):
 
 class PrivacyError(HomefireError):
     """A privacy parameter or claim is invalid; nothing was released."""
+
+
+class DivergedError(PrivacyError):
+    """Training gave values that say nothing; a device then sends zeros."""
 
 
 class LedgerError(PrivacyError):

@@ -28,7 +28,8 @@ from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from homefire.client import app as client
-from homefire.client.device import Device, Trained
+from homefire.client import device as device_module
+from homefire.client.device import Device
 from homefire.client.home import Home
 from homefire.client.participation import KIND as PARTICIPATIONS
 from homefire.client.participation import open_participations
@@ -86,9 +87,9 @@ def torture_client(folder: Path) -> ClientApp:
         _note(folder / "sent", {"round": plan.header.round, "user": node - 1})
         return encode_contribution(plan, clipped, node=node, key=key)
 
-    def train(self: Device, plan: RoundPlan) -> Trained:
+    def train(self: Device, config: object, model: object, plan: RoundPlan) -> Clipped:
         number = int(self.user.user_id)
-        return Trained(contribution_of(number, plan.header.round, plan.release.size))
+        return contribution_of(number, plan.header.round, plan.release.size)
 
     def destroy(self: Keystore, name: str) -> None:
         if (secret := self.get(name)) is not None:
@@ -98,6 +99,7 @@ def torture_client(folder: Path) -> ClientApp:
     setattr(Keystore, "destroy", destroy)  # noqa: B010
     setattr(client, "decode_plan", decode)  # noqa: B010
     setattr(client, "encode_contribution", encode)  # noqa: B010
+    setattr(device_module, "_fitting_model", lambda config, plan: None)  # noqa: B010
     setattr(Device, "_train", train)  # noqa: B010
     return client.app
 

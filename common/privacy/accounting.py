@@ -157,7 +157,7 @@ def calibrate_poisson(epsilon: float, *, sampling_rate: float, rounds: int, delt
         low, high = high, 2 * high
         if high > 2.0**12:
             raise PrivacyError(
-                f"epsilon {epsilon} needs a noise multiplier above {high:g}",
+                f"epsilon {epsilon} needs a noise multiplier above {low:g}",
                 hint="Ask for a larger epsilon, fewer rounds or a smaller cohort.",
             )
     while high / low > 1.001:

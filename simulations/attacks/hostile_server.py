@@ -211,6 +211,18 @@ def later_rounds(plan: RoundPlan, rounds: Iterable[int]) -> Iterator[RoundPlan]:
     return (changed(plan, round=number) for number in rounds)
 
 
+def on_the_edge(plan: RoundPlan, exponents: Iterable[int]) -> Iterator[RoundPlan]:
+    """One plan after another for the same round, each with a smaller step of gradient descent.
+
+    Whether the numbers leave float32 after such a step depends on the size of the user's gradient.
+    Where a device fails then, and failing is free, this is an oracle that no noise covers.
+    """
+    for exponent in exponents:
+        step = {"steps": 2, "optimizer": "sgd", "max_gradient_norm": 0.0}
+        rate = {"learning_rate": 10.0**exponent}
+        yield changed(plan, training=plan.header.training.model_copy(update={**step, **rate}))
+
+
 def new_runs(plan: RoundPlan, count: int) -> Iterator[RoundPlan]:
     """The same round again and again, each time as the first of a run that is new."""
     return (changed(plan, run=f"{number:032x}") for number in range(1, count + 1))

@@ -7,12 +7,14 @@ import pytest
 from tiny_runs import make_federation, make_home, make_plan, make_users
 
 from homefire.client.device import Device
+from homefire.client.example_dp import example_epsilon
 from homefire.client.home import Home
 from homefire.client.participation import open_participations
 from homefire.common.config import ExampleDPConfig
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS, Clipped
-from homefire.common.protocol import STATISTICS
+from homefire.common.protocol import STATISTICS, Refusal
+from homefire.common.training import LocalTraining
 from homefire.simulations.preparation import write_toml
 
 pytest.importorskip("opacus")
@@ -51,6 +53,55 @@ def test_the_ledger_names_the_cost_of_each_record(home: Home, plan: RoundPlan) -
     cost = entry["example_dp"]
     assert cost["epsilon"] > 0 and cost["steps"] == plan.header.training.steps
     assert cost["unit"] == "one record of this user's history"
+
+
+def limit(home: Home, epsilon: float) -> None:
+    own = home.config.example_dp
+    assert own is not None
+    changed = home.config.model_copy(
+        update={"example_dp": own.model_copy(update={"largest_epsilon": epsilon})}
+    )
+    write_toml(home.folder / "device.toml", changed)
+
+
+def test_a_plan_whose_steps_cost_a_record_too_much_is_refused(home: Home, plan: RoundPlan) -> None:
+    """Steps and batch size are the server's; what they may cost is not."""
+    training = plan.header.training.model_copy(update={"steps": 400, "batch_size": 1024})
+    header = plan.header.model_copy(update={"training": training})
+    refusal = Device(home, home.user(0)).answer(RoundPlan(header, plan.release))
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "lifetime epsilon spent"
+    assert not any(character.isdigit() for character in refusal.detail)
+    with open_participations(home, home.user(0).user_id) as participations:
+        assert participations.ledger.entries == ()
+    answer(home, plan)
+
+
+def test_all_contributions_together_cost_a_record_no_more_than_its_limit(
+    home: Home, plan: RoundPlan
+) -> None:
+    answer(home, plan)
+    with open_participations(home, home.user(0).user_id) as participations:
+        (first,) = participations.example_costs
+    again = [first, first]
+    both = example_epsilon(again, delta=first.delta)
+    assert first.epsilon < both < 2 * first.epsilon
+    second = RoundPlan(plan.header.model_copy(update={"round": 2}), plan.release)
+    limit(home, both * 0.999)
+    refusal = Device(home, home.user(0)).answer(second)
+    assert isinstance(refusal, Refusal) and refusal.reason == "lifetime epsilon spent"
+    limit(home, both)
+    answer(home, second)
+
+
+def test_nothing_instead_of_an_error_where_private_training_diverges(
+    home: Home, plan: RoundPlan
+) -> None:
+    wild = LocalTraining(steps=3, learning_rate=1e38, optimizer="sgd", max_gradient_norm=0)
+    header = plan.header.model_copy(update={"training": wild})
+    assert not answer(home, RoundPlan(header, plan.release)).values.any()
+    with open_participations(home, home.user(0).user_id) as participations:
+        assert len(participations.example_costs) == 1
 
 
 def test_the_noise_is_not_repeated(home: Home, plan: RoundPlan, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -15,7 +17,9 @@ from torch import nn
 
 from homefire.client import example_dp
 from homefire.client.example_dp import (
+    ExampleDPStatement,
     example_epsilon,
+    example_statement,
     train_private_steps,
 )
 from homefire.client.example_gradients import import_opacus
@@ -23,7 +27,7 @@ from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, Vector, resolve_spec
 from homefire.common.base_model import BaseModel
 from homefire.common.config import ExampleDPConfig, GradSampleMode
-from homefire.common.errors import DataError, PrivacyError
+from homefire.common.errors import DataError, DivergedError, PrivacyError
 from homefire.common.privacy.accounting import gaussian_epsilon, poisson_epsilon
 from homefire.common.privacy.randomness import KeyStream, derive_key
 from homefire.common.training import Example, LocalTraining, collate, loss_sum, make_optimizer
@@ -31,6 +35,7 @@ from homefire.common.training import Example, LocalTraining, collate, loss_sum, 
 EXAMPLES = tuple(Example(tuple(range(5 + i, 17 + 3 * i)), 1 + i) for i in range(5))
 MODES: tuple[GradSampleMode, ...] = ("hooks", "ghost")
 KEY = bytes(range(32))
+DELTA = 1e-5
 STEP = LocalTraining(steps=1, batch_size=5, learning_rate=1.0, optimizer="sgd")
 """One step of size one: what it changes is the noisy mean gradient."""
 
@@ -67,6 +72,11 @@ def change(
     """What training adds to an adapter's start, shape (adapter parameters,)."""
     train_private_steps(model.network, start(model), examples, local, config, key=key)
     return model.vector("shared") - model.specs["shared"].initial()
+
+
+def cost(z: float, rate: float, steps: int) -> ExampleDPStatement:
+    """Of one contribution; its own epsilon plays no part in what several cost."""
+    return ExampleDPStatement(z, DELTA, math.nan, steps, rate, 5)
 
 
 def batches(examples: Sequence[Example], local: LocalTraining, key: bytes) -> list[list[Example]]:
@@ -135,7 +145,7 @@ def test_an_empty_batch_takes_a_step_of_noise(model: AdaptedModel, mode: GradSam
     local = STEP.model_copy(update={"batch_size": 1})
     key = next(k for k in map(key_number, range(100)) if batches(EXAMPLES, local, k) == [[]])
     config = ExampleDPConfig(noise_multiplier=0.5, max_gradient_norm=2.0, grad_sample_mode=mode)
-    log, _ = train_private_steps(model.network, start(model), EXAMPLES, local, config, key=key)
+    log = train_private_steps(model.network, start(model), EXAMPLES, local, config, key=key)
     noise = KeyStream(derive_key(key, "homefire/example-dp/noise/v1"))
     slots = model.specs["shared"].slots
     parts = [noise.gaussian(slot.stop - slot.start) for slot in slots]
@@ -215,9 +225,8 @@ def test_bounded_influence_is_the_clip_where_gradients_are_larger(
 def test_the_log_and_the_statement_say_what_was_done(model: AdaptedModel) -> None:
     local = STEP.model_copy(update={"steps": 7, "batch_size": 2, "learning_rate": 1e-6})
     config = ExampleDPConfig(noise_multiplier=1.0, max_gradient_norm=1e-6, delta=1e-6)
-    log, statement = train_private_steps(
-        model.network, start(model), EXAMPLES, local, config, key=KEY
-    )
+    log = train_private_steps(model.network, start(model), EXAMPLES, local, config, key=KEY)
+    statement = example_statement(config, local, examples=len(EXAMPLES))
     drawn = [example for batch in batches(EXAMPLES, local, KEY) for example in batch]
     with torch.inference_mode():
         losses = [float(loss_sum(model.network, *collate([e]))) / e.targets for e in drawn]
@@ -225,7 +234,8 @@ def test_the_log_and_the_statement_say_what_was_done(model: AdaptedModel) -> Non
     assert log.mean_loss == pytest.approx(np.mean(losses), rel=1e-4)
     assert (statement.steps, statement.sampling_rate, statement.examples) == (7, 0.4, 5)
     assert (statement.noise_multiplier, statement.delta) == (1.0, 1e-6)
-    assert statement.epsilon == example_epsilon(config, sampling_rate=0.4, steps=7)
+    assert statement.epsilon == example_epsilon([statement], delta=1e-6)
+    assert statement.epsilon == example_epsilon([cost(1.0, 0.4, 7)], delta=1e-6)
     assert "record" in statement.unit
     assert statement.adjacency == "zero-out"
 
@@ -234,17 +244,27 @@ def test_the_log_and_the_statement_say_what_was_done(model: AdaptedModel) -> Non
     ("z", "rate", "steps"), [(1.0, 0.05, 100), (1.0, 0.5, 4), (0.7, 0.02, 40), (2.0, 0.3, 60)]
 )
 def test_two_accountants_agree_on_epsilon(z: float, rate: float, steps: int) -> None:
-    config = ExampleDPConfig(noise_multiplier=z)
-    ours = example_epsilon(config, sampling_rate=rate, steps=steps)
-    theirs = poisson_epsilon(z, sampling_rate=rate, rounds=steps, delta=config.delta)
+    ours = example_epsilon([cost(z, rate, steps)], delta=DELTA)
+    theirs = poisson_epsilon(z, sampling_rate=rate, rounds=steps, delta=DELTA)
     assert theirs <= ours <= theirs + 0.02
+
+
+def test_two_accountants_agree_on_several_contributions() -> None:
+    """Of other rates and noise each: their steps are composed, whatever their order."""
+    costs = [cost(1.0, 0.05, 60), cost(0.8, 0.1, 5), cost(1.0, 0.05, 40), cost(2.0, 1.0, 3)]
+    accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL)
+    for z, rate, steps in ((1.0, 0.05, 100), (0.8, 0.1, 5), (2.0, 1.0, 3)):
+        accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(z)), steps)
+    ours = example_epsilon(costs, delta=DELTA)
+    assert 0 <= ours - accountant.get_epsilon(DELTA) <= 0.02
+    assert example_epsilon(costs[::-1], delta=DELTA) == ours
+    assert max(example_epsilon([one], delta=DELTA) for one in costs) < ours
 
 
 @pytest.mark.parametrize(("z", "rate"), [(1.0, 1.0), (0.1, 0.3)])
 def test_without_amplification_epsilon_is_exact(z: float, rate: float) -> None:
-    config = ExampleDPConfig(noise_multiplier=z)
-    exact = gaussian_epsilon(math.sqrt(4) / z, config.delta)
-    assert example_epsilon(config, sampling_rate=rate, steps=4) == exact
+    exact = gaussian_epsilon(math.sqrt(4) / z, DELTA)
+    assert example_epsilon([cost(z, rate, 4)], delta=DELTA) == exact
 
 
 @pytest.mark.parametrize(
@@ -256,11 +276,10 @@ def test_without_amplification_epsilon_is_exact(z: float, rate: float) -> None:
     ],
 )
 def test_epsilon_is_an_upper_bound_for_any_setting(z: float, rate: float, steps: int) -> None:
-    config = ExampleDPConfig(noise_multiplier=z)
-    epsilon = example_epsilon(config, sampling_rate=rate, steps=steps)
-    assert 0 <= epsilon <= gaussian_epsilon(math.sqrt(steps) / z, config.delta)
+    epsilon = example_epsilon([cost(z, rate, steps)], delta=DELTA)
+    assert 0 <= epsilon <= gaussian_epsilon(math.sqrt(steps) / z, DELTA)
     if steps < 100:
-        truth = poisson_epsilon(z, sampling_rate=rate, rounds=steps, delta=config.delta)
+        truth = poisson_epsilon(z, sampling_rate=rate, rounds=steps, delta=DELTA)
         assert epsilon >= truth - 1e-3
 
 
@@ -294,15 +313,31 @@ def test_a_corrupt_network_trains_nothing(
     assert np.array_equal(model.vector("shared"), model.specs["shared"].initial())
 
 
-def test_a_frozen_tensor_that_changes_is_noticed(tiny_base: Callable[[], BaseModel]) -> None:
+def counted(tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.add_(0.0)
+
+
+def through_data(tensor: torch.Tensor) -> None:
+    """As PEFT writes when it merges; torch does not count it."""
+    tensor.data += 0.01
+
+
+def replaced(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.clone()
+
+
+@pytest.mark.parametrize("write", [counted, through_data, replaced])
+def test_a_frozen_tensor_that_changes_is_noticed(
+    tiny_base: Callable[[], BaseModel],
+    write: Callable[[torch.Tensor], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where it happens after the gradients were compared."""
+    monkeypatch.setattr(example_dp, "check_example_gradients", lambda *_, **__: None)
     model = wear(tiny_base())
     frozen = model.network.get_input_embeddings().weight  # type: ignore[operator]
-
-    def write(*_: object) -> None:
-        with torch.no_grad():
-            frozen.add_(0.0)
-
-    model.network.register_forward_pre_hook(write)
+    model.network.register_forward_pre_hook(lambda *_: write(frozen))
     with pytest.raises(PrivacyError, match="frozen"):
         change(model, EXAMPLES, STEP, ExampleDPConfig(noise_multiplier=1.0))
 
@@ -325,7 +360,7 @@ def test_values_that_are_not_finite_are_refused(
     model: AdaptedModel,
 ) -> None:
     huge = ExampleDPConfig(noise_multiplier=1e30, max_gradient_norm=1e30)
-    with pytest.raises(PrivacyError, match="finite"):
+    with pytest.raises(DivergedError, match="finite"):
         change(model, EXAMPLES, STEP, huge)
     model.load("shared", model.specs["shared"].initial())
 
@@ -338,7 +373,7 @@ def test_no_examples_are_refused(model: AdaptedModel) -> None:
 def test_long_and_single_examples_are_trained_on(model: AdaptedModel) -> None:
     """The check cuts them; training does not."""
     long = Example(tuple(i % 200 for i in range(120)), 90)
-    log, _ = train_private_steps(model.network, start(model), [long], STEP, quiet())
+    log = train_private_steps(model.network, start(model), [long], STEP, quiet())
     assert log.tokens == 30
     assert all(e.targets <= 16 and len(e.tokens) <= 32 for e in example_dp._probe([long]))
 

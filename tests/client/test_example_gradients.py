@@ -275,6 +275,18 @@ def test_ghost_in_half_precision_is_refused(tiny_llama: Path) -> None:
     assert "hooks" in caught.value.hint
 
 
+def test_a_sum_that_is_clipped_otherwise_is_refused(
+    tiny_base: Callable[[], BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norms are right, and what is added up is too short."""
+    kind = import_opacus().grad_sample.GradSampleHooksFastGradientClipping
+    right = kind.get_clipping_coef
+    monkeypatch.setattr(kind, "get_clipping_coef", lambda hooks: right(hooks) / 2)
+    model, parameters = wear(tiny_base())
+    with pytest.raises(PrivacyError, match="per-example gradients"):
+        check_example_gradients(model.network, parameters, EXAMPLES, mode="ghost")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_leftovers_of_an_earlier_step_are_forgotten(
     tiny_base: Callable[[], BaseModel], mode: GradSampleMode

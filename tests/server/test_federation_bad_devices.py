@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
 from tiny_runs import Answer, device_key
 from tiny_servers import NONE, SIZE, SmallGrid, lively, released, small_federation
 
@@ -16,13 +17,16 @@ from homefire.common.config import RoundsConfig
 from homefire.common.errors import DeviceError
 from homefire.common.privacy.clipping import STEPS, Clipped, clip_to_grid
 from homefire.common.protocol import (
+    LARGEST_HEADER,
     STATISTICS,
     Refusal,
     decode_plan,
     encode_contribution,
     encode_refusal,
 )
-from homefire.server.federation import run_federation
+from homefire.server import federation as federation_module
+from homefire.server.federation import LARGEST_ENVELOPE, run_federation
+from homefire.server.inbox import Inbox
 from homefire.server.run_state import Federation
 
 USERS = 5
@@ -35,6 +39,22 @@ TWO_ROUNDS = RoundsConfig(rounds=2, cohort=USERS, deadline=60.0)
 def federation(tmp_path: Path) -> Federation:
     """Two rounds that ask all five devices."""
     return small_federation(tmp_path / "out", users=USERS, federation=TWO_ROUNDS)
+
+
+def test_no_reply_is_read_beyond_the_size_of_a_contribution(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds = []
+
+    class Watched(Inbox):
+        def __init__(self, grid: Grid, *, largest: int) -> None:
+            bounds.append(largest)
+            super().__init__(grid, largest=largest)
+
+    monkeypatch.setattr(federation_module, "Inbox", Watched)
+    run_federation(SmallGrid(users=USERS), federation)
+    assert bounds == [4 * federation.vector_size + LARGEST_ENVELOPE] * 2
+    assert LARGEST_ENVELOPE <= 2 * LARGEST_HEADER
 
 
 def expected(federation: Federation, good: Iterable[int]) -> list[Vector]:

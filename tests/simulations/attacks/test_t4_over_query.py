@@ -20,6 +20,7 @@ from tiny_runs import (
 
 from homefire.client import device as device_module
 from homefire.client.app import app as client_app
+from homefire.client.device import Device, adapted_model
 from homefire.client.home import Home
 from homefire.client.participation import open_participations
 from homefire.common.errors import DeviceError
@@ -36,6 +37,7 @@ from homefire.simulations.attacks.hostile_server import (
     insist,
     later_rounds,
     new_runs,
+    on_the_edge,
     outcome,
 )
 from homefire.simulations.grid import InProcessGrid
@@ -85,6 +87,27 @@ def test_a_replayed_plan_is_refused(
 ) -> None:
     assert insist(grid, [plan] * 3, SERVER, NODE) == ["contribution", *["replayed round"] * 2]
     assert len(trainings) == len(charges(home)) == 1
+
+
+def test_training_that_is_made_to_fail_is_charged_and_not_asked_again(
+    grid: InProcessGrid, home: Home, plan: RoundPlan, trainings: list[int]
+) -> None:
+    found = insist(grid, on_the_edge(plan, range(38, 30, -1)), SERVER, NODE)
+    assert found == ["contribution", *["replayed round"] * 7]
+    assert len(trainings) == len(charges(home)) == 1
+
+
+def test_a_step_on_the_edge_tells_users_apart_where_each_failure_is_free(
+    home: Home, plan: RoundPlan
+) -> None:
+    """What stands against it: without the ledger, zeros and no zeros are such an oracle."""
+    device = Device(home, home.user(0))
+    model = adapted_model(home.config, plan.header.adapter)
+    sizes = [
+        device._train(home.config, model, asked).values.any()
+        for asked in on_the_edge(plan, (38, 0))
+    ]
+    assert sizes == [False, True]
 
 
 def test_a_round_that_is_over_is_refused_whatever_it_asks(
@@ -242,7 +265,7 @@ def test_a_ledger_that_cannot_be_written_lets_nothing_leave(
     trainings: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The contribution is made already; without its charge it stays on the device."""
+    """Without its charge nothing is even computed."""
 
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
@@ -250,8 +273,7 @@ def test_a_ledger_that_cannot_be_written_lets_nothing_leave(
     with monkeypatch.context() as patch:
         patch.setattr("homefire.common.privacy.ledger.os.write", full)
         assert insist(grid, [plan], SERVER, NODE) == [FAILED]
-    assert len(trainings) == 1
-    assert charges(home) == []
+    assert trainings == [] and charges(home) == []
     assert insist(grid, [plan], SERVER, NODE) == ["contribution"]
 
 

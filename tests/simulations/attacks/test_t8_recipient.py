@@ -17,7 +17,7 @@ from tiny_runs import (
     some_vector,
 )
 
-from homefire.client.device import Device, Trained, adapted_model
+from homefire.client.device import Device, adapted_model
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig
 from homefire.common.base_model import load_base_model
@@ -220,9 +220,8 @@ def test_what_is_compared_there_would_show_an_influence(tmp_path: Path, tiny_lla
     model = adapted_model(home.config, federation.config.shared)
     for number in (0, 1):
         device = Device(home, User("same", home.user(number).records))
-        answer = device._train(plan)  # past the ledger: the same user twice
-        assert isinstance(answer, Trained)
+        answer = device._train(home.config, model, plan)  # past the ledger: the same user twice
         personalized = device.personalize(model, plan.release, seed=0)
-        found.append((answer.clipped.payload, personalized.vector))
+        found.append((answer.payload, personalized.vector))
     assert found[0][0] != found[1][0] and not np.array_equal(found[0][1], found[1][1])
     assert PRIVATE.adapter.method == "lora"
