@@ -21,7 +21,7 @@ from homefire.common.privacy.mechanism import (
 from homefire.common.privacy.randomness import KeyStream, derive_key
 
 Floats = npt.NDArray[np.float64]
-NOISE = "homefire audit: noise of a round"
+NOISE = "homefire/audit-noise/v1"
 
 
 def releases(sums: Iterable[ClippedSum], mechanism: Mechanism, key: bytes) -> Iterator[Sum]:

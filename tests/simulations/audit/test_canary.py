@@ -39,7 +39,7 @@ def key_of(*parts: object) -> bytes:
 def audited(name: MechanismName, epsilon: float, **changed: Any) -> CanaryAudit:
     """An audit of a mechanism whose epsilon_known_cohort is `epsilon`, with a fixed key.
 
-    Of a hundred keys one lands above the claim by chance; these, the third set tried, do not.
+    Of a hundred keys one lands above the claim by chance; two sets tried before these had one each.
     """
     schedule = changed.pop("schedule", SCHEDULES[name])
     mechanism = calibrate(name, epsilon, delta=DELTA, schedule=schedule)
