@@ -5,17 +5,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tiny_runs import make_federation, make_plan
+from tiny_runs import make_federation, make_home, make_plan
 
-from homefire.client.device import contribute
+from homefire.client.device import Device, contribute
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, resolve_spec
 from homefire.common.base_model import load_base_model
-from homefire.common.privacy.clipping import STEPS
-from homefire.common.privacy.mechanism import ClippedSum, Gaussian, privatize
+from homefire.common.plan import PrivacyBlock, RoundPlan
+from homefire.common.policy import DevicePolicy, check_plan
+from homefire.common.privacy.clipping import STEPS, Clipped
+from homefire.common.privacy.mechanism import BandedSqrt, ClippedSum, Gaussian, privatize
 from homefire.common.privacy.randomness import KeyStream
 from homefire.common.protocol import STATISTICS
-from homefire.common.records import Record
+from homefire.common.records import Record, User
 from homefire.common.training import LocalTraining, encode
 from homefire.simulations.attacks.inversion import first_layer_inputs, reconstruct
 
@@ -65,6 +67,23 @@ class Scene:
 def test_the_attack_succeeds_on_a_single_contribution(scene: Scene) -> None:
     assert len(scene.words(SENTENCE)) < RANK
     assert scene.recall(scene.contribution(SENTENCE, "iris")) == 1.0
+
+
+def test_the_attack_succeeds_on_a_device_with_the_default_policy(
+    scene: Scene, tmp_path: Path, tiny_llama: Path
+) -> None:
+    """Nothing that the policy compares says how much a contribution shows."""
+    policy = DevicePolicy(server_keys=(scene.plan.header.server_key,))
+    user = User("iris", (Record(SENTENCE), Record("something newer")))
+    home = make_home(tmp_path / "home", tiny_llama, [user], policy=policy)
+    block = PrivacyBlock.announce(BandedSqrt(4.0, 20, 2), clip_norm=1.0, cohort=75)
+    header = scene.plan.header.model_copy(update={"privacy": block})
+    answer = Device(home, user).answer(RoundPlan(header, scene.plan.release))
+    assert isinstance(answer, Clipped)
+    assert scene.recall(answer.values) == 1.0
+    insisting = policy.model_copy(update={"require_secure_aggregation": True})
+    refusal = check_plan(insisting, header, [])
+    assert refusal is not None and refusal.reason == "no secure aggregation"
 
 
 def test_the_attack_fails_on_what_is_released(scene: Scene) -> None:
