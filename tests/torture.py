@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -74,7 +75,10 @@ def contribution_of(user: int, round_number: int, size: int) -> Clipped:
 
 
 def torture_client(folder: Path) -> ClientApp:
-    """The real ClientApp; only the training is replaced, and it notes what it saw and sent."""
+    """The real ClientApp; only the training is replaced, and it notes what it saw and sent.
+
+    Nothing here makes a device fail, so one that does is noted too.
+    """
 
     def decode(content: RecordDict) -> RoundPlan:
         plan = decode_plan(content)
@@ -96,7 +100,11 @@ def torture_client(folder: Path) -> ClientApp:
             (folder / "copied-key").write_bytes(secret)
         DESTROY(self, name)
 
+    def failed(error: Exception) -> None:
+        _note(folder / "failed", {"error": repr(error)})
+
     setattr(Keystore, "destroy", destroy)  # noqa: B010
+    setattr(client, "_log_failure", failed)  # noqa: B010
     setattr(client, "decode_plan", decode)  # noqa: B010
     setattr(client, "encode_contribution", encode)  # noqa: B010
     setattr(device_module, "_fitting_model", lambda config, plan: None)  # noqa: B010
@@ -156,9 +164,11 @@ class Examiner:
     def examine(self) -> None:
         """Check everything; raises AssertionError with what does not hold."""
         keystore, output = self.federation.keystore, self.federation.config.output
+        require(not (failures := _notes(self.folder / "failed")), f"a device failed: {failures}")
         copy = self.folder / "copied-key"  # where a run came to its end before it was killed
         kept = copy.read_bytes() if copy.exists() else b""
-        self.run_key = keystore.get(RUN_KEY) or self.run_key or kept
+        # The one last seen may be older: a run killed before its first entry draws another.
+        self.run_key = keystore.get(RUN_KEY) or kept or self.run_key
         anchor = keystore.anchor(RELEASES)
         with Ledger.open(output / "ledger.jsonl", kind=RELEASES, anchor=anchor) as ledger:
             entries = ledger.entries
@@ -172,6 +182,13 @@ class Examiner:
         self._examine_releases(opened, sums)
         self._examine_devices(opened)
         self._examine_noise(sums)
+
+    def examine_end(self) -> None:
+        """What holds for a federation that is over: every round is charged, and some has a sum."""
+        opened = [entry["round"] for entry in self.entries if entry["kind"] == "open"]
+        require(opened == list(range(1, ROUNDS + 1)), "a round is missing at the end")
+        if any(number > 0 for number in self.releases):
+            require(bool(_notes(self.folder / "sent")), "no device contributed anything")
 
     def _examine_releases(self, opened: list[int], sums: dict[int, str]) -> None:
         key = public_key(self.federation.keystore.signing_key(SIGNING_KEY))
@@ -291,9 +308,11 @@ def one_federation(
         killed += was_killed
         if not was_killed:
             break
-        if backup is None and len(examiner.releases) > 1:
+        is_older = not rounds_spent(federation.config.output)[1]
+        if backup is None and len(examiner.releases) > 1 and is_older:
             backup = folder / "backup"
             shutil.copytree(federation.config.output, backup)
+    examiner.examine_end()
     # Once more, to its end: a kill may have come before the key's last traces were wiped.
     with suppress(FederationError):
         run_federation(InProcessGrid(client.app, folder / "devices", USERS), federation)
@@ -326,7 +345,7 @@ def _note(path: Path, line: dict[str, object]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _notes(path: Path) -> list[dict[str, int]]:
+def _notes(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
