@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -15,7 +16,7 @@ from homefire.client.example_dp import (
     train_private_steps,
 )
 from homefire.client.home import Home, PrivateAdapter
-from homefire.client.participation import ParticipationLedger, open_participations
+from homefire.client.participation import open_participations
 from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult, train_private
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector, resolve_spec
@@ -23,7 +24,7 @@ from homefire.common.base_model import load_base_model
 from homefire.common.config import BaseModelConfig, DeviceConfig, ExampleDPConfig
 from homefire.common.errors import AdapterError, DivergedError
 from homefire.common.plan import RoundPlan, release_digest
-from homefire.common.policy import TOO_MUCH, check_plan
+from homefire.common.policy import check_plan
 from homefire.common.privacy.clipping import Clipped, clip_to_grid, is_clipped
 from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal
 from homefire.common.records import User, split_newest
@@ -63,8 +64,10 @@ class Device:
             Charged first: before anything is computed from the history the participation is in the
                 ledger, on the disk. Whatever happens then, the round is not answered again: a
                 server that makes training fail learns from that once, not as often as it likes.
-            Nothing instead of an error: a history too short to train on, or training that diverges,
-                gives a vector of zeros, within the same bound as any other.
+            Nothing instead of an error: a history too short to train on, steps that would cost a
+                record too much, or training that diverges give a vector of zeros, within the same
+                bound as any other and charged like it. A refusal would be a free answer about the
+                history, and could be asked for again and again.
             Own settings: nothing but the plan's local training and privacy block comes from the
                 server; policy, base model and history are this device's own.
 
@@ -79,32 +82,29 @@ class Device:
             model = _fitting_model(config, plan)
             if isinstance(model, Refusal):
                 return model
-            cost = self._example_cost(config, plan, ledger)
-            if isinstance(cost, Refusal):
-                return cost
-            ledger.charge(plan, example_dp=cost)
+            cost = self._example_cost(config, plan)
+            costs = [*ledger.example_costs, cost] if cost is not None else []
+            is_too_much = config.example_dp is not None and _passes(config.example_dp, costs)
+            ledger.charge(plan, example_dp=None if is_too_much else cost)
+            if is_too_much:
+                LOG.warning("round %d would cost a record too much: zeros", plan.header.round)
+                return nothing(plan)
             return self._train(config, model, plan)
 
     def _train(self, config: DeviceConfig, model: AdaptedModel, plan: RoundPlan) -> Clipped:
         if len(self.user.records) < 2:
-            return nothing(plan)  # a refusal would say so
+            return nothing(plan)
         examples = self.examples(model, config, plan.header.training.max_tokens).training
         if config.example_dp is not None:
             return contribute_privately(model, plan, examples, config.example_dp)
         return contribute(model, plan, examples, user_id=self.user.user_id)
 
-    def _example_cost(
-        self, config: DeviceConfig, plan: RoundPlan, ledger: ParticipationLedger
-    ) -> ExampleDPStatement | Refusal | None:
+    def _example_cost(self, config: DeviceConfig, plan: RoundPlan) -> ExampleDPStatement | None:
         """What the contribution will cost each record, where the device protects those too."""
-        own = config.example_dp
-        if own is None or len(self.user.records) < 2:
+        if config.example_dp is None or len(self.user.records) < 2:
             return None
         count = len(split_newest(self.user.records, config.private.validation_share)[0])
-        cost = example_statement(own, plan.header.training, examples=count)
-        if example_epsilon([*ledger.example_costs, cost], delta=own.delta) > own.largest_epsilon:
-            return Refusal(reason="lifetime epsilon spent", detail=TOO_MUCH)
-        return cost
+        return example_statement(config.example_dp, plan.header.training, examples=count)
 
     def personalize(
         self, model: AdaptedModel, release: Vector, *, seed: int, on_shared: bool = True
@@ -145,6 +145,11 @@ class Device:
             encode(model.base.tokenizer, record, max_tokens) for record in self.user.records
         )
         return Examples(*split_newest(encoded, config.private.validation_share))
+
+
+def _passes(own: ExampleDPConfig, costs: Sequence[ExampleDPStatement]) -> bool:
+    """Whether contributions cost each record more, all together, than the device allows."""
+    return bool(costs) and example_epsilon(costs, delta=own.delta) > own.largest_epsilon
 
 
 def _fitting_model(config: DeviceConfig, plan: RoundPlan) -> AdaptedModel | Refusal:

@@ -221,7 +221,7 @@ class ExampleDPConfig(Frozen):
     largest_epsilon: Positive = Field(
         10.0,
         description="Over all contributions: a plan whose steps and batches would pass it is "
-        "refused.",
+        "answered with zeros.",
     )
     grad_sample_mode: GradSampleMode = Field(
         "hooks",

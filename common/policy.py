@@ -18,9 +18,6 @@ from homefire.common.privacy.mechanism import Mechanism, NoPrivacy, participatio
 from homefire.common.privacy.statement import MechanismName
 from homefire.common.protocol import Refusal, RefusalReason
 
-TOO_MUCH = "this participation would pass what this device allows"
-"""No figures: what was spent elsewhere is nothing that this server should learn."""
-
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -170,7 +167,8 @@ def _spent(
     spent = [*charges, participation_charge(privacy.announced)]
     epsilon = lifetime_epsilon(spent, delta=policy.delta)
     if epsilon is None or epsilon > policy.lifetime_epsilon:
-        return "lifetime epsilon spent", TOO_MUCH
+        # No figures: what was spent elsewhere is nothing that this server should learn.
+        return "lifetime epsilon spent", "this participation would pass what this device allows"
     return NONE
 
 

@@ -13,7 +13,7 @@ from homefire.client.participation import open_participations
 from homefire.common.config import ExampleDPConfig
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS, Clipped
-from homefire.common.protocol import STATISTICS, Refusal
+from homefire.common.protocol import STATISTICS
 from homefire.common.training import LocalTraining
 from homefire.simulations.preparation import write_toml
 
@@ -55,6 +55,10 @@ def test_the_ledger_names_the_cost_of_each_record(home: Home, plan: RoundPlan) -
     assert cost["unit"] == "one record of this user's history"
 
 
+def later(plan: RoundPlan, number: int) -> RoundPlan:
+    return RoundPlan(plan.header.model_copy(update={"round": number}), plan.release)
+
+
 def limit(home: Home, epsilon: float) -> None:
     own = home.config.example_dp
     assert own is not None
@@ -64,17 +68,22 @@ def limit(home: Home, epsilon: float) -> None:
     write_toml(home.folder / "device.toml", changed)
 
 
-def test_a_plan_whose_steps_cost_a_record_too_much_is_refused(home: Home, plan: RoundPlan) -> None:
-    """Steps and batch size are the server's; what they may cost is not."""
+def test_nothing_where_the_steps_cost_a_record_too_much(
+    home: Home, plan: RoundPlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps and batch size are the server's; what they may cost is not.
+
+    No refusal: whether they cost too much depends on the number of records.
+    """
     training = plan.header.training.model_copy(update={"steps": 400, "batch_size": 1024})
     header = plan.header.model_copy(update={"training": training})
-    refusal = Device(home, home.user(0)).answer(RoundPlan(header, plan.release))
-    assert isinstance(refusal, Refusal)
-    assert refusal.reason == "lifetime epsilon spent"
-    assert not any(character.isdigit() for character in refusal.detail)
+    assert not answer(home, RoundPlan(header, plan.release)).values.any()
+    assert "too much" in caplog.text
     with open_participations(home, home.user(0).user_id) as participations:
-        assert participations.ledger.entries == ()
-    answer(home, plan)
+        (entry,) = participations.ledger.entries
+        assert participations.example_costs == ()
+    assert entry["round"] == 1 and entry["example_dp"] is None
+    assert answer(home, later(plan, 2)).values.any()
 
 
 def test_all_contributions_together_cost_a_record_no_more_than_its_limit(
@@ -86,12 +95,10 @@ def test_all_contributions_together_cost_a_record_no_more_than_its_limit(
     again = [first, first]
     both = example_epsilon(again, delta=first.delta)
     assert first.epsilon < both < 2 * first.epsilon
-    second = RoundPlan(plan.header.model_copy(update={"round": 2}), plan.release)
     limit(home, both * 0.999)
-    refusal = Device(home, home.user(0)).answer(second)
-    assert isinstance(refusal, Refusal) and refusal.reason == "lifetime epsilon spent"
+    assert not answer(home, later(plan, 2)).values.any()
     limit(home, both)
-    answer(home, second)
+    assert answer(home, later(plan, 3)).values.any()
 
 
 def test_nothing_instead_of_an_error_where_private_training_diverges(
