@@ -15,6 +15,7 @@ from homefire.client.example_dp import (
     example_statement,
     train_private_steps,
 )
+from homefire.client.example_gradients import import_opacus
 from homefire.client.home import Home, PrivateAdapter
 from homefire.client.participation import open_participations
 from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult, train_private
@@ -61,7 +62,7 @@ class Device:
         Guarantees:
             Refused before work: a plan that the policy or the ledger forbids, or that does not fit
                 base model or adapter, trains nothing and charges nothing.
-            Charged first: before anything is computed from the history the participation is in the
+            Charged first: before anything is computed from the texts the participation is in the
                 ledger, on the disk. Whatever happens then, the round is not answered again: a
                 server that makes training fail learns from that once, not as often as it likes.
             Nothing instead of an error: a history too short to train on, steps that would cost a
@@ -82,6 +83,8 @@ class Device:
             model = _fitting_model(config, plan)
             if isinstance(model, Refusal):
                 return model
+            if config.example_dp is not None:
+                import_opacus()  # where it is missing, nothing is spent
             cost = self._example_cost(config, plan)
             costs = [*ledger.example_costs, cost] if cost is not None else []
             is_too_much = config.example_dp is not None and _passes(config.example_dp, costs)
@@ -235,8 +238,8 @@ def contribute_privately(
     """As `contribute`, with example-level DP-SGD on the device.
 
     Guarantees:
-        Noisy throughout: whatever leaves follows from the noisy update alone; the slot of the
-            training loss, which no noise covers, stays empty.
+        Noisy throughout: whatever leaves follows from noisy steps alone, also whether they
+            diverged; the slot of the training loss, which no noise covers, stays empty.
         Nothing instead of an error: training that diverges gives zeros.
 
     Raises:

@@ -6,7 +6,7 @@ device's own: what the device hands over tells little about any single record in
 Opacus makes per-example gradients and clips them. Its noise comes from torch's seedable generators,
 so both noise and sampling are drawn here, from a ChaCha20 key. Its hooks can miss what a layer
 really computes, without an error; so its gradients are compared with autograd's, before training on
-two short examples and in every step as far as one backward pass can tell.
+two made-up examples and in every step as far as one backward pass can tell.
 """
 
 import math
@@ -36,8 +36,13 @@ UNIT = "one record of this user's history"
 ADJACENCY = "zero-out"
 """A record is there or gives a zero gradient: add or remove one, the number of records public."""
 
-PROBE_TOKENS = (16, 11)
-"""How many predicted tokens the two examples of the check have at most."""
+PROBE = (Example(tuple(range(1, 18)), 1), Example(tuple(range(18, 30)), 1))
+"""Two made-up examples of unlike lengths, from tokens that every vocabulary has: what the check of
+the gradients says depends on the network alone, not on the history."""
+
+LARGEST_PRV_EPSILON = 50.0
+"""Where a coarser bound is above it, that one is stated: it protects nobody, and the accountant's
+grid would take gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +96,11 @@ def train_private_steps(
         key: A secret of 32 bytes that serves nothing else; by default from the operating system.
 
     Returns:
-        A log whose mean loss is over the drawn examples; nan where none was drawn.
+        A log whose mean loss is over the drawn examples that count; nan where there is none.
 
     Guarantees:
-        Bounded influence: without noise, one example moves the sum of a step by at most the clip.
+        Bounded influence: without noise, one example moves the sum of a step by at most the clip,
+            also where its gradient is not finite.
         Secret randomness: batches and noise come from ChaCha20 under `key`.
         Nothing stays: afterwards the network holds no hook or attribute of Opacus.
 
@@ -106,7 +112,7 @@ def train_private_steps(
 
     Raises:
         DataError: No examples.
-        DivergedError: A value is not finite, or an example has no gradient to be compared by.
+        DivergedError: A value is not finite after the noisy steps.
         PrivacyError: Per-example gradients are wrong or missing, or something else than
             `parameters` changed. In either case nothing trained here may be used.
         HomefireError: Opacus is not installed.
@@ -119,7 +125,7 @@ def train_private_steps(
     draws = KeyStream(derive_key(key, "homefire/example-dp/draws/v1"))
     noise = _SecretNoise(parameters, config, derive_key(key, "homefire/example-dp/noise/v1"))
     rate = _sampling_rate(settings, len(examples))
-    check_example_gradients(network, parameters, _probe(examples), mode=config.grad_sample_mode)
+    check_example_gradients(network, parameters, PROBE, mode=config.grad_sample_mode)
     frozen = _state_of_frozen(network, parameters)
     losses: list[torch.Tensor] = []
     tokens = 0
@@ -163,6 +169,9 @@ def example_statement(
 def example_epsilon(costs: Sequence[ExampleDPStatement], *, delta: float) -> float:
     """Epsilon of the noisy steps of all contributions, by Opacus' accountant (PRV).
 
+    Where it is far from private the looser bound by RDP is stated, in as little memory as ever: the
+    steps are the server's to choose.
+
     Args:
         costs: Of each contribution; their own epsilons are not added up, their steps are composed.
         delta: Of all together.
@@ -188,20 +197,21 @@ def example_epsilon(costs: Sequence[ExampleDPStatement], *, delta: float) -> flo
     sampled = any(rate < 1 for _, rate in steps)
     if not sampled or min(z for z, _ in steps) < SMALLEST_PLD_NOISE or unamplified == 0:
         return unamplified
-    return min(_prv_epsilon(tuple(sorted(steps.items())), delta, unamplified), unamplified)
+    return min(_amplified_epsilon(tuple(sorted(steps.items())), delta), unamplified)
 
 
 @lru_cache(maxsize=256)
-def _prv_epsilon(
-    steps: tuple[tuple[tuple[float, float], int], ...], delta: float, unamplified: float
-) -> float:
-    accountant = import_opacus().accountants.PRVAccountant()
-    accountant.history = [(z, rate, count) for (z, rate), count in steps]
-    # The tolerance grows with the losses: their grid would take gigabytes where nothing is private.
-    tolerance = max(0.01, 1e-4 * unamplified)
+def _amplified_epsilon(steps: tuple[tuple[tuple[float, float], int], ...], delta: float) -> float:
+    history = [(z, rate, count) for (z, rate), count in steps]
+    coarse = import_opacus().accountants.RDPAccountant()
+    fine = import_opacus().accountants.PRVAccountant()
+    coarse.history = fine.history = history
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its search for the grid's range
-        return float(accountant.get_epsilon(delta, eps_error=tolerance))
+        warnings.simplefilter("ignore")  # of their search for an order and for the grid's range
+        epsilon = float(coarse.get_epsilon(delta))
+        if epsilon > LARGEST_PRV_EPSILON:
+            return epsilon
+        return float(fine.get_epsilon(delta, eps_error=0.01))
 
 
 def _sampling_rate(settings: LocalTraining, examples: int) -> float:
@@ -226,18 +236,6 @@ class _SecretNoise:
             total: torch.Tensor = parameter.summed_grad  # type: ignore[attr-defined]
             parameter.grad = total + torch.from_numpy(noise).view(total.shape).to(total)
         self.additions += 1
-
-
-def _probe(examples: Sequence[Example]) -> list[Example]:
-    """Two short examples of unlike lengths, where the records allow."""
-    pairs = zip((examples[0], examples[1 % len(examples)]), PROBE_TOKENS, strict=True)
-    return [_shorten(example, tokens) for example, tokens in pairs]
-
-
-def _shorten(example: Example, targets: int) -> Example:
-    start = max(0, example.first_target - targets)
-    tokens = example.tokens[start : example.first_target + targets]
-    return Example(tokens, example.first_target - start)
 
 
 def _state_of_frozen(

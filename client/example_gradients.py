@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from homefire.common.config import GradSampleMode
-from homefire.common.errors import DivergedError, HomefireError, PrivacyError
+from homefire.common.errors import HomefireError, PrivacyError
 from homefire.common.training import IGNORED, Example, collate
 
 TOLERANCE = 1e-3
@@ -45,8 +45,8 @@ def check_example_gradients(
         Nothing changes: the trained tensors have their own values again afterwards.
 
     Raises:
-        DivergedError: An example's gradient is zero or not finite: nothing to be compared.
-        PrivacyError: They differ, or Opacus cannot make them for this network.
+        PrivacyError: They differ, Opacus cannot make them for this network, or one of them is zero
+            or not finite: nothing to be compared.
         HomefireError: Opacus is not installed.
     """
     _check_trained(network, parameters)
@@ -55,7 +55,7 @@ def check_example_gradients(
         norms = torch.stack([torch.stack([g.norm() for g in row]).norm() for row in expected])
         clip = float(norms.min()) / 2  # cuts every example
         if not (math.isfinite(clip) and clip > 0):
-            raise DivergedError(f"an example's gradient has the norm {2 * clip}")
+            raise PrivacyError(f"an example's gradient has the norm {2 * clip}")
         with listening(network, parameters, mode=mode, max_gradient_norm=clip) as hooks:
             fill_gradients(network, parameters, examples, hooks)
             found = [_sampled(parameter, mode) for parameter in parameters]
@@ -143,11 +143,15 @@ def fill_gradients(
 ) -> torch.Tensor:
     """Leave in the parameters what Opacus' optimizer takes from one batch.
 
+    Guarantees:
+        Absent where not finite: an example whose gradient is not finite counts as if it had not
+            been drawn, which moves the sum by no more than any other does. An error, or a sum that
+            is not finite, would be an answer about that example that no noise covers.
+
     Returns:
-        The loss of each example, shape (examples,).
+        The loss of each example that counts, shape (examples,).
 
     Raises:
-        DivergedError: A per-example gradient is not finite.
         PrivacyError: Per-example gradients are missing, or do not fit the batch's gradient.
     """
     ghost = hasattr(hooks, "get_clipping_coef")
@@ -162,6 +166,10 @@ def fill_gradients(
     with _opacus_at_work():
         losses = example_losses(network, batch)
         losses.sum().backward(retain_graph=ghost)  # type: ignore[no-untyped-call]
+        finite = _finite(parameters, len(batch), "ghost" if ghost else "hooks")
+        if not all(finite):
+            kept = [example for example, counts in zip(batch, finite, strict=True) if counts]
+            return fill_gradients(network, parameters, kept, hooks)
         _check_step(parameters, len(batch), "ghost" if ghost else "hooks")
         if ghost:
             factors = hooks.get_clipping_coef()
@@ -185,6 +193,17 @@ def _opacus_at_work() -> Iterator[None]:
             raise PrivacyError(f"Opacus makes no per-example gradients here: {error}") from error
 
 
+def _finite(parameters: Sequence[nn.Parameter], count: int, mode: GradSampleMode) -> list[bool]:
+    """Which examples have a gradient of finite norm in every trained tensor."""
+    finite = torch.ones(count, dtype=torch.bool)
+    for parameter in parameters:
+        found = _sampled(parameter, mode)
+        if len(found) == count:  # else `_check_step` has its say
+            norms = found if mode == "ghost" else _row_norms(found)
+            finite &= norms.isfinite().cpu()
+    return finite.tolist()
+
+
 def _check_step(parameters: Sequence[nn.Parameter], count: int, mode: GradSampleMode) -> None:
     """Per-example gradients must be there, `count` of them, and add up to what autograd found.
 
@@ -199,9 +218,7 @@ def _check_step(parameters: Sequence[nn.Parameter], count: int, mode: GradSample
         bound = float(norms.sum())
         gap = float((total if mode == "ghost" else total - found.sum(0)).norm())
         limit = (1 + TOLERANCE) * bound if mode == "ghost" else TOLERANCE * bound
-        if not math.isfinite(bound):
-            raise DivergedError(f"per-example gradients {where} are not finite")
-        if not gap <= limit + 1e-12:
+        if not (math.isfinite(bound) and gap <= limit + 1e-12):
             raise PrivacyError(f"per-example gradients {where} do not add up to the batch's")
 
 

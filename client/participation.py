@@ -37,7 +37,7 @@ class ParticipationLedger:
 
     @property
     def example_costs(self) -> tuple[ExampleDPStatement, ...]:
-        """What earlier contributions cost each record, oldest first.
+        """What earlier contributions under example-level privacy cost each record, oldest first.
 
         Raises:
             LedgerError: An entry is none of ours.

@@ -220,8 +220,8 @@ class ExampleDPConfig(Frozen):
     delta: float = Field(1e-5, gt=0, lt=1)
     largest_epsilon: Positive = Field(
         10.0,
-        description="Over all contributions: a plan whose steps and batches would pass it is "
-        "answered with zeros.",
+        description="Over all contributions under example-level privacy: a plan whose steps and "
+        "batches would pass it is answered with zeros.",
     )
     grad_sample_mode: GradSampleMode = Field(
         "hooks",
@@ -241,6 +241,16 @@ class DeviceConfig(Frozen):
     participants: int | None = Field(
         None, ge=1, description="In a folder of many users: how many, from the first, take part."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "DeviceConfig":
+        own, dtype = self.example_dp, self.base_model.dtype
+        if own is not None and own.grad_sample_mode == "ghost" and dtype != "float32":
+            raise _RefusedError(
+                f"example_dp.grad_sample_mode ghost cannot bound examples in {dtype}",
+                hint='Use grad_sample_mode = "hooks", or base_model.dtype = "float32".',
+            )
+        return self
 
 
 def load_config(model: type[Model], path: Path) -> Model:

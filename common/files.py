@@ -38,7 +38,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; their names are on the disk when this returns."""
+    """Make a folder and those above it; the names of those made here are then on the disk."""
     if folder.is_dir():
         return
     make_folder(folder.parent)

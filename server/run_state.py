@@ -258,7 +258,7 @@ def costs_too_much(ledger: RunLedger) -> bool:
     """
     if not ledger.unamplified:
         return False
-    asked, stated = ledger.facts["target"], ledger.facts["statement"]
+    asked, stated = ledger.facts.get("target"), ledger.facts["statement"]
     if asked is None or stated["deployment"] is not None:
         return False
     return bool(stated["privacy"]["epsilon_known_cohort"] > asked)

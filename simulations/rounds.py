@@ -59,12 +59,25 @@ def train_shared(run: Run, reporter: Reporter) -> SharedTraining:
     _check_lengths(run, model)
     traffic = _run_rounds(run, reporter)
     rounds = _score_releases(run, model)
-    if any(entry["cohort"] for entry in rounds) and not any(entry["accepted"] for entry in rounds):
+    contributed = any(entry["accepted"] for entry in rounds)
+    if any(entry["cohort"] for entry in rounds) and not contributed:
         raise FederationError(
             "no device contributed anything in any round",
             hint=f"Reasons by count: {_reasons(rounds)}. The warnings above say more.",
         )
+    if contributed and run.experiment.privacy.mechanism == "none" and _has_not_moved(run):
+        raise FederationError(
+            "every device sent zeros in every round: the shared adapter is what it was",
+            hint="Training diverged, or histories are too short; the warnings above say which.",
+        )
     return SharedTraining(model, rounds, traffic)
+
+
+def _has_not_moved(run: Run) -> bool:
+    """Whether rounds were released and the last release is the first one still."""
+    store = releases(run)
+    numbers = store.rounds()
+    return len(numbers) > 1 and store.read(0).vector.tobytes() == store.latest().vector.tobytes()
 
 
 def _reasons(rounds: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -308,8 +308,8 @@ def one_federation(
         killed += was_killed
         if not was_killed:
             break
-        is_older = not rounds_spent(federation.config.output)[1]
-        if backup is None and len(examiner.releases) > 1 and is_older:
+        goes_on = not rounds_spent(federation.config.output)[1]
+        if backup is None and len(examiner.releases) > 1 and goes_on:
             backup = folder / "backup"
             shutil.copytree(federation.config.output, backup)
     examiner.examine_end()

@@ -1,5 +1,6 @@
 """A device that protects its single records too: what leaves, and what its ledger says."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from homefire.client.example_dp import example_epsilon
 from homefire.client.home import Home
 from homefire.client.participation import open_participations
 from homefire.common.config import ExampleDPConfig
+from homefire.common.errors import HomefireError
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS, Clipped
 from homefire.common.protocol import STATISTICS
@@ -102,13 +104,26 @@ def test_all_contributions_together_cost_a_record_no_more_than_its_limit(
 
 
 def test_nothing_instead_of_an_error_where_private_training_diverges(
-    home: Home, plan: RoundPlan
+    home: Home, plan: RoundPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wild = LocalTraining(steps=3, learning_rate=1e38, optimizer="sgd", max_gradient_norm=0)
+    """Step by step the noise adds up to what float32 does not hold."""
+    limit(home, 1e6)
+    wild = LocalTraining(steps=60, learning_rate=3e38, optimizer="sgd", max_gradient_norm=0)
     header = plan.header.model_copy(update={"training": wild})
     assert not answer(home, RoundPlan(header, plan.release)).values.any()
+    assert "not finite" in caplog.text
     with open_participations(home, home.user(0).user_id) as participations:
         assert len(participations.example_costs) == 1
+
+
+def test_a_missing_opacus_costs_nothing(
+    home: Home, plan: RoundPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    with pytest.raises(HomefireError, match="opacus"):
+        Device(home, home.user(0)).answer(plan)
+    with open_participations(home, home.user(0).user_id) as participations:
+        assert participations.ledger.entries == ()
 
 
 def test_the_noise_is_not_repeated(home: Home, plan: RoundPlan, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Opacus' per-example gradients: as autograd's, refused where they are not, gone afterwards."""
 
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -285,6 +286,27 @@ def test_a_sum_that_is_clipped_otherwise_is_refused(
     model, parameters = wear(tiny_base())
     with pytest.raises(PrivacyError, match="per-example gradients"):
         check_example_gradients(model.network, parameters, EXAMPLES, mode="ghost")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_absent_where_not_finite(mode: GradSampleMode) -> None:
+    network = Small(once)
+    parameters = list(network.layer.parameters())
+    with torch.no_grad():
+        network.embedding.weight[60] = math.inf  # in the second example alone
+
+    def filled(batch: Sequence[Example]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        with listening(network, parameters, mode=mode, max_gradient_norm=0.1) as hooks:
+            losses = fill_gradients(network, parameters, batch, hooks)
+            return [p.grad.clone() for p in parameters if p.grad is not None], losses
+
+    (found, losses), (expected, theirs) = filled(EXAMPLES), filled((EXAMPLES[0], EXAMPLES[2]))
+    torch.testing.assert_close(losses, theirs)
+    for ours, other in zip(found, expected, strict=True):
+        assert other.any() and other.isfinite().all()
+        torch.testing.assert_close(ours, other)
+    nothing, none = filled(EXAMPLES[1:2])
+    assert len(none) == 0 and not any(gradient.any() for gradient in nothing)
 
 
 @pytest.mark.parametrize("mode", MODES)

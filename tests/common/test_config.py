@@ -378,3 +378,17 @@ def test_policy_file_with_an_unknown_key_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown key") as caught:
         validate(DevicePolicy, {"lifetime_epsilom": 1}, where="policy.toml")
     assert "lifetime_epsilon" in caught.value.hint
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_ghost_goes_with_float32_alone(mode: str) -> None:
+    protected = {"noise_multiplier": 1.0, "grad_sample_mode": mode}
+    tables: dict[str, Any] = {"base_model": {"dtype": "bfloat16"}, "example_dp": protected}
+    if mode == "hooks":
+        validate(DeviceConfig, tables, where="device.toml")
+        return
+    with pytest.raises(ConfigError, match="ghost cannot bound examples in bfloat16") as error:
+        validate(DeviceConfig, tables, where="device.toml")
+    assert "hooks" in error.value.hint
+    tables["base_model"]["dtype"] = "float32"
+    validate(DeviceConfig, tables, where="device.toml")

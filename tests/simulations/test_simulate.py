@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from homefire.client.home import Home
 from homefire.common.base_model import load_base_model
-from homefire.common.errors import ConfigError
+from homefire.common.errors import ConfigError, FederationError
 from homefire.common.privacy.accounting import gaussian_epsilon, poisson_epsilon
 from homefire.common.records import write_users
 from homefire.simulations import rounds as rounds_module
@@ -309,3 +309,11 @@ def test_a_run_that_is_over_is_only_evaluated_again(
     assert trained_bytes(run) == before
     assert lasting(again) == lasting(report)  # the bytes that travelled among it
     assert load_report(run.folder) == again
+
+
+def test_a_run_of_zeros_is_an_error(make: Prepare) -> None:
+    """Devices that diverge send zeros, which the server cannot tell from updates."""
+    settings = ("local.learning_rate=1e38", 'local.optimizer="sgd"', "local.max_gradient_norm=0")
+    with pytest.raises(FederationError, match="zeros in every round") as error:
+        simulate(make(NO_PRIVACY, *settings), quiet())
+    assert "diverged" in error.value.hint
