@@ -83,15 +83,12 @@ class Device:
             model = _fitting_model(config, plan)
             if isinstance(model, Refusal):
                 return model
-            if config.example_dp is not None:
-                import_opacus()  # where it is missing, nothing is spent
             cost = self._example_cost(config, plan)
-            costs = [*ledger.example_costs, cost] if cost is not None else []
-            is_too_much = config.example_dp is not None and _passes(config.example_dp, costs)
-            ledger.charge(plan, example_dp=None if is_too_much else cost)
-            if is_too_much:
+            if cost is not None and _passes(config.example_dp, [*ledger.example_costs, cost]):
+                ledger.charge(plan)
                 LOG.warning("round %d would cost a record too much: zeros", plan.header.round)
                 return nothing(plan)
+            ledger.charge(plan, example_dp=cost)
             return self._train(config, model, plan)
 
     def _train(self, config: DeviceConfig, model: AdaptedModel, plan: RoundPlan) -> Clipped:
@@ -104,7 +101,10 @@ class Device:
 
     def _example_cost(self, config: DeviceConfig, plan: RoundPlan) -> ExampleDPStatement | None:
         """What the contribution will cost each record, where the device protects those too."""
-        if config.example_dp is None or len(self.user.records) < 2:
+        if config.example_dp is None:
+            return None
+        import_opacus()  # where it is missing, nothing is spent
+        if len(self.user.records) < 2:
             return None
         count = len(split_newest(self.user.records, config.private.validation_share)[0])
         return example_statement(config.example_dp, plan.header.training, examples=count)
@@ -150,9 +150,9 @@ class Device:
         return Examples(*split_newest(encoded, config.private.validation_share))
 
 
-def _passes(own: ExampleDPConfig, costs: Sequence[ExampleDPStatement]) -> bool:
+def _passes(own: ExampleDPConfig | None, costs: Sequence[ExampleDPStatement]) -> bool:
     """Whether contributions cost each record more, all together, than the device allows."""
-    return bool(costs) and example_epsilon(costs, delta=own.delta) > own.largest_epsilon
+    return own is not None and example_epsilon(costs, delta=own.delta) > own.largest_epsilon
 
 
 def _fitting_model(config: DeviceConfig, plan: RoundPlan) -> AdaptedModel | Refusal:

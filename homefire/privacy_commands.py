@@ -110,6 +110,7 @@ def plan(
                             it sees every contribution before the noise. It is
                             a trusted aggregator.
     """
+    from homefire.common.privacy.accounting import default_delta
     from homefire.common.privacy.schedule import Schedule
     from homefire.server import budget
 
@@ -118,7 +119,7 @@ def plan(
         question = budget.Question(
             schedule=schedule,
             mechanism=mechanism,
-            delta=budget.default_delta(users) if delta is None else delta,
+            delta=default_delta(users) if delta is None else delta,
             epsilon=epsilon,
             noise_multiplier=noise_multiplier,
             accountant=accountant,

@@ -7,7 +7,13 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from homefire.common.errors import HomefireError, PrivacyError
-from homefire.common.privacy.accounting import check_delta, check_epsilon, poisson_epsilon
+from homefire.common.privacy.accounting import (
+    MANY_USERS,
+    check_delta,
+    check_epsilon,
+    check_small_delta,
+    poisson_epsilon,
+)
 from homefire.common.privacy.factorization import prefix_error
 from homefire.common.privacy.mechanism import (
     LARGEST_CORRELATED_NOISE,
@@ -32,7 +38,7 @@ from homefire.common.privacy.statement import (
 LEAST_PLANNED_NOISE = 1e-6
 """Less noise than this is none; its squared inverse would leave float64."""
 
-MANY_USERS, MANY_ROUNDS, MANY_STEPS = 10**10, 100_000, 5 * 10**7
+MANY_ROUNDS, MANY_STEPS = 100_000, 5 * 10**7
 """Beyond these an answer would take minutes; the last bounds rounds times bands."""
 
 FEW_USERS, STRONG_EPSILON = 500, 2.0
@@ -83,12 +89,7 @@ class Question:
             )
         check_delta(self.delta)
         _check_size(self.schedule)
-        if self.delta * self.schedule.users >= 1:
-            raise PrivacyError(
-                f"delta {self.delta:g} is not below 1 / {self.schedule.users:,} users: it would "
-                "allow publishing somebody's whole history",
-                hint=f"Use at most {default_delta(self.schedule.users):g}.",
-            )
+        check_small_delta(self.delta, self.schedule.users)
         self._check_target()
 
     def _check_target(self) -> None:
@@ -189,16 +190,6 @@ class Point:
     noise_multiplier: float
     epsilon_release: float
     epsilon_known_cohort: float
-
-
-def default_delta(users: int) -> float:
-    """The smaller of 1e-5 and users^-1.1, rounded down to one digit: below 1 / users.
-
-    >>> [default_delta(users) for users in (1, 1000, 1_000_000)]
-    [1e-05, 1e-05, 2e-07]
-    """
-    digits, exponent = f"{min(1e-5, min(users, MANY_USERS) ** -1.1):.15e}".split("e")
-    return float(f"{digits[0]}e{exponent}")
 
 
 def answer(question: Question) -> Budget:

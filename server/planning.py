@@ -5,6 +5,7 @@ from typing import Any
 
 from homefire.common.config import DeploymentConfig, FederationConfig, PrivacyConfig
 from homefire.common.errors import PrivacyError
+from homefire.common.privacy.accounting import check_small_delta
 from homefire.common.privacy.mechanism import Mechanism, NoPrivacy
 from homefire.common.privacy.schedule import Schedule
 from homefire.common.privacy.statement import PrivacyStatement, calibrate, make_mechanism, state
@@ -98,20 +99,6 @@ def plan_privacy(config: FederationConfig) -> PrivacyPlan:
     mechanism = make_mechanism(privacy.mechanism, z, schedule)
     deployment = DeploymentStatement(large.users, large.cohort, claimed)
     return PrivacyPlan(mechanism, _state(privacy, mechanism, schedule), deployment)
-
-
-def check_small_delta(delta: float | None, users: int) -> None:
-    """Refuse a delta that would let somebody's whole history be published.
-
-    Raises:
-        PrivacyError: Not below one over the number of users.
-    """
-    if delta is not None and delta * users >= 1:
-        raise PrivacyError(
-            f"delta {delta:g} is not below 1 / {users:,} users: it would allow publishing "
-            "somebody's whole history",
-            hint=f"Use at most {min(1e-5, users**-1.1):.1g}.",
-        )
 
 
 def schedule_of(config: FederationConfig) -> Schedule:

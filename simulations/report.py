@@ -105,9 +105,7 @@ def render(report: Mapping[str, Any]) -> str:
             report_headline.deployment_box(report["deployment"]),
             report_sections.utility(report, forest, gains),
             report_sections.training(report["rounds"], rounds),
-            report_sections.audit(
-                report.get("audit"), epsilon_release=report["privacy"]["epsilon_release"]
-            ),
+            report_sections.audit(report.get("audit")),
             report_sections.efficiency(report["efficiency"]),
             report_sections.settings(report),
         ),

@@ -76,7 +76,7 @@ def training(rounds: Sequence[Mapping[str, Any]], plot: Plot | None) -> Markup:
     )
 
 
-def audit(found: Mapping[str, Any] | None, *, epsilon_release: float | None) -> Markup:
+def audit(found: Mapping[str, Any] | None) -> Markup:
     """What `homefire audit` found, against what the run claims; nothing where it was not run."""
     if found is None:
         return Markup()
@@ -106,7 +106,7 @@ def audit(found: Mapping[str, Any] | None, *, epsilon_release: float | None) -> 
         )
     if attack is not None:
         low, high = attack["auc_interval"]
-        holds = not claims.contradicts(attack["epsilon_lower"], epsilon_release)
+        holds = attack["claim_holds"]
         rows += [
             (
                 _noted(
@@ -121,7 +121,7 @@ def audit(found: Mapping[str, Any] | None, *, epsilon_release: float | None) -> 
                 f"The same: ε, lower bound at {attack['confidence']:.0%}",
                 h.number(attack["epsilon_lower"]),
                 _verdict(holds),
-                _limit("ε_release", epsilon_release)
+                _limit("ε_release", attack["epsilon_claimed"])
                 + ("" if holds else ". Chance alone does this to one run in a hundred."),
             ),
         ]

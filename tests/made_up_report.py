@@ -168,6 +168,8 @@ AUDIT: dict[str, Any] = {
         "auc_interval": [0.4375, 0.7875],
         "confidence": 0.99,
         "epsilon_lower": 0.375,
+        "epsilon_claimed": 7.9231,
+        "claim_holds": True,
     },
 }
 

@@ -13,6 +13,9 @@ from homefire.common.errors import HomefireError, PrivacyError
 SMALLEST_PLD_NOISE = 0.2
 """Below this noise multiplier the unamplified value is stated: an upper bound, far from private."""
 
+MANY_USERS = 10**10
+"""More people than there are."""
+
 LARGEST_MU = 1e150
 """Epsilon is about mu^2 / 2; beyond this it leaves float64."""
 
@@ -174,6 +177,30 @@ def check_delta(delta: float) -> None:
     """
     if not 0 < delta < 1:
         raise PrivacyError(f"delta {delta} is not between 0 and 1")
+
+
+def check_small_delta(delta: float | None, users: int) -> None:
+    """Refuse a delta that would let somebody's whole history be published.
+
+    Raises:
+        PrivacyError: Not below one over the number of users.
+    """
+    if delta is not None and delta * users >= 1:
+        raise PrivacyError(
+            f"delta {delta:g} is not below 1 / {users:,} users: it would allow publishing "
+            "somebody's whole history",
+            hint=f"Use at most {default_delta(users):g}.",
+        )
+
+
+def default_delta(users: int) -> float:
+    """The smaller of 1e-5 and users^-1.1, rounded down to one digit: below 1 / users.
+
+    >>> [default_delta(users) for users in (1, 1000, 1_000_000)]
+    [1e-05, 1e-05, 2e-07]
+    """
+    digits, exponent = f"{min(1e-5, min(users, MANY_USERS) ** -1.1):.15e}".split("e")
+    return float(f"{digits[0]}e{exponent}")
 
 
 def check_epsilon(epsilon: float) -> None:

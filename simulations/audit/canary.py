@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from homefire.common.claims import contradicts
 from homefire.common.errors import PrivacyError
 from homefire.common.privacy.accounting import check_delta, gaussian_epsilon
 from homefire.common.privacy.clipping import STEPS, Clipped, clip_to_grid
@@ -78,7 +79,7 @@ class CanaryAudit:
     @property
     def claim_holds(self) -> bool:
         """Whether the lower bound does not exceed what is claimed."""
-        return self.epsilon_claimed is None or self.epsilon_lower <= self.epsilon_claimed
+        return not contradicts(self.epsilon_lower, self.epsilon_claimed)
 
     @property
     def conclusive(self) -> bool:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from homefire.common.errors import PrivacyError
 from homefire.common.privacy.accounting import (
+    MANY_USERS,
     calibrate_poisson,
+    default_delta,
     gaussian_epsilon,
     gaussian_mu,
     poisson_epsilon,
@@ -23,13 +25,11 @@ from homefire.common.privacy.mechanism import LARGEST_CORRELATED_NOISE
 from homefire.common.privacy.schedule import Schedule
 from homefire.server.budget import (
     MANY_ROUNDS,
-    MANY_USERS,
     Budget,
     Question,
     alternatives,
     answer,
     curve,
-    default_delta,
     refused_share,
 )
 

@@ -23,6 +23,7 @@ from homefire.common.config import (
 from homefire.common.errors import HomefireError, PrivacyError
 from homefire.common.privacy.accounting import (
     calibrate_poisson,
+    check_small_delta,
     gaussian_epsilon,
     poisson_epsilon,
 )
@@ -31,7 +32,7 @@ from homefire.common.privacy.mechanism import BandedSqrt, Gaussian, NoPrivacy
 from homefire.common.training import LocalTraining
 from homefire.server import app
 from homefire.server.app import open_federation
-from homefire.server.planning import PrivacyPlan, check_small_delta, plan_privacy
+from homefire.server.planning import PrivacyPlan, plan_privacy
 
 DELTA = 1e-5
 DEPLOYMENT = DeploymentConfig(users=50_000, cohort=500, rounds=200)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from made_up_report import AUDIT, DEPLOYMENT, MADE_UP, Page, made_up_group
 
+from homefire.common.claims import contradicts
 from homefire.common.errors import DataError, HomefireError
 from homefire.simulations.report import load_report, render, write_report
 from homefire.simulations.report_html import flatten
@@ -172,8 +173,10 @@ def test_an_audit_that_contradicts_the_claim_says_so(report: dict[str, Any]) -> 
 def test_the_membership_bound_stands_beside_the_runs_claim(
     report: dict[str, Any], claim: float | None, words: str
 ) -> None:
-    report["privacy"]["epsilon_release"] = claim
-    text = audit_of(Page(render(report | {"audit": AUDIT})))
+    found = copy.deepcopy(AUDIT)
+    holds = not contradicts(found["membership"]["epsilon_lower"], claim)
+    found["membership"] |= {"epsilon_claimed": claim, "claim_holds": holds}
+    text = audit_of(Page(render(report | {"audit": found})))
     assert f"The same: ε, lower bound at 99% 0.375 {words}" in text
 
 
