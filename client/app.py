@@ -7,13 +7,16 @@ one folder holds many simulated users, the node's `partition-id` says which one 
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from traceback import format_tb
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from homefire.client.device import Device
+from homefire.client.device import Device, Task
 from homefire.client.home import Home
 from homefire.common.errors import (
     ConfigError,
@@ -23,6 +26,7 @@ from homefire.common.errors import (
     ProtocolError,
     SignatureError,
 )
+from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import Clipped
 from homefire.common.protocol import (
     ACTION,
@@ -36,6 +40,24 @@ app = ClientApp()
 LOG = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A message whose plan was admitted and charged, and what is left to do for it."""
+
+    message: Message
+    device: Device
+    task: Task
+
+    def answer(self, clipped: Clipped) -> Message:
+        """The signed contribution.
+
+        Raises:
+            DeviceError: As `contribute`.
+        """
+        with _constant_error():
+            return _contribution(self.message, self.device, self.task.plan, clipped)
+
+
 @app.train(ACTION)
 def contribute(message: Message, context: Context) -> Message:
     """Answer a round plan with a contribution or a refusal.
@@ -47,6 +69,23 @@ def contribute(message: Message, context: Context) -> Message:
     Raises:
         DeviceError: Always with the same text.
     """
+    admitted = admit(message, context)
+    if isinstance(admitted, Message):
+        return admitted
+    with _constant_error():
+        clipped = admitted.task.train()
+    return admitted.answer(clipped)
+
+
+def admit(message: Message, context: Context) -> Message | Admitted:
+    """All that comes before training: what is admitted is charged.
+
+    Returns:
+        The answer, where nothing is left to be trained: a refusal, or zeros.
+
+    Raises:
+        DeviceError: As `contribute`.
+    """
     try:
         plan = decode_plan(message.content)
     except SignatureError as error:
@@ -55,19 +94,30 @@ def contribute(message: Message, context: Context) -> Message:
     except ProtocolError as error:
         refusal = Refusal(reason="malformed plan", detail=str(error)[:500])
         return Message(encode_refusal(refusal), reply_to=message)
-    try:
+    with _constant_error():
         device = open_device(context)
-        answer = device.answer(plan)
-        if isinstance(answer, Clipped):
-            key = device.home.identity(device.user.user_id)
-            content = encode_contribution(plan, answer, node=context.node_id, key=key)
-        else:
-            content = encode_refusal(answer)
-    except Exception as error:  # noqa: BLE001 - whatever it was, the server gets the same words
+        admitted = device.admit(plan)
+        if isinstance(admitted, Task):
+            return Admitted(message, device, admitted)
+        if isinstance(admitted, Clipped):
+            return _contribution(message, device, plan, admitted)
+        return Message(encode_refusal(admitted), reply_to=message)
+
+
+def _contribution(message: Message, device: Device, plan: RoundPlan, clipped: Clipped) -> Message:
+    key, node = device.home.identity(device.user.user_id), message.metadata.dst_node_id
+    return Message(encode_contribution(plan, clipped, node=node, key=key), reply_to=message)
+
+
+@contextmanager
+def _constant_error() -> Iterator[None]:
+    """Whatever it was that went wrong, the server gets the same words."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
         # Flower would send the error's own words to the server, and log those of its causes.
         _log_failure(error)
         raise DeviceError("the device could not answer; its own log says why") from None
-    return Message(content, reply_to=message)
 
 
 def _log_failure(error: Exception) -> None:

@@ -2,10 +2,11 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from threading import Lock
 
 import numpy as np
 
@@ -30,11 +31,11 @@ from homefire.common.privacy.clipping import Clipped, clip_to_grid, is_clipped
 from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal
 from homefire.common.records import User, split_newest
 from homefire.common.training import (
+    Encoded,
     Example,
     LocalTraining,
     batch_seed,
     cycle_batches,
-    encode,
     train,
 )
 
@@ -56,6 +57,14 @@ class Device:
     def answer(self, plan: RoundPlan) -> Clipped | Refusal:
         """Check a plan against policy and ledger, charge, train on this user's records, clip.
 
+        What `admit` guarantees and raises holds here.
+        """
+        admitted = self.admit(plan)
+        return admitted.train() if isinstance(admitted, Task) else admitted
+
+    def admit(self, plan: RoundPlan) -> "Task | Clipped | Refusal":
+        """Check a plan against policy and ledger, and charge: all that comes before training.
+
         Args:
             plan: Its signature is verified already.
 
@@ -71,6 +80,9 @@ class Device:
                 history, and could be asked for again and again.
             Own settings: nothing but the plan's local training and privacy block comes from the
                 server; policy, base model and history are this device's own.
+
+        Returns:
+            What is left to train, or the answer where nothing is.
 
         Raises:
             LedgerError: The ledger is damaged, rolled back or in use.
@@ -89,15 +101,20 @@ class Device:
                 LOG.warning("round %d would cost a record too much: zeros", plan.header.round)
                 return nothing(plan)
             ledger.charge(plan, example_dp=cost)
-            return self._train(config, model, plan)
+        return self.task(model, plan)
 
-    def _train(self, config: DeviceConfig, model: AdaptedModel, plan: RoundPlan) -> Clipped:
+    def task(self, model: AdaptedModel, plan: RoundPlan) -> "Task | Clipped":
+        """What a plan that was charged leaves to be trained; zeros where the history is too short.
+
+        Args:
+            model: This device's, made for the plan.
+            plan: Admitted.
+        """
         if len(self.user.records) < 2:
             return nothing(plan)
+        config = self.home.config
         examples = self.examples(model, config, plan.header.training.max_tokens).training
-        if config.example_dp is not None:
-            return contribute_privately(model, plan, examples, config.example_dp)
-        return contribute(model, plan, examples, user_id=self.user.user_id)
+        return Task(model, plan, examples, self.user.user_id, config.example_dp)
 
     def _example_cost(self, config: DeviceConfig, plan: RoundPlan) -> ExampleDPStatement | None:
         """What the contribution will cost each record, where the device protects those too."""
@@ -128,26 +145,37 @@ class Device:
             examples.training,
             examples.validation,
             config.private,
-            seed=batch_seed("private", self.user.user_id, seed),
+            seed=self.private_seed(seed),
             on=(SHARED,) if on_shared else (),
         )
+        self.keep_private(model, result, release=release if on_shared else None)
+        return result
+
+    def private_seed(self, seed: int) -> int:
+        """Of the batch order of this user's private training."""
+        return batch_seed("private", self.user.user_id, seed)
+
+    def keep_private(
+        self, model: AdaptedModel, result: PrivateResult, *, release: Vector | None
+    ) -> None:
+        """Store a private adapter that was trained on top of a release, or of the base model."""
         about = {
             "base_model": model.base.fingerprint,
             "adapter_digest": model.specs[PRIVATE].digest,
-            "release_digest": release_digest(release) if on_shared else None,
+            "release_digest": None if release is None else release_digest(release),
             "best_step": result.best_step,
             "validation_before": result.validation_before,
             "validation_after": result.validation_after,
         }
         self.home.save_private(self.user.user_id, PrivateAdapter(result.vector, about))
-        return result
 
     def examples(self, model: AdaptedModel, config: DeviceConfig, max_tokens: int) -> "Examples":
         """This user's records as token ids; the validation slice is the newest part."""
-        encoded = tuple(
-            encode(model.base.tokenizer, record, max_tokens) for record in self.user.records
+        older, newest = split_newest(self.user.records, config.private.validation_share)
+        tokenizer = model.base.tokenizer
+        return Examples(
+            Encoded(tokenizer, older, max_tokens), Encoded(tokenizer, newest, max_tokens)
         )
-        return Examples(*split_newest(encoded, config.private.validation_share))
 
 
 def _passes(own: ExampleDPConfig | None, costs: Sequence[ExampleDPStatement]) -> bool:
@@ -195,8 +223,40 @@ def _unfit(plan: RoundPlan, model: AdaptedModel) -> Refusal | None:
 class Examples:
     """A history as token ids: what is trained on, and the slice that choices are made on."""
 
-    training: tuple[Example, ...]
-    validation: tuple[Example, ...]
+    training: Sequence[Example]
+    validation: Sequence[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A plan that was admitted and charged, and what it is carried out on.
+
+    Attributes:
+        model: This device's, made for the plan.
+        plan: What the server asked.
+        examples: What this user's device trains on.
+        user_id: Enters only the order of the batches.
+        example_dp: How single records are protected too, if they are.
+    """
+
+    model: AdaptedModel
+    plan: RoundPlan
+    examples: Sequence[Example]
+    user_id: str
+    example_dp: ExampleDPConfig | None = None
+
+    def train(self) -> Clipped:
+        """Train and clip; see `contribute` and `contribute_privately`."""
+        if self.example_dp is not None:
+            return contribute_privately(
+                self.model, self.plan, tuple(self.examples), self.example_dp
+            )
+        return contribute(self.model, self.plan, self.examples, user_id=self.user_id)
+
+    def batches(self) -> Iterator[list[Example]]:
+        """The batches of the plan's K steps."""
+        header = self.plan.header
+        return local_batches(self.examples, header.training, order=(self.user_id, header.round))
 
 
 def nothing(plan: RoundPlan) -> Clipped:
@@ -206,7 +266,7 @@ def nothing(plan: RoundPlan) -> Clipped:
 
 
 def contribute(
-    model: AdaptedModel, plan: RoundPlan, examples: tuple[Example, ...], *, user_id: str
+    model: AdaptedModel, plan: RoundPlan, examples: Sequence[Example], *, user_id: str
 ) -> Clipped:
     """Train from the release for exactly K steps and clip the difference.
 
@@ -225,6 +285,18 @@ def contribute(
     update, mean_loss = local_update(
         model, plan.release, examples, header.training, order=(user_id, header.round)
     )
+    return bounded(plan, update, mean_loss)
+
+
+def bounded(plan: RoundPlan, update: Vector, mean_loss: float) -> Clipped:
+    """What may leave of an update: clipped with its statistics, zeros where training diverged.
+
+    Args:
+        plan: What the server asked.
+        update: Unclipped, shape (adapter parameters,).
+        mean_loss: Over the steps, in nats.
+    """
+    header = plan.header
     if not (math.isfinite(mean_loss) and np.isfinite(update).all()):
         LOG.warning("training diverged under the plan of round %d: zeros are sent", header.round)
         return nothing(plan)
@@ -233,7 +305,7 @@ def contribute(
 
 
 def contribute_privately(
-    model: AdaptedModel, plan: RoundPlan, examples: tuple[Example, ...], config: ExampleDPConfig
+    model: AdaptedModel, plan: RoundPlan, examples: Sequence[Example], config: ExampleDPConfig
 ) -> Clipped:
     """As `contribute`, with example-level DP-SGD on the device.
 
@@ -266,7 +338,7 @@ def _with_statistics(update: Vector, loss: float, clip_norm: float) -> Clipped:
 def local_update(
     model: AdaptedModel,
     release: Vector,
-    examples: tuple[Example, ...],
+    examples: Sequence[Example],
     settings: LocalTraining,
     *,
     order: tuple[str, int],
@@ -285,15 +357,29 @@ def local_update(
     """
     model.load(SHARED, release)
     parameters = model.activate(SHARED, train=SHARED)
-    seed = batch_seed("shared", *order, settings.seed)
-    batches = cycle_batches(examples, batch_size=settings.batch_size, seed=seed)
-    log = train(model.network, parameters, islice(batches, settings.steps), settings)
+    log = train(model.network, parameters, local_batches(examples, settings, order=order), settings)
     return model.vector(SHARED) - release, log.mean_loss
 
 
+def local_batches(
+    examples: Sequence[Example], settings: LocalTraining, *, order: tuple[str, int]
+) -> Iterator[list[Example]]:
+    """The batches of K steps; their order follows from user, round and the plan's seed."""
+    seed = batch_seed("shared", *order, settings.seed)
+    batches = cycle_batches(examples, batch_size=settings.batch_size, seed=seed)
+    return islice(batches, settings.steps)
+
+
+_ONE_AT_A_TIME = Lock()
+
+
 def adapted_model(config: DeviceConfig, shared: AdapterConfig) -> AdaptedModel:
-    """This device's base model with a shared and a private adapter, kept for the next call."""
-    return _adapted_model(config.base_model, shared, config.private.adapter)
+    """This device's base model with a shared and a private adapter, kept for the next call.
+
+    All threads get the same one.
+    """
+    with _ONE_AT_A_TIME:
+        return _adapted_model(config.base_model, shared, config.private.adapter)
 
 
 @lru_cache(maxsize=1)

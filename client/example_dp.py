@@ -28,9 +28,10 @@ from homefire.client.example_gradients import (
 )
 from homefire.common.config import ExampleDPConfig
 from homefire.common.errors import DataError, DivergedError, PrivacyError
+from homefire.common.optimizer import make_optimizer
 from homefire.common.privacy.accounting import SMALLEST_PLD_NOISE, gaussian_epsilon
 from homefire.common.privacy.randomness import KeyStream, derive_key, new_key
-from homefire.common.training import Example, LocalTraining, TrainingLog, make_optimizer
+from homefire.common.training import Example, LocalTraining, TrainingLog
 
 UNIT = "one record of this user's history"
 ADJACENCY = "zero-out"

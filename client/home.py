@@ -13,6 +13,7 @@ ledgers. Files are plain: this is the store of simulations and try-outs.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homefire.common.adapter import Vector
-from homefire.common.config import DeviceConfig, load_config
+from homefire.common.config import DeviceConfig, Model, load_config
 from homefire.common.errors import AdapterError, ConfigError
 from homefire.common.keystore import Keystore
 from homefire.common.policy import DevicePolicy
@@ -51,7 +52,7 @@ class Home:
     @property
     def config(self) -> DeviceConfig:
         """The device's own settings."""
-        return load_config(DeviceConfig, self.folder / "device.toml")
+        return _read_once(DeviceConfig, self.folder / "device.toml")
 
     @property
     def policy(self) -> DevicePolicy:
@@ -60,7 +61,7 @@ class Home:
         Raises:
             ConfigError: The file is missing or wrong: then nothing may be asked.
         """
-        return load_config(DevicePolicy, self.folder / "policy.toml")
+        return _read_once(DevicePolicy, self.folder / "policy.toml")
 
     @property
     def keystore(self) -> Keystore:
@@ -116,6 +117,21 @@ class Home:
 
     def _private_path(self, user_id: str) -> Path:
         return self.folder / "private" / file_name(user_id) / "adapter.safetensors"
+
+
+def _read_once(model: type[Model], path: Path) -> Model:
+    """Settings, read again only when their file has changed."""
+    try:
+        now = path.stat()
+    except OSError:
+        return load_config(model, path)  # which says what is wrong
+    settings: Model = _settings(model, path, now.st_ino, now.st_size, now.st_mtime_ns)
+    return settings
+
+
+@lru_cache(maxsize=8)
+def _settings(model: type[Model], path: Path, *state: int) -> Model:
+    return load_config(model, path)
 
 
 def file_name(user_id: str) -> str:

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from homefire.common.base_model import bos_id
 from homefire.common.encoding import digest
 from homefire.common.errors import DataError
+from homefire.common.optimizer import make_optimizer
 from homefire.common.records import Record
 
 IGNORED = -100
@@ -88,6 +89,35 @@ def encode(tokenizer: Any, record: Record, max_tokens: int) -> Example:
     if len(tokens) <= len(head):
         raise DataError("a record has no tokens to predict", reason="empty text")
     return Example(tuple(tokens), len(head))
+
+
+class Encoded(Sequence[Example]):
+    """Records as token ids, each encoded when it is first asked for."""
+
+    def __init__(self, tokenizer: Any, records: Sequence[Record], max_tokens: int) -> None:
+        self._tokenizer, self._records, self._max_tokens = tokenizer, records, max_tokens
+        self._known: dict[int, Example] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """One example or several.
+
+        Raises:
+            DataError: A record of which nothing is left to predict.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        if number not in self._known:
+            record = self._records[number]
+            self._known[number] = encode(self._tokenizer, record, self._max_tokens)
+        return self._known[number]
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, max_tokens: int) -> list[int]:
@@ -183,15 +213,6 @@ def take_step(
         nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
     optimizer.step()
     return float(loss.detach())
-
-
-def make_optimizer(
-    parameters: Sequence[nn.Parameter], settings: LocalTraining
-) -> torch.optim.Optimizer:
-    """The local optimizer."""
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.learning_rate)
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
 
 
 def cycle_batches(

@@ -223,7 +223,8 @@ def _collect(
         )
         for node in cohort
     )
-    waiting = {identifier for identifier in grid.push_messages(list(messages)) if identifier}
+    # In the order of pushing: who works in that order need not keep answers until their turn.
+    waiting = dict.fromkeys(i for i in grid.push_messages(messages) if i)
     unsent = len(cohort) - len(waiting)
     inbox = Inbox(grid, largest=4 * federation.vector_size + LARGEST_ENVELOPE)
     for answer in _replies(inbox, waiting, deadline):
@@ -233,7 +234,7 @@ def _collect(
     return current
 
 
-def _replies(inbox: Inbox, waiting: set[str], deadline: float) -> Iterator[Answer]:
+def _replies(inbox: Inbox, waiting: dict[str, None], deadline: float) -> Iterator[Answer]:
     """Replies one by one as they arrive; what is late stays in `waiting`."""
     end = time.monotonic() + deadline
     pause = SHORTEST_POLL
@@ -241,7 +242,7 @@ def _replies(inbox: Inbox, waiting: set[str], deadline: float) -> Iterator[Answe
         arrived = False
         for identifier, answer in inbox.pull(list(waiting)):
             arrived = True
-            waiting.discard(identifier)
+            waiting.pop(identifier, None)
             yield answer
         pause = SHORTEST_POLL if arrived else min(LONGEST_POLL, 1.5 * pause)
         if not arrived:

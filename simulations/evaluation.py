@@ -6,19 +6,21 @@ trained on the bare base with the same budget, shared and private together, and 
 gives as well belongs to the domain, not to the person.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
+import numpy as np
 
 from homefire.client.personalize.private import PRIVATE, SHARED
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
 from homefire.common.records import Record
-from homefire.common.training import encode, mean_loss, perplexity, prompt_tokens
+from homefire.common.training import Example, encode, perplexity, prompt_tokens
+from homefire.simulations.bank import LoraBank
+from homefire.simulations.cohort import Sampling, mean_losses, reply
 from homefire.simulations.experiment import EvaluationConfig
 from homefire.simulations.metrics import compare, rouge_l
 
@@ -62,58 +64,84 @@ class UserScores:
     rouge_l: dict[str, float | None] = field(default_factory=dict)
 
 
-def score_user(
+def score_users(
+    bank: LoraBank,
     model: AdaptedModel,
-    records: Sequence[Record],
-    vectors: PrivateVectors,
+    users: Sequence[Sequence[Record]],
+    vectors: Sequence[PrivateVectors],
     config: EvaluationConfig,
-) -> UserScores:
-    """Score one user's held-out records under every variant.
+) -> list[UserScores]:
+    """Score many users' held-out records under every variant.
 
     Args:
-        model: The shared adapter holds the release.
-        records: The newest part of this user's history.
-        vectors: Private adapters.
-        config: Lengths and how many replies to generate.
+        bank: Of the private adapter.
+        model: The bank's; its shared adapter holds the release.
+        users: The newest part of each user's history.
+        vectors: Each user's private adapters.
+        config: Lengths, and how many replies to generate.
     """
-    tokenizer = model.base.tokenizer
-    examples = [encode(tokenizer, record, config.max_tokens) for record in records]
-    prompted = [record for record in records if record.prompt is not None][: config.generated]
-    scores = UserScores()
-    layers: dict[str, tuple[tuple[str, ...], Callable[[], Vector] | None]] = {
+    examples = [held_out_examples(model, records, config) for records in users]
+    prompted = [[r for r in records if r.prompt is not None] for records in users]
+    prompted = [records[: config.generated] for records in prompted]
+    scores = [UserScores() for _ in users]
+    spec = model.specs[PRIVATE]
+    variants: dict[str, tuple[tuple[str, ...], str | None]] = {
         "base": ((), None),
         "shared": ((SHARED,), None),
-        "private_only": ((PRIVATE,), vectors.alone),
-        "shared_private": ((SHARED, PRIVATE), vectors.own),
-        "other_private": ((SHARED, PRIVATE), vectors.other),
+        "private_only": ((), "alone"),
+        "shared_private": ((SHARED,), "own"),
+        "other_private": ((SHARED,), "other"),
     }
-    for variant, (active, vector) in layers.items():
-        if vector is not None:
-            model.load(PRIVATE, vector())
-        model.activate(*active)
-        scores.loss[variant], scores.tokens = mean_loss(model.network, examples)
-        scores.rouge_l[variant] = _mean_rouge(model, prompted, config) if prompted else None
-    model.activate()
+    for variant, (under, which) in variants.items():
+        bank.close(under=under)
+        if which is not None:
+            bank.open(len(users), under=under, train=False)
+            bank.load(np.stack([getattr(each, which)() for each in vectors]), spec.slots)
+        losses, tokens = mean_losses(bank, examples)
+        rouge = _mean_rouge(bank, model, prompted, config)
+        for user, score in enumerate(scores):
+            score.loss[variant], score.tokens = float(losses[user]), tokens[user]
+            score.rouge_l[variant] = rouge[user]
+    bank.close()
     return scores
 
 
-def base_and_shared_loss(
-    model: AdaptedModel, records: Sequence[Record], *, max_tokens: int
-) -> tuple[float, float]:
-    """Mean token loss of one user's records: of the base model, and with the shared adapter.
+def held_out_examples(
+    model: AdaptedModel, records: Sequence[Record], config: EvaluationConfig
+) -> list[Example]:
+    """What is scored of one user: the newest records, oldest first, up to `config.most_tokens`."""
+    examples: list[Example] = []
+    left = math.inf if config.most_tokens is None else config.most_tokens
+    for record in reversed(records):
+        example = encode(model.base.tokenizer, record, config.max_tokens)
+        left -= example.targets
+        if left < 0 and examples:
+            break
+        examples.insert(0, example)
+    return examples
+
+
+def base_and_shared_losses(
+    bank: LoraBank,
+    model: AdaptedModel,
+    users: Sequence[Sequence[Record]],
+    config: EvaluationConfig,
+) -> list[tuple[float, float]]:
+    """Each user's mean token loss: of the base model, and with the shared adapter.
 
     Args:
-        model: The shared adapter holds the release; left as the bare base model.
-        records: Of one user.
-        max_tokens: What is read of each record.
+        bank: Any of the model; left closed.
+        model: Its shared adapter holds the release.
+        users: Records by user.
+        config: What is read of them.
     """
-    examples = [encode(model.base.tokenizer, record, max_tokens) for record in records]
-    model.activate()
-    base, _ = mean_loss(model.network, examples)
-    model.activate(SHARED)
-    shared, _ = mean_loss(model.network, examples)
-    model.activate()
-    return base, shared
+    examples = [held_out_examples(model, records, config) for records in users]
+    bank.close()
+    base, _ = mean_losses(bank, examples)
+    bank.close(under=(SHARED,))
+    shared, _ = mean_losses(bank, examples)
+    bank.close()
+    return [(float(b), float(s)) for b, s in zip(base, shared, strict=True)]
 
 
 def summarize(scores: Sequence[UserScores], *, seed: int) -> dict[str, Any] | None:
@@ -152,37 +180,54 @@ def summarize(scores: Sequence[UserScores], *, seed: int) -> dict[str, Any] | No
     }
 
 
-def _mean_rouge(model: AdaptedModel, records: Sequence[Record], config: EvaluationConfig) -> float:
-    replies = generate(model, [record.prompt or "" for record in records], config)
-    return fmean(
-        rouge_l(reply, record.text) for reply, record in zip(replies, records, strict=True)
-    )
+def _mean_rouge(
+    bank: LoraBank,
+    model: AdaptedModel,
+    users: Sequence[Sequence[Record]],
+    config: EvaluationConfig,
+) -> list[float | None]:
+    """Each user's mean ROUGE-L over greedy replies; None without prompted records."""
+    if not any(users):
+        return [None] * len(users)
+    prompts = [[record.prompt or "" for record in records] for records in users]
+    found: list[float | None] = []
+    for replies, records in zip(generate(bank, model, prompts, config), users, strict=True):
+        pairs = zip(replies, records, strict=True)
+        values = [rouge_l(reply, record.text) for reply, record in pairs]
+        found.append(fmean(values) if values else None)
+    return found
 
 
-@torch.inference_mode()
-def generate(model: AdaptedModel, prompts: Sequence[str], config: EvaluationConfig) -> list[str]:
-    """Greedy replies to a few prompts in one batch, padded on the left.
+def generate(
+    bank: LoraBank,
+    model: AdaptedModel,
+    users: Sequence[Sequence[str]],
+    config: EvaluationConfig,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[str]]:
+    """Replies to a few prompts of each user, in one batch.
 
     Args:
-        model: With the wanted adapters active.
-        prompts: Plain text; they go through the chat template as in training.
+        bank: With the wanted adapters active, open for these users or closed.
+        model: The bank's.
+        users: Prompts as plain text; they go through the chat template as in training.
         config: Lengths.
+        temperature: 0 is greedy.
+        seed: Of drawn replies.
     """
     tokenizer = model.base.tokenizer
-    rows = [prompt_tokens(tokenizer, prompt, config.max_tokens) for prompt in prompts]
-    longest = max(len(row) for row in rows)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    device = next(model.network.parameters()).device
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=config.reply_tokens,
-        do_sample=False,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+    rows = [[prompt_tokens(tokenizer, prompt, config.max_tokens) for prompt in u] for u in users]
+    end = tokenizer.eos_token_id
+    sampling = Sampling(
+        most_tokens=config.reply_tokens,
+        pad=tokenizer.pad_token_id,
+        end=() if end is None else (end,),
+        temperature=temperature,
+        seed=seed,
     )
-    output = model.network.generate(  # type: ignore[operator]
-        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-    )
-    texts: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-    return texts
+    return [
+        tokenizer.batch_decode(replies, skip_special_tokens=True)
+        for replies in reply(bank, rows, sampling)
+    ]

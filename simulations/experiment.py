@@ -23,6 +23,7 @@ from homefire.common.config import (
 from homefire.common.errors import ConfigError
 from homefire.common.policy import DevicePolicy
 from homefire.common.training import LocalTraining
+from homefire.simulations.engine_config import AvailabilityConfig, EngineConfig
 from homefire.simulations.populations import PopulationConfig, Synthetic
 
 
@@ -31,6 +32,9 @@ class EvaluationConfig(Frozen):
 
     held_out: float = Field(0.2, gt=0, lt=1, description="Newest share of each history.")
     max_tokens: int = Field(64, ge=4)
+    most_tokens: int | None = Field(
+        None, ge=1, description="Predicted tokens per user: the newest records; all if absent."
+    )
     curve_users: int = Field(
         8, ge=0, description="Users whose validation slice is scored per round"
     )
@@ -56,6 +60,8 @@ class Experiment(Frozen):
     example_dp: ExampleDPConfig | None = Field(
         None, description="Devices protect single records too, by DP-SGD; needs Opacus."
     )
+    engine: EngineConfig = EngineConfig()
+    devices: AvailabilityConfig = AvailabilityConfig()
     policy: DevicePolicy | None = Field(
         None, description="Of all devices; by default it accepts what the run announces, no less."
     )

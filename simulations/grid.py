@@ -24,7 +24,7 @@ from homefire.common.errors import HomefireError
 LOG = logging.getLogger(__name__)
 
 # What data, files and arithmetic bring about: an error reply, as from a device far away.
-_DEVICE_ERRORS = (HomefireError, ArithmeticError, LookupError, OSError, RuntimeError, ValueError)
+DEVICE_ERRORS = (HomefireError, ArithmeticError, LookupError, OSError, RuntimeError, ValueError)
 
 
 @dataclass(slots=True)
@@ -135,21 +135,28 @@ class InProcessGrid(Grid):
         return reply
 
     def _call_device(self, node: int, message: Message) -> Message:
-        context = Context(
-            run_id=self._run.run_id,
-            node_id=node,
-            node_config={"partition-id": node - 1, "home": str(self._home)},
-            state=RecordDict(),
-            run_config={},
-        )
         try:
-            return self._client_app(message, context)
-        except _DEVICE_ERRORS as error:
-            # As on a real device: the server learns that this one failed, and goes on.
-            LOG.warning("device %d failed: %s", node, error)
-            reason = f"{type(error).__name__}"
-            failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
-            return Message(failure, reply_to=message)
+            return self._client_app(message, device_context(self._run.run_id, node, self._home))
+        except DEVICE_ERRORS as error:
+            return failure(message, error)
+
+
+def device_context(run: int, node: int, home: Path) -> Context:
+    """What Flower hands to the app of a simulated device: node i + 1 is user i of the home."""
+    return Context(
+        run_id=run,
+        node_id=node,
+        node_config={"partition-id": node - 1, "home": str(home)},
+        state=RecordDict(),
+        run_config={},
+    )
+
+
+def failure(message: Message, error: Exception) -> Message:
+    """As from a real device: the server learns that this one failed, and goes on."""
+    LOG.warning("device %d failed: %s", message.metadata.dst_node_id, error)
+    code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    return Message(Error(code=code, reason=type(error).__name__), reply_to=message)
 
 
 def _content_bytes(message: Message) -> int:

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from homefire.common.adapted_model import AdaptedModel
 from homefire.common.config import PrivacyConfig
 from homefire.common.errors import ConfigError
 from homefire.common.files import write_atomically
 from homefire.common.privacy.schedule import Schedule
-from homefire.simulations.evaluation import base_and_shared_loss
+from homefire.simulations.engine import CohortEngine
 from homefire.simulations.experiment import Experiment
 from homefire.simulations.metrics import PairedComparison, compare
 from homefire.simulations.preparation import Run, prepare
@@ -120,9 +119,7 @@ def _measure(name: str, run: Run, reporter: Reporter, *, users: int) -> Mechanis
         range(run.training, run.training + min(users, run.unseen)),
     )
     with reporter.phase(SCORING, sum(len(group) for group in groups)) as advance:
-        scores = [
-            [_score(run, shared.model, number, advance) for number in group] for group in groups
-        ]
+        scores = [_score(run, shared.engine, group, advance) for group in groups]
     seed = run.experiment.seed
     return MechanismResult(
         name=name,
@@ -134,12 +131,17 @@ def _measure(name: str, run: Run, reporter: Reporter, *, users: int) -> Mechanis
     )
 
 
-def _score(run: Run, model: AdaptedModel, number: int, advance: Advance) -> tuple[float, float]:
-    """Base and shared loss of one user."""
-    tokens = run.experiment.evaluation.max_tokens
-    losses = base_and_shared_loss(model, run.held_out[number].records, max_tokens=tokens)
-    advance()
-    return losses
+def _score(
+    run: Run, engine: CohortEngine, numbers: Sequence[int], advance: Advance
+) -> list[tuple[float, float]]:
+    """Base and shared loss of each user."""
+    experiment, found = run.experiment, []
+    for losses in engine.base_and_shared(
+        run.held_out, numbers, experiment.evaluation, experiment.private.training
+    ):
+        found.append(losses)
+        advance()
+    return found
 
 
 def _means(scores: Sequence[Sequence[tuple[float, float]]], part: int) -> tuple[float, float]:

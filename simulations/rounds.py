@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from flwr.app import Context, RecordDict
 
-from homefire.client.app import app as client_app
 from homefire.client.device import Device, Examples, adapted_model
 from homefire.client.personalize.private import SHARED
 from homefire.common.adapted_model import AdaptedModel
@@ -19,7 +18,9 @@ from homefire.common.training import mean_loss
 from homefire.server.app import app as server_app
 from homefire.server.releases import ReleaseStore
 from homefire.server.run_state import rounds_spent
-from homefire.simulations.grid import InProcessGrid, Traffic
+from homefire.simulations.cohort_worker import Office
+from homefire.simulations.engine import CohortEngine
+from homefire.simulations.grid import Traffic
 from homefire.simulations.preparation import Run
 from homefire.simulations.progress import Reporter
 
@@ -33,12 +34,14 @@ class SharedTraining:
 
     Attributes:
         model: The devices' model; its shared adapter holds the last release.
+        engine: What computed; it holds that release too.
         rounds: One entry a round, round 0 first: the operator's log and the validation loss. Of a
             round that was interrupted it says so; nothing else of that round is known.
         traffic: Messages and bytes.
     """
 
     model: AdaptedModel
+    engine: CohortEngine
     rounds: list[dict[str, Any]]
     traffic: Traffic
 
@@ -54,11 +57,12 @@ def train_shared(run: Run, reporter: Reporter) -> SharedTraining:
         ConfigError: Records longer than the base model reads; nothing was trained.
     """
     experiment = run.experiment
-    torch.set_num_threads(experiment.threads or len(os.sched_getaffinity(0)))
     model = adapted_model(experiment.for_devices(), experiment.shared)
     _check_lengths(run, model)
-    traffic = _run_rounds(run, reporter)
+    engine = cohort_engine(run)
+    traffic = _run_rounds(run, engine, reporter)
     rounds = _score_releases(run, model)
+    engine.hold(releases(run).latest().vector)
     contributed = any(entry["accepted"] for entry in rounds)
     if any(entry["cohort"] for entry in rounds) and not contributed:
         raise FederationError(
@@ -70,7 +74,24 @@ def train_shared(run: Run, reporter: Reporter) -> SharedTraining:
             "every device sent zeros in every round: the shared adapter is what it was",
             hint="Training diverged, or histories are too short; the warnings above say which.",
         )
-    return SharedTraining(model, rounds, traffic)
+    return SharedTraining(model, engine, rounds, traffic)
+
+
+def cohort_engine(run: Run) -> CohortEngine:
+    """What computes for a run's users; torch's own threads are set to what its device needs."""
+    experiment = run.experiment
+    threads = experiment.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(experiment.engine.deterministic)
+    office = Office(
+        home=run.home.folder,
+        controls=run.folder / "controls",
+        shared=experiment.shared,
+        config=experiment.engine,
+        availability=experiment.devices,
+        seed=experiment.seed,
+    )
+    return CohortEngine(office, threads)
 
 
 def _has_not_moved(run: Run) -> bool:
@@ -89,13 +110,13 @@ def _reasons(rounds: Sequence[dict[str, Any]]) -> dict[str, int]:
     return dict(counts)
 
 
-def _run_rounds(run: Run, reporter: Reporter) -> Traffic:
+def _run_rounds(run: Run, engine: CohortEngine, reporter: Reporter) -> Traffic:
     """All rounds, or those that an interrupted run has left."""
     settings, output = run.experiment.federation, run.folder / "server"
     spent, is_over = rounds_spent(output)
     left = 0 if is_over else settings.rounds - spent
     with reporter.phase(ROUNDS, left * settings.cohort) as advance:
-        grid = InProcessGrid(client_app, run.home.folder, run.training, advance)
+        grid = engine.grid(run.training, run.experiment.local, advance)
         context = Context(
             run_id=grid.run.run_id,
             node_id=0,

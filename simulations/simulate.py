@@ -2,19 +2,18 @@
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from homefire import __version__
-from homefire.client.device import Device
-from homefire.client.home import Home
 from homefire.client.personalize.private import SHARED
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import Vector
 from homefire.common.errors import DataError
-from homefire.simulations.evaluation import PrivateVectors, UserScores, score_user, summarize
+from homefire.simulations.cohort_worker import CohortWorker
+from homefire.simulations.engine import CohortEngine
+from homefire.simulations.evaluation import UserScores, summarize
 from homefire.simulations.grid import Traffic
 from homefire.simulations.preparation import Run, write_toml
 from homefire.simulations.progress import Reporter
@@ -55,8 +54,8 @@ def simulate(run: Run, reporter: Reporter) -> dict[str, Any]:
     releases(run).export(
         model.specs[SHARED], run.folder / "shared_adapter", base_model=experiment.base_model.name
     )
-    _train_private_adapters(run, model, reporter, measured)
-    _evaluate(run, model, reporter, measured)
+    _train_private_adapters(run, shared.engine, reporter, measured)
+    _evaluate(run, shared.engine, reporter, measured)
     measured.seconds = time.monotonic() - started
     report = _report(run, model, reporter, measured)
     if earlier is not None and not measured.traffic.messages:
@@ -84,39 +83,33 @@ def _carry_over(earlier: dict[str, Any], report: dict[str, Any]) -> None:
 
 
 def _train_private_adapters(
-    run: Run, model: AdaptedModel, reporter: Reporter, measured: Measured
+    run: Run, engine: CohortEngine, reporter: Reporter, measured: Measured
 ) -> None:
-    """Each user's adapter on top of the release, and the control on the bare base model."""
-    users = run.training + run.unseen
-    release = releases(run).latest()
-    write_toml(_controls(run).folder / "device.toml", run.experiment.for_devices())
-    with reporter.phase(PRIVATE_PHASE, 2 * users) as advance:
-        for number in range(users):
-            device = Device(run.home, run.home.user(number))
-            control = Device(_controls(run), device.user)
-            for personalized in (
-                device.personalize(model, release.vector, seed=run.experiment.seed),
-                control.personalize(
-                    model, release.vector, seed=run.experiment.seed, on_shared=False
-                ),
-            ):
-                measured.private_tokens += personalized.tokens
-                advance()
+    """Each user's adapter on top of the shared adapter, and the control on the bare base model."""
+    users, seed = range(run.training + run.unseen), run.experiment.seed
+    release = releases(run).latest().vector
+    write_toml(engine.office.controls / "device.toml", run.experiment.for_devices())
+
+    def train(worker: CohortWorker, numbers: Sequence[int]) -> Sequence[int]:
+        return worker.personalize(numbers, release, seed)
+
+    training = run.experiment.private.training
+    with reporter.phase(PRIVATE_PHASE, len(users)) as advance:
+        for tokens in engine.over_users(train, users, training):
+            measured.private_tokens += tokens
+            advance()
 
 
-def _evaluate(run: Run, model: AdaptedModel, reporter: Reporter, measured: Measured) -> None:
-    users = run.training + run.unseen
-    with reporter.phase(EVALUATION, users) as advance:
-        for number in range(users):
-            held_out = run.held_out[number]
-            other = run.held_out[_other(number, run.training, run.unseen)]
-            vectors = PrivateVectors(
-                own=_reader(run.home, held_out.user_id),
-                alone=_reader(_controls(run), held_out.user_id),
-                other=_reader(run.home, other.user_id),
-            )
-            config = run.experiment.evaluation
-            measured.scores.append(score_user(model, held_out.records, vectors, config))
+def _evaluate(run: Run, engine: CohortEngine, reporter: Reporter, measured: Measured) -> None:
+    users, config = range(run.training + run.unseen), run.experiment.evaluation
+
+    def score(worker: CohortWorker, numbers: Sequence[int]) -> Sequence[UserScores]:
+        pairs = [(number, _other(number, run.training, run.unseen)) for number in numbers]
+        return worker.score(run.held_out.path, pairs, config)
+
+    with reporter.phase(EVALUATION, len(users)) as advance:
+        for found in engine.over_users(score, users, run.experiment.private.training):
+            measured.scores.append(found)
             advance()
 
 
@@ -125,14 +118,6 @@ def _other(number: int, training: int, unseen: int) -> int:
     group = range(training) if number < training else range(training, training + unseen)
     others = group if len(group) > 1 else range(training + unseen)
     return others[(others.index(number) + 1) % len(others)]
-
-
-def _reader(home: Home, user_id: str) -> Callable[[], Vector]:
-    return lambda: home.load_private(user_id).vector
-
-
-def _controls(run: Run) -> Home:
-    return Home(run.folder / "controls")
 
 
 def _report(

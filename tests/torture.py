@@ -91,7 +91,7 @@ def torture_client(folder: Path) -> ClientApp:
         _note(folder / "sent", {"round": plan.header.round, "user": node - 1})
         return encode_contribution(plan, clipped, node=node, key=key)
 
-    def train(self: Device, config: object, model: object, plan: RoundPlan) -> Clipped:
+    def task(self: Device, model: object, plan: RoundPlan) -> Clipped:
         number = int(self.user.user_id)
         return contribution_of(number, plan.header.round, plan.release.size)
 
@@ -108,7 +108,7 @@ def torture_client(folder: Path) -> ClientApp:
     setattr(client, "decode_plan", decode)  # noqa: B010
     setattr(client, "encode_contribution", encode)  # noqa: B010
     setattr(device_module, "_fitting_model", lambda config, plan: None)  # noqa: B010
-    setattr(Device, "_train", train)  # noqa: B010
+    setattr(Device, "task", task)  # noqa: B010
     return client.app
 
 

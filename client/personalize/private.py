@@ -12,10 +12,10 @@ from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
 from homefire.common.config import PrivateConfig
 from homefire.common.errors import AdapterError
+from homefire.common.optimizer import make_optimizer
 from homefire.common.training import (
     Example,
     cycle_batches,
-    make_optimizer,
     mean_loss,
     take_step,
 )
@@ -41,6 +41,19 @@ class PrivateResult:
     validation_before: float
     validation_after: float
     tokens: int
+
+    def checked(self) -> "PrivateResult":
+        """This result.
+
+        Raises:
+            AdapterError: Training diverged; there is nothing to keep.
+        """
+        if not math.isfinite(self.validation_after):
+            raise AdapterError(
+                "private training diverged: no look at the validation slice gave a finite loss",
+                hint="Lower the learning_rate of the private training.",
+            )
+        return self
 
     @property
     def helps(self) -> bool:
@@ -79,7 +92,7 @@ def train_private(
     model.load(PRIVATE, model.specs[PRIVATE].initial())
     model.activate(*on)
     start, _ = mean_loss(model.network, validation)
-    best: tuple[float, int, Vector] | None = None
+    best = (math.inf, 0, model.vector(PRIVATE))
     settings = config.training
     optimizer = make_optimizer(model.activate(*on, PRIVATE, train=PRIVATE), settings)
     batches = cycle_batches(training, batch_size=settings.batch_size, seed=seed)
@@ -90,15 +103,10 @@ def train_private(
         tokens += sum(example.targets for example in batch)
         if step % config.validate_every == 0 or step == settings.steps:
             loss, _ = mean_loss(model.network, validation)
-            if best is None or loss < best[0]:
+            if loss < best[0]:
                 best = (loss, step, model.vector(PRIVATE))
     optimizer.zero_grad(set_to_none=True)
     model.activate()
     if model.vector(SHARED).tobytes() != before:
         raise AdapterError("private training changed the shared adapter; the result is discarded")
-    if best is None or not math.isfinite(best[0]):
-        raise AdapterError(
-            "private training diverged: no look at the validation slice gave a finite loss",
-            hint="Lower the learning_rate of the private training.",
-        )
-    return PrivateResult(best[2], best[1], start, best[0], tokens)
+    return PrivateResult(best[2], best[1], start, best[0], tokens).checked()

@@ -1,22 +1,20 @@
 """The audit of one finished run: what its mechanism and its release really show."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from homefire.client.device import adapted_model
-from homefire.client.personalize.private import SHARED
-from homefire.common.adapted_model import AdaptedModel
 from homefire.common.claims import contradicts
 from homefire.common.config import FederationConfig, load_config
-from homefire.common.errors import DataError
 from homefire.common.privacy.mechanism import NoPrivacy
 from homefire.server.planning import plan_privacy, schedule_of
 from homefire.simulations.audit import canary, membership, statistics
-from homefire.simulations.evaluation import base_and_shared_loss
+from homefire.simulations.engine import CohortEngine
+from homefire.simulations.experiment import EvaluationConfig
 from homefire.simulations.preparation import Run, reopen
 from homefire.simulations.progress import Advance, Reporter
 from homefire.simulations.report import load_report, write_report
-from homefire.simulations.rounds import releases
+from homefire.simulations.rounds import cohort_engine, releases
 
 CANARIES, NOISE, MEMBERSHIP = "Canaries", "Noise", "Membership inference"
 DELTA_WITHOUT_NOISE = 1e-5
@@ -72,22 +70,21 @@ def _membership(
     others = range(run.training, run.training + min(users, run.unseen))
     if min(len(members), len(others)) < FEWEST_USERS:
         return None
-    model = adapted_model(run.experiment.for_devices(), run.experiment.shared)
-    model.load(SHARED, releases(run).latest().vector)
+    engine = cohort_engine(run)
+    engine.hold(releases(run).latest().vector)
     with reporter.phase(MEMBERSHIP, len(members) + len(others)) as advance:
-        inside = [_gain(run, model, number, advance) for number in members]
-        outside = [_gain(run, model, number, advance) for number in others]
+        inside = _gains(run, engine, members, advance)
+        outside = _gains(run, engine, others, advance)
     found = membership.attack(inside, outside, delta=delta, seed=run.experiment.seed)
     holds = not contradicts(found.epsilon_lower, claim)
     return {**found.to_json(), "epsilon_claimed": claim, "claim_holds": holds}
 
 
-def _gain(run: Run, model: AdaptedModel, number: int, advance: Advance) -> float:
-    """By how much the release lowers the loss on what a device may have trained on."""
-    records = run.home.user(number).records
-    if not records:
-        raise DataError(f"user {number} has no records")
-    tokens = run.experiment.local.max_tokens
-    base, loss = base_and_shared_loss(model, records, max_tokens=tokens)
-    advance()
-    return float(membership.loss_reduction([loss], [base])[0])
+def _gains(run: Run, engine: CohortEngine, numbers: Sequence[int], advance: Advance) -> list[float]:
+    """By how much the release lowers the loss on what each device may have trained on."""
+    config = EvaluationConfig(max_tokens=run.experiment.local.max_tokens)
+    training, gains = run.experiment.private.training, []
+    for base, loss in engine.base_and_shared(run.home.users, numbers, config, training):
+        gains.append(float(membership.loss_reduction([loss], [base])[0]))
+        advance()
+    return gains

@@ -29,9 +29,10 @@ from homefire.common.adapter import AdapterConfig, Vector, resolve_spec
 from homefire.common.base_model import BaseModel
 from homefire.common.config import ExampleDPConfig, GradSampleMode
 from homefire.common.errors import DataError, DivergedError, PrivacyError
+from homefire.common.optimizer import make_optimizer
 from homefire.common.privacy.accounting import gaussian_epsilon, poisson_epsilon
 from homefire.common.privacy.randomness import KeyStream, derive_key
-from homefire.common.training import Example, LocalTraining, collate, loss_sum, make_optimizer
+from homefire.common.training import Example, LocalTraining, collate, loss_sum
 
 EXAMPLES = tuple(Example(tuple(range(5 + i, 17 + 3 * i)), 1 + i) for i in range(5))
 MODES: tuple[GradSampleMode, ...] = ("hooks", "ghost")

@@ -25,6 +25,7 @@ from torch import nn
 
 from homefire.common.base_model import BaseModel, load_base_model
 from homefire.common.errors import DataError
+from homefire.common.optimizer import make_optimizer
 from homefire.common.records import Record
 from homefire.common.training import (
     IGNORED,
@@ -35,7 +36,6 @@ from homefire.common.training import (
     cycle_batches,
     encode,
     loss_sum,
-    make_optimizer,
     mean_loss,
     perplexity,
     prompt_tokens,

@@ -20,7 +20,7 @@ from tiny_runs import (
 
 from homefire.client import device as device_module
 from homefire.client.app import app as client_app
-from homefire.client.device import Device, adapted_model
+from homefire.client.device import Device, Task, adapted_model
 from homefire.client.home import Home
 from homefire.client.participation import open_participations
 from homefire.common.errors import DeviceError
@@ -103,10 +103,8 @@ def test_a_step_on_the_edge_tells_users_apart_where_each_failure_is_free(
     """What stands against it: without the ledger, zeros and no zeros are such an oracle."""
     device = Device(home, home.user(0))
     model = adapted_model(home.config, plan.header.adapter)
-    sizes = [
-        device._train(home.config, model, asked).values.any()
-        for asked in on_the_edge(plan, (38, 0))
-    ]
+    tasks = [device.task(model, asked) for asked in on_the_edge(plan, (38, 0))]
+    sizes = [task.train().values.any() for task in tasks if isinstance(task, Task)]
     assert sizes == [False, True]
 
 

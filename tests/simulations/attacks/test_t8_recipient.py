@@ -17,7 +17,7 @@ from tiny_runs import (
     some_vector,
 )
 
-from homefire.client.device import Device, adapted_model
+from homefire.client.device import Device, Task, adapted_model
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig
 from homefire.common.base_model import load_base_model
@@ -220,7 +220,9 @@ def test_what_is_compared_there_would_show_an_influence(tmp_path: Path, tiny_lla
     model = adapted_model(home.config, federation.config.shared)
     for number in (0, 1):
         device = Device(home, User("same", home.user(number).records))
-        answer = device._train(home.config, model, plan)  # past the ledger: the same user twice
+        task = device.task(model, plan)  # past the ledger: the same user twice
+        assert isinstance(task, Task)
+        answer = task.train()
         personalized = device.personalize(model, plan.release, seed=0)
         found.append((answer.payload, personalized.vector))
     assert found[0][0] != found[1][0] and not np.array_equal(found[0][1], found[1][1])

@@ -1,0 +1,210 @@
+"""What one worker of the cohort engine does: answers plans, trains private adapters, scores users.
+
+A worker is a thread of this process, or stands for a Ray actor on another GPU or machine; both read
+users from disk by number and are told nothing but settings, messages and numbers.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+
+from homefire.client.app import Admitted, admit
+from homefire.client.device import Device, adapted_model
+from homefire.client.home import Home
+from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.common.adapted_model import AdaptedModel
+from homefire.common.adapter import AdapterConfig, Vector
+from homefire.common.encoding import digest
+from homefire.common.privacy.clipping import Clipped
+from homefire.common.records import UserFile
+from homefire.common.training import LocalTraining
+from homefire.simulations.engine_config import AvailabilityConfig, EngineConfig
+from homefire.simulations.evaluation import (
+    PrivateVectors,
+    UserScores,
+    base_and_shared_losses,
+    score_users,
+)
+from homefire.simulations.experiment import EvaluationConfig
+from homefire.simulations.grid import DEVICE_ERRORS, device_context, failure
+from homefire.simulations.micro_cohorts import is_out_of_memory
+from homefire.simulations.worker import (
+    Banks,
+    contributions,
+    numerics,
+    personalize,
+    users_that_fit,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Office:
+    """What all workers know.
+
+    Attributes:
+        home: The home folder of all simulated devices.
+        controls: Where adapters on the bare base model are kept, for comparison.
+        shared: The adapter that plans ask for.
+        config: How to compute.
+        availability: Whose answers are missing.
+        seed: Of what is drawn here.
+    """
+
+    home: Path
+    controls: Path
+    shared: AdapterConfig
+    config: EngineConfig = field(default_factory=EngineConfig)
+    availability: AvailabilityConfig = field(default_factory=AvailabilityConfig)
+    seed: int = 0
+
+
+class CohortWorker:
+    """One worker; see `Office` for what it is told."""
+
+    def __init__(self, office: Office) -> None:
+        self._office = office
+        self._banks = Banks(office.config)
+
+    @property
+    def _model(self) -> AdaptedModel:
+        return adapted_model(Home(self._office.home).config, self._office.shared)
+
+    def fit(self, name: str, training: LocalTraining, workers: int) -> int:
+        """How many users train an adapter at once, see `users_that_fit`."""
+        return users_that_fit(self._banks, self._model, name, training, workers=workers)
+
+    def answer(self, run: int, messages: Sequence[Message]) -> list[tuple[Message, float]]:
+        """Admit, train together, sign.
+
+        Args:
+            run: Flower's id of the run.
+            messages: One a device; their plans may differ.
+
+        Returns:
+            Each message's reply, and its share of the time in seconds.
+
+        Guarantees:
+            Isolation: a device that refuses or fails takes no other with it.
+        """
+        started = time.monotonic()
+        replies: dict[int, Message] = {}
+        admitted: dict[int, Admitted] = {}
+        for number, message in enumerate(messages):
+            found = self._admit(run, message)
+            if isinstance(found, Admitted):
+                admitted[number] = found
+            else:
+                replies[number] = found
+        replies |= dict(zip(admitted, self._train(list(admitted.values())), strict=True))
+        share = (time.monotonic() - started) / len(messages)
+        return [(replies[number], share) for number in range(len(messages))]
+
+    def _admit(self, run: int, message: Message) -> Message | Admitted:
+        availability, draw = self._office.availability, self._draw(message)
+        if draw < availability.dropout:
+            return _missing(message, ErrorCode.NODE_UNAVAILABLE)
+        try:
+            context = device_context(run, message.metadata.dst_node_id, self._office.home)
+            found = admit(message, context)
+        except DEVICE_ERRORS as error:
+            return failure(message, error)
+        if draw < availability.dropout + availability.late:
+            # Charged like any other; nobody waits for what it would send.
+            return _missing(message, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+        return found
+
+    def _draw(self, message: Message) -> float:
+        """Uniform in [0, 1), by device and round."""
+        about = (self._office.seed, message.metadata.dst_node_id, message.metadata.group_id)
+        named = digest("homefire/availability/v1", *(str(part).encode() for part in about))
+        return int(named[:13], 16) / 16**13
+
+    def _train(self, admitted: Sequence[Admitted]) -> list[Message]:
+        try:
+            tasks = [each.task for each in admitted]
+            clipped: Sequence[Clipped | None] = contributions(self._banks, tasks)
+        except DEVICE_ERRORS as error:
+            if is_out_of_memory(error) and len(admitted) > 1:
+                raise  # The micro-cohort is halved.
+            # Some device fails; which one shows when each trains alone.
+            clipped = [None] * len(admitted)
+        return [self._sign(each, vector) for each, vector in zip(admitted, clipped, strict=True)]
+
+    def _sign(self, admitted: Admitted, clipped: Clipped | None) -> Message:
+        try:
+            if clipped is None:
+                (clipped,) = contributions(self._banks, [admitted.task])
+            return admitted.answer(clipped)
+        except DEVICE_ERRORS as error:
+            return failure(admitted.message, error)
+
+    def hold(self, release: Vector) -> None:
+        """Put a release under all private adapters and into all scores to come."""
+        self._model.load(SHARED, release)
+
+    def personalize(self, numbers: Sequence[int], release: Vector, seed: int) -> list[int]:
+        """Train and keep two private adapters a user: on the release, and on the bare base model.
+
+        Args:
+            numbers: The users.
+            release: The one that is held.
+            seed: Of the batch order.
+
+        Returns:
+            How many tokens each user's two trainings predicted.
+        """
+        homes = (Home(self._office.home), Home(self._office.controls))
+        users = [homes[0].user(number) for number in numbers]
+        tokens = [0] * len(users)
+        for home, on_shared in zip(homes, (True, False), strict=True):
+            devices = [Device(home, user) for user in users]
+            results = personalize(
+                self._banks, self._model, devices, release, seed=seed, on_shared=on_shared
+            )
+            tokens = [so_far + r.tokens for so_far, r in zip(tokens, results, strict=True)]
+        return tokens
+
+    def score(
+        self, held_out: Path, pairs: Sequence[tuple[int, int]], config: EvaluationConfig
+    ) -> list[UserScores]:
+        """Score users on their held-out records; see `score_users`.
+
+        Args:
+            held_out: The newest records of all users.
+            pairs: Each user's number, and that of the other user of the control.
+            config: What is measured.
+        """
+        users, own, alone = UserFile(held_out), Home(self._office.home), Home(self._office.controls)
+        bank = self._banks.of(self._model, PRIVATE)
+        vectors = []
+        for number, other in pairs:
+            user, stranger = users[number].user_id, users[other].user_id
+            vectors.append(
+                PrivateVectors(
+                    own=lambda user=user: own.load_private(user).vector,  # type: ignore[misc]
+                    alone=lambda user=user: alone.load_private(user).vector,  # type: ignore[misc]
+                    other=lambda user=stranger: own.load_private(user).vector,  # type: ignore[misc]
+                )
+            )
+        records = [users[number].records for number, _ in pairs]
+        with numerics(self._office.config):
+            return score_users(bank, self._model, records, vectors, config)
+
+    def compare(
+        self, held_out: Path, numbers: Sequence[int], config: EvaluationConfig
+    ) -> list[tuple[float, float]]:
+        """Base and shared loss of users; see `base_and_shared_losses`."""
+        users = UserFile(held_out)
+        bank = self._banks.of(self._model, PRIVATE)
+        records = [users[number].records for number in numbers]
+        with numerics(self._office.config):
+            return base_and_shared_losses(bank, self._model, records, config)
+
+
+def _missing(message: Message, code: int) -> Message:
+    """What a SuperLink answers in the place of a device that did not."""
+    return Message(Error(code=code, reason="no answer in time"), reply_to=message)

@@ -1,0 +1,207 @@
+"""Micro-cohorts: how many users go through the model at once, and who computes them.
+
+A stream of users is cut into micro-cohorts, which a few workers compute side by side. On a CPU each
+worker is a thread with one core, since two small passes side by side are faster than one pass whose
+threads wait for each other; a GPU has one worker.
+"""
+
+import gc
+import itertools
+import logging
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from homefire.common.errors import HomefireError
+
+LOG = logging.getLogger(__name__)
+Worker = TypeVar("Worker")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MOST_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
+"""Tokens beyond which a larger micro-cohort is no faster, by kind of device."""
+
+MARGIN = 1.25
+"""Room for what a pass needs besides what it keeps for its gradient."""
+
+
+@dataclass(slots=True)
+class MicroCohort:
+    """How many users go through the model at once; halved when memory runs out.
+
+    Attributes:
+        users: At most so many.
+    """
+
+    users: int
+
+    def halve(self, failed: int) -> None:
+        """What `failed` users needed was not there."""
+        self.users = max(1, min(self.users, failed // 2))
+
+
+def fitting_users(
+    *, user_bytes: float, user_tokens: int, device: torch.device, share: float, workers: int
+) -> int:
+    """How many users fit, from what one of them was seen to need.
+
+    Args:
+        user_bytes: Of one user: what the backward pass keeps, adapter, gradient, optimizer.
+        user_tokens: The most tokens of one user's step.
+        device: Where the pass is computed.
+        share: Of the free memory that may be taken, in (0, 1].
+        workers: Which share it.
+    """
+    by_memory = int(share * free_memory(device) / workers / (MARGIN * user_bytes))
+    by_speed = MOST_TOKENS.get(device.type, MOST_TOKENS["cuda"]) // user_tokens
+    return max(1, min(by_memory, by_speed))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+class Kept:
+    """Counts what a forward pass keeps for its backward pass, in bytes, each storage once."""
+
+    def __init__(self, frozen: Iterable[torch.Tensor]) -> None:
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in frozen}
+        self.bytes = 0
+
+    def __enter__(self) -> "Kept":
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+@dataclass(slots=True)
+class Crew(Generic[Worker]):
+    """Workers that compute micro-cohorts of a stream side by side.
+
+    Attributes:
+        workers: What a computation needs for itself alone, such as a bank; one each.
+    """
+
+    workers: Sequence[Worker]
+    _idle: "queue.SimpleQueue[Worker]" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._idle = queue.SimpleQueue()
+        for worker in self.workers:
+            self._idle.put(worker)
+
+    def map(
+        self,
+        items: Iterable[Item],
+        work: Callable[[Worker, Sequence[Item]], Sequence[Result]],
+        size: MicroCohort,
+        *,
+        total: int,
+    ) -> Iterator[Result]:
+        """Compute all items, in micro-cohorts, and give the results in the order of the items.
+
+        Args:
+            items: Taken as they are needed: no more are held than are computed.
+            work: One result for each item; called again with half of them when memory runs out.
+            size: The most users of a micro-cohort.
+            total: How many items there are, so that every worker gets some.
+        """
+        share = max(1, -(-total // len(self.workers)))
+        stream = iter(items)
+
+        def cut() -> Iterator[list[Item]]:
+            while part := list(itertools.islice(stream, min(size.users, share))):
+                yield part
+
+        def compute(part: list[Item]) -> list[Result]:
+            worker = self._idle.get()
+            try:
+                return _in_halves(part, lambda items: work(worker, items), size)
+            finally:
+                self._idle.put(worker)
+
+        if len(self.workers) == 1:
+            for part in cut():
+                yield from compute(part)
+            return
+        yield from _side_by_side(cut(), compute, len(self.workers))
+
+
+def _side_by_side(
+    parts: Iterator[list[Item]], compute: Callable[[list[Item]], list[Result]], workers: int
+) -> Iterator[Result]:
+    running: deque[Future[list[Result]]] = deque()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for part in itertools.islice(parts, workers):
+                running.append(pool.submit(compute, part))
+            while running:
+                results = running.popleft().result()
+                running.extend(pool.submit(compute, part) for part in itertools.islice(parts, 1))
+                yield from results
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _in_halves(
+    items: list[Item], work: Callable[[list[Item]], Sequence[Result]], size: MicroCohort
+) -> list[Result]:
+    """Compute some items; where memory runs out, halve and go on."""
+    if len(items) <= size.users:
+        try:
+            return list(work(items))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(items) == 1:
+                raise HomefireError(
+                    "what one user needs does not fit into memory",
+                    hint="Lower batch_size or max_tokens, or take a smaller base model.",
+                ) from error
+        # Outside of the handler: while it runs, the error holds the tensors of the failed pass.
+        size.halve(len(items))
+        LOG.warning("memory ran out; going on with micro-cohorts of %d", size.users)
+        release_memory()
+    half = -(-len(items) // 2)
+    return [
+        *_in_halves(items[:half], work, size),
+        *(_in_halves(items[half:], work, size) if items[half:] else ()),
+    ]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    allocators = ("DefaultCPUAllocator", "can't allocate memory", "CUDA out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        name in str(error) for name in allocators
+    )
+
+
+def release_memory() -> None:
+    """Give back what nobody uses."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
