@@ -224,7 +224,7 @@ def _collect(
         for node in cohort
     )
     # In the order of pushing: who works in that order need not keep answers until their turn.
-    waiting = dict.fromkeys(i for i in grid.push_messages(messages) if i)
+    waiting = dict.fromkeys(i for i in grid.push_messages(list(messages)) if i)
     unsent = len(cohort) - len(waiting)
     inbox = Inbox(grid, largest=4 * federation.vector_size + LARGEST_ENVELOPE)
     for answer in _replies(inbox, waiting, deadline):
