@@ -1,4 +1,4 @@
-"""The shared rounds on Apple's pfl-research: its simulator, its PyTorch model, its averaging.
+"""The shared rounds on Apple's pfl-research: who trains in which round, and the processes of it.
 
 It trains the same network on the same batches in as many steps: only the adapter's parameters, the
 same local optimizer and limit on gradients, central learning rate 1, no privacy. Texts are token
@@ -6,232 +6,99 @@ ids before the clock starts, nothing is signed, charged or written. It has no pr
 that only rounds can be compared.
 """
 
-import asyncio
-import multiprocessing
+import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from safetensors.numpy import load_file
 
-from homefire.client.device import Device, adapted_model
-from homefire.client.personalize.private import SHARED
-from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import Vector
-from homefire.common.training import (
-    IGNORED,
-    Example,
-    batch_seed,
-    collate,
-    cycle_batches,
-    loss_sum,
-    make_optimizer,
-)
-from homefire.simulations.benchmarks.measured import Measured, Stopwatch
-from homefire.simulations.preparation import Run
+from homefire.common.errors import HomefireError
+from homefire.simulations.benchmarks.measured import Measured
+from homefire.simulations.preparation import Run, free_ports
 
-Task = tuple[int, int]
-"""A round, from 1, and the number of a user."""
+WORKER = "homefire.simulations.benchmarks.pfl_worker"
+TIMES, RELEASES = "times-{}.json", "releases.safetensors"
+"""What workers leave in a folder: each its times, the first one the releases by round."""
 
 
-def run_on_pfl(run: Run) -> Measured:
-    """The shared rounds of an experiment in pfl's simulator, in this process.
+def run_on_pfl(run: Run, *, workers: int | None = None, threads: int = 1) -> Measured:
+    """The shared rounds of an experiment in pfl's simulator.
 
     Args:
         run: From `prepare`; its devices' texts are read, nothing is written. Where a cohort is less
             than everybody, each round has one of the same size, drawn at random.
+        workers: Processes among which pfl divides a cohort; as many as cores if absent.
+        threads: Of torch, in each of them.
 
     Raises:
-        ImportError: pfl is not installed.
+        HomefireError: pfl is not installed.
+        RuntimeError: A process failed.
     """
-    experiment = run.experiment
-    threads = experiment.threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    model = adapted_model(experiment.for_devices(), experiment.shared)
-    model.load(SHARED, model.specs[SHARED].initial())
-    parameters = model.activate(SHARED, train=SHARED)
-    clock = _Clock(model)
-    with TemporaryDirectory() as folder:
-        stopwatch = Stopwatch(Path(folder))
-        with _own_event_loop():
-            _train(run, model, Trainee(model.network, parameters), clock, stopwatch)
-        for parameter in parameters:
-            parameter.grad = None
-        return Measured(
-            name="pfl-research",
-            workers=1,
-            threads=threads,
-            shared_seconds=clock.ended - clock.started,
-            private_seconds=0.0,
-            compute_seconds=stopwatch.seconds(since=clock.started),
-            releases=tuple(clock.releases),
-        )
-
-
-class Trainee(nn.Module):
-    """The network as pfl wants it.
-
-    pfl looks through all parameters of a model at each step; it is spared the frozen ones.
-
-    Args:
-        network: Token ids in, logits out.
-        parameters: The adapter's.
-    """
-
-    def __init__(self, network: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        super().__init__()
-        self.adapter = nn.ParameterList(parameters)
-        self._network = (network,)  # in a tuple torch does not see it
-
-    def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The batch's mean token loss, in nats."""
-        return loss_sum(self._network[0], tokens, labels) / (labels[:, 1:] != IGNORED).sum()
-
-    def metrics(self, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-        """What pfl evaluates in its first round, which is the one that does not count."""
-        from pfl.metrics import Weighted
-
-        return {"loss": Weighted.from_unweighted(float(self.loss(tokens, labels).detach()))}
-
-
-@dataclass(frozen=True, slots=True)
-class _UserBatches:
-    """A user's dataset in one round, as pfl reads it: the batches that the device would take."""
-
-    user_id: str
-    batches: list[list[Example]]
-    train_kwargs: dict[str, Any] = field(default_factory=dict)
-    eval_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return sum(len(batch) for batch in self.batches)
-
-    def iter(self, _batch_size: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Token ids and labels, batch by batch."""
-        return (collate(batch) for batch in self.batches)
-
-
-class _Clock:
-    """A callback of pfl's that undoes the first round, and keeps what the others gave."""
-
-    def __init__(self, model: AdaptedModel) -> None:
-        self.started = self.ended = 0.0
-        self.releases: list[Vector] = []
-        self._model = model
-        self._start: Any = None
-
-    def on_train_begin(self, *, model: Any) -> Any:
-        """Keep the adapter that everything starts from."""
-        self._start = model.get_parameters()
-        return _no_metrics()
-
-    def after_central_iteration(
-        self, _metrics: Any, model: Any, *, central_iteration: int
-    ) -> tuple[bool, Any]:
-        """Start the clock after the first round, stop it after any other."""
-        if central_iteration == 0:
-            model.set_parameters(self._start)
-        self.releases.append(self._model.vector(SHARED))
-        self.ended = time.monotonic()
-        if central_iteration == 0:
-            self.started = self.ended
-        return False, _no_metrics()
-
-    def on_train_end(self, *, model: Any) -> None:
-        """Nothing."""
-
-
-def _train(
-    run: Run, model: AdaptedModel, trainee: Trainee, clock: _Clock, stopwatch: Stopwatch
-) -> None:
-    """All rounds, after one that does not count."""
-    # pfl would make forkserver the way in which this process starts others; a way that was asked
-    # for stays.
-    multiprocessing.get_start_method()
-    os.environ.setdefault("PFL_PYTORCH_DEVICE", str(trainee.adapter[0].device))
-    from pfl.aggregate.simulate import SimulatedBackend
-    from pfl.algorithm.base import NNAlgorithmParams
-    from pfl.algorithm.federated_averaging import FederatedAveraging
-    from pfl.hyperparam import NNTrainHyperParams
-    from pfl.model.pytorch import PyTorchModel
-
-    local, rounds = run.experiment.local, run.experiment.federation
-    algorithm = FederatedAveraging()
-    algorithm.train_one_user = stopwatch.timed(algorithm.train_one_user, "shared")
-    data = _federated_dataset(run, model)
-    algorithm.run(
-        NNAlgorithmParams(
-            central_num_iterations=rounds.rounds + 1,
-            evaluation_frequency=rounds.rounds + 1,
-            train_cohort_size=rounds.cohort,
-            val_cohort_size=None,
-        ),
-        SimulatedBackend(data, data),
-        PyTorchModel(
-            trainee,
-            lambda parameters, lr: make_optimizer(list(parameters), local),
-            torch.optim.SGD(trainee.parameters(), lr=1.0),
-        ),
-        NNTrainHyperParams(
-            local_num_epochs=None,
-            local_num_steps=local.steps,
-            local_batch_size=local.batch_size,
-            local_learning_rate=local.learning_rate,
-            local_max_grad_norm=local.max_gradient_norm or None,
-        ),
-        callbacks=[clock],
-        send_metrics_to_platform=False,
+    if find_spec("pfl") is None:
+        raise HomefireError("pfl is not installed", hint="pip install --no-deps 'pfl==0.6.0'")
+    workers = workers or len(os.sched_getaffinity(0))
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        _run_workers(run, folder, workers, threads)
+        times = [json.loads((folder / TIMES.format(rank)).read_text()) for rank in range(workers)]
+        releases = load_file(folder / RELEASES)
+    return Measured(
+        name="pfl-research",
+        workers=workers,
+        threads=threads,
+        shared_seconds=times[0]["ended"] - times[0]["started"],
+        private_seconds=0.0,
+        compute_seconds=sum(each["compute"] for each in times) / workers,
+        releases=tuple(releases[number] for number in sorted(releases)),
     )
 
 
-def _federated_dataset(run: Run, model: AdaptedModel) -> Any:
-    """Who trains in which round, on what."""
-    from pfl.data.federated_dataset import FederatedDataset
+def cohorts(run: Run) -> Iterator[tuple[int, list[int]]]:
+    """Each round's number, from 1, and its users; the first one twice, the first time as warm-up.
 
-    local, config = run.experiment.local, run.experiment.for_devices()
-    devices = [Device(run.home, run.home.user(number)) for number in range(run.training)]
-    histories = [d.examples(model, config, local.max_tokens).training for d in devices]
-
-    def batches(task: Task) -> _UserBatches:
-        number, user = task
-        name = devices[user].user.user_id
-        seed = batch_seed("shared", name, number, local.seed)
-        order = cycle_batches(histories[user], batch_size=local.batch_size, seed=seed)
-        return _UserBatches(name, list(islice(order, local.steps)))
-
-    return FederatedDataset(batches, iter(tasks(run)).__next__)
-
-
-def tasks(run: Run) -> Iterator[Task]:
-    """Who takes part in which round; the first round comes twice, for the first does not count."""
+    Args:
+        run: Its seed draws the users.
+    """
     settings = run.experiment.federation
     rng = np.random.default_rng(run.experiment.seed)
     for number in (1, *range(1, settings.rounds + 1)):
-        cohort = rng.permutation(run.training)[: settings.cohort]
-        yield from ((number, int(user)) for user in cohort)
+        yield number, rng.permutation(run.training)[: settings.cohort].tolist()
 
 
-@contextmanager
-def _own_event_loop() -> Iterator[None]:
-    """pfl asks for the thread's event loop without making one."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    try:
-        yield
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
-
-
-def _no_metrics() -> Any:
-    from pfl.metrics import Metrics
-
-    return Metrics()
+def _run_workers(run: Run, folder: Path, workers: int, threads: int) -> None:
+    """Start the processes and wait for them; what failed, or waits for what failed, is ended."""
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(workers))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PFL_PYTORCH_DEVICE": "cpu",
+        "PFL_WORKER_ADDRESSES": addresses,
+    }
+    log = folder / "log.txt"
+    with log.open("wb") as output:
+        started = [
+            subprocess.Popen(  # noqa: S603 - our own command
+                [sys.executable, "-m", WORKER, str(run.folder.resolve()), str(folder), str(rank)],
+                env={**environment, "PFL_WORKER_RANK": str(rank)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(workers)
+        ]
+        try:
+            while None in (codes := [process.poll() for process in started]) and not any(codes):
+                time.sleep(0.05)
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+    if any(codes):
+        raise RuntimeError(f"pfl failed: {log.read_text(errors='replace')[-2000:]}")
