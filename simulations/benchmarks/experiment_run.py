@@ -86,6 +86,7 @@ def measured(
         threads=threads,
         shared_seconds=laps.shared - laps.start,
         private_seconds=laps.private - laps.shared,
-        compute_seconds=stopwatch.seconds(since=laps.start) / workers,
+        shared_compute_seconds=stopwatch.seconds(since=laps.start, until=laps.shared) / workers,
+        private_compute_seconds=stopwatch.seconds(since=laps.shared) / workers,
         releases=tuple(store.read(number).vector for number in store.rounds()),
     )

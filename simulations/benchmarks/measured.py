@@ -1,6 +1,7 @@
 """What a runtime took for an experiment, and how much of it was training."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -8,17 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from homefire.client import device
 from homefire.common.adapter import Vector
 
-Phase = Literal["shared", "private"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_TRAINING: dict[str, Phase] = {"local_update": "shared", "train_private": "private"}
-"""The functions of a device that train, by the phase they belong to."""
+_TRAINING = ("local_update", "train_private")
+"""The functions of a device that train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,9 @@ class Measured:
         threads: Of torch, in each worker.
         shared_seconds: All rounds.
         private_seconds: The private adapters of all users; 0 where a runtime has none.
-        compute_seconds: Inside training, summed over the workers and divided by their number.
+        shared_compute_seconds: Of the rounds those inside training, summed over the workers and
+            divided by their number.
+        private_compute_seconds: The same of the private adapters.
         releases: The shared adapters from first to last, each of shape (adapter parameters,).
     """
 
@@ -40,13 +42,19 @@ class Measured:
     threads: int
     shared_seconds: float
     private_seconds: float
-    compute_seconds: float
+    shared_compute_seconds: float
+    private_compute_seconds: float
     releases: tuple[Vector, ...] = field(repr=False, compare=False)
 
     @property
     def seconds(self) -> float:
         """All of it."""
         return self.shared_seconds + self.private_seconds
+
+    @property
+    def compute_seconds(self) -> float:
+        """What is training."""
+        return self.shared_compute_seconds + self.private_compute_seconds
 
     @property
     def overhead_seconds(self) -> float:
@@ -68,15 +76,15 @@ class Stopwatch:
     def on_devices(self) -> Iterator[None]:
         """While this is open, whatever devices train in this process counts."""
         originals = {name: getattr(device, name) for name in _TRAINING}
-        for name, phase in _TRAINING.items():
-            setattr(device, name, self.timed(originals[name], phase))
+        for name, original in originals.items():
+            setattr(device, name, self.timed(original))
         try:
             yield
         finally:
             for name, original in originals.items():
                 setattr(device, name, original)
 
-    def timed(self, train: Callable[P, R], phase: Phase) -> Callable[P, R]:
+    def timed(self, train: Callable[P, R]) -> Callable[P, R]:
         """The same function, each call of which counts."""
 
         @wraps(train)
@@ -85,29 +93,23 @@ class Stopwatch:
             try:
                 return train(*args, **kwargs)
             finally:
-                self._append(phase, started, time.monotonic())
+                self._append(started, time.monotonic())
 
         return wrapper
 
-    def seconds(self, *, since: float) -> float:
-        """The sum over all processes of what began after a moment of the monotonic clock."""
-        entries = [entry for lines in self._entries().values() for entry in lines]
-        spans = (e["ended"] - e["started"] for e in entries if e["started"] >= since)
-        return float(sum(spans))
+    def seconds(self, *, since: float, until: float = math.inf) -> float:
+        """The sum over all processes of what began between two moments of the monotonic clock."""
+        lines = [line for file in self._files() for line in file.read_text().splitlines()]
+        spans = [json.loads(line) for line in lines]
+        return float(sum(ended - started for started, ended in spans if since <= started < until))
 
-    def processes(self, phase: Phase) -> int:
-        """How many processes have trained in a phase."""
-        lines = self._entries().values()
-        return sum(any(entry["phase"] == phase for entry in part) for part in lines)
+    def processes(self) -> int:
+        """How many processes have trained."""
+        return len(self._files())
 
-    def _append(self, phase: Phase, started: float, ended: float) -> None:
-        line = json.dumps({"phase": phase, "started": started, "ended": ended})
+    def _append(self, started: float, ended: float) -> None:
         with (self.folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps([started, ended]) + "\n")
 
-    def _entries(self) -> dict[str, list[dict[str, Any]]]:
-        files = sorted(self.folder.glob("*.jsonl"))
-        return {
-            file.name: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            for file in files
-        }
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.jsonl"))

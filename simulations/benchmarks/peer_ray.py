@@ -49,7 +49,7 @@ def run_on_ray(run: Run, *, actors: int | None = None, threads: int = 1) -> Meas
 
         def main(grid: Grid, context: Context) -> None:
             laps.append(_on_grid(warm, grid, current))
-            if min(stopwatch.processes("shared"), stopwatch.processes("private")) < actors:
+            if stopwatch.processes() < actors:
                 raise RuntimeError("an actor was idle while the others warmed up")
             laps.append(_on_grid(run, grid, current))
 

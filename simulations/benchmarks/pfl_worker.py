@@ -178,7 +178,7 @@ def _train(run: Run, data: Cohorts, clock: Clock, stopwatch: Stopwatch) -> None:
     local, rounds, model = run.experiment.local, run.experiment.federation, data.model
     trainee = Trainee(model.network, model.activate(SHARED, train=SHARED))
     algorithm = FederatedAveraging()
-    algorithm.train_one_user = stopwatch.timed(algorithm.train_one_user, "shared")
+    algorithm.train_one_user = stopwatch.timed(algorithm.train_one_user)
     algorithm.run(
         NNAlgorithmParams(
             central_num_iterations=rounds.rounds + 1,
