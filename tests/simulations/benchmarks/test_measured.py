@@ -50,9 +50,10 @@ def test_processes_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_devices_train_as_before_when_the_stopwatch_is_put_away(tmp_path: Path) -> None:
-    before = device.local_update, device.train_private
+    trained = vars(device)
+    before = trained["local_update"], trained["train_private"]
     with pytest.raises(ZeroDivisionError), Stopwatch(tmp_path).on_devices():
-        assert device.local_update is not before[0]
-        assert device.train_private is not before[1]
+        assert trained["local_update"] is not before[0]
+        assert trained["train_private"] is not before[1]
         raise ZeroDivisionError
-    assert (device.local_update, device.train_private) == before
+    assert (trained["local_update"], trained["train_private"]) == before
