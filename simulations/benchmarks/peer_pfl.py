@@ -34,7 +34,8 @@ def run_on_pfl(run: Run, *, workers: int | None = None, threads: int = 1) -> Mea
     Args:
         run: From `prepare`; its devices' texts are read, nothing is written. Where a cohort is less
             than everybody, each round has one of the same size, drawn at random.
-        workers: Processes among which pfl divides a cohort; as many as cores if absent.
+        workers: Processes among which pfl divides a cohort; if absent one for each core, but no
+            idle one.
         threads: Of torch, in each of them.
 
     Raises:
@@ -43,7 +44,7 @@ def run_on_pfl(run: Run, *, workers: int | None = None, threads: int = 1) -> Mea
     """
     if find_spec("pfl") is None:
         raise HomefireError("pfl is not installed", hint="pip install --no-deps 'pfl==0.6.0'")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or min(len(os.sched_getaffinity(0)), run.experiment.federation.cohort)
     with TemporaryDirectory() as name:
         folder = Path(name)
         _run_workers(run, folder, workers, threads)

@@ -34,14 +34,14 @@ def run_on_ray(run: Run, *, actors: int | None = None, threads: int = 1) -> Meas
 
     Args:
         run: From `prepare`; afterwards it holds the releases and the private adapters.
-        actors: How many; as many as cores if absent, which is the fastest.
+        actors: How many; if absent one for each core, which is the fastest, but no idle one.
         threads: Of torch, in each actor.
 
     Raises:
         ConfigError: The run has example-level privacy.
         RuntimeError: A device did not contribute, or an actor stayed cold.
     """
-    actors = actors or len(os.sched_getaffinity(0))
+    actors = actors or min(len(os.sched_getaffinity(0)), run.experiment.federation.cohort)
     laps: list[Laps] = []
     with workshop(run) as (warm, stopwatch):
         # Actors are told where the devices are by a file: Flower gives their environment once.
@@ -63,7 +63,7 @@ def run_on_ray(run: Run, *, actors: int | None = None, threads: int = 1) -> Meas
 
 
 def _on_grid(run: Run, grid: Grid, current: Path) -> Laps:
-    current.write_text(str(run.home.folder), encoding="utf-8")
+    current.write_text(str(run.home.folder.resolve()), encoding="utf-8")
 
     def personalize(release: Vector) -> None:
         task = ConfigRecord({"release": release.tobytes(), "seed": run.experiment.seed})
