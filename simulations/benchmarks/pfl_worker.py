@@ -26,6 +26,7 @@ from homefire.client.device import Device, adapted_model
 from homefire.client.personalize.private import SHARED
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
+from homefire.common.optimizer import make_optimizer
 from homefire.common.training import (
     IGNORED,
     Example,
@@ -33,7 +34,6 @@ from homefire.common.training import (
     collate,
     cycle_batches,
     loss_sum,
-    make_optimizer,
 )
 from homefire.simulations.benchmarks.measured import Stopwatch
 from homefire.simulations.benchmarks.peer_pfl import RELEASES, TIMES, cohorts
