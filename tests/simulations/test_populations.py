@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from homefire.common.errors import ConfigError, DataError, HomefireError
-from homefire.common.records import Record, User, write_users
+from homefire.common.records import Record, Skipped, User, write_users
+from homefire.simulations import populations
 from homefire.simulations.populations import (
     Columns,
     HuggingFace,
@@ -20,13 +22,29 @@ from homefire.simulations.populations import (
     Lamp,
     PopulationConfig,
     Synthetic,
-    load_population,
 )
 from homefire.simulations.synthetic import synthetic_user
 
 pytestmark = pytest.mark.usefixtures("offline_datasets")
 
 CONFIGS: TypeAdapter[PopulationConfig] = TypeAdapter(PopulationConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A population with all of its users."""
+
+    training: tuple[User, ...]
+    unseen: tuple[User, ...]
+    skipped: Skipped
+
+
+def load_population(config: PopulationConfig, *, seed: int) -> Loaded:
+    population = populations.load_population(config, seed=seed)
+    users = tuple(population)
+    assert len(users) == len(population)
+    training = users[: population.training]
+    return Loaded(training, users[len(training) :], population.skipped)
 
 
 def person(name: str, records: int = 5) -> User:

@@ -40,7 +40,7 @@ def from_file(path: Path, users: list[User], *more: str) -> Experiment:
 def test_every_history_is_split_in_time(tmp_path: Path, experiment: Experiment) -> None:
     run = prepare(experiment, tmp_path / "run")
     population = load_population(experiment.population, seed=experiment.seed)
-    users = (*population.training, *population.unseen)
+    users = tuple(population)
     assert (run.training, run.unseen) == (3, 2)
     assert len(run.home.users) == len(run.held_out) == 5
     for user, older, newest in zip(users, run.home.users, run.held_out, strict=True):
