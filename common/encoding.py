@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 
-_PIECE = 4096
+_PIECE = 1024  # values
 
 
 def canonical_json(value: object) -> bytes:

@@ -19,7 +19,7 @@ from homefire.common.encoding import digest_list
 from homefire.common.errors import ConfigError
 from homefire.common.files import replacing
 
-_KEY_BYTES = 32
+_PUBLIC_KEY, _KEY_BYTES = re.compile("[0-9a-f]{64}"), 32
 _SORTED_AT_ONCE = 1 << 15  # keys
 _BLOCK = 1 << 8  # keys
 
@@ -40,7 +40,7 @@ class Roster(Collection[str]):
         weakref.finalize(self, file.close)
 
     def __contains__(self, key: object) -> bool:
-        if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):
+        if not isinstance(key, str) or not _PUBLIC_KEY.fullmatch(key):
             return False
         wanted, low, high = bytes.fromhex(key), 0, self._count
         while low < high:
@@ -119,7 +119,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(lines, 1):
                 if not (key := line.partition("#")[0].strip()):
                     continue
-                if not re.fullmatch("[0-9a-f]{64}", key):
+                if not _PUBLIC_KEY.fullmatch(key):
                     raise ConfigError(f"{path}, line {number}: not a public key of 64 hex digits")
                 yield number, bytes.fromhex(key)
     except (OSError, UnicodeDecodeError) as error:

@@ -405,6 +405,13 @@ def test_weights_reported_by_clients_do_not_exist(examples: int) -> None:
 # Memory
 
 
+def test_the_roster_is_looked_into_and_not_copied() -> None:
+    roster = make_roster(COHORT)
+    current = open_for(plan_for(), [answer(plan_for(), honest(1), 1)], roster=roster)
+    assert current.roster is roster
+    assert current.contributed == {public_key(device_key(1))}
+
+
 def test_memory_does_not_grow_with_the_cohort() -> None:
     size, cohort = 20_000, 200  # what is kept of each contribution is its device's key
     plan = plan_for(size=size)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,7 +262,7 @@ def test_a_preparation_that_was_interrupted_is_refused(
         write_toml(path, settings)
 
     monkeypatch.setattr(preparation, "write_toml", write)
-    monkeypatch.setattr(preparation.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         prepare(run.experiment, tmp_path / "broken")
     assert (tmp_path / "broken" / "population.json").exists()
