@@ -141,6 +141,7 @@ def _ascending(keys: Iterator[bytes]) -> Iterator[bytes]:
         while stretch := sorted(islice(keys, _SORTED_AT_ONCE)):
             file.writelines(stretch)
             bounds.append(bounds[-1] + len(stretch))
+            stretch.clear()  # lest there be two of them in memory
         file.flush()
         yield from heapq.merge(*(_stretch(file, start, end) for start, end in pairwise(bounds)))
 

@@ -3,7 +3,7 @@
 ::
 
     runs/NAME/
-        experiment.toml     the experiment with every default filled in
+        experiment.toml     the experiment with every default filled in; written last
         population.json     how many users take part, how many do not, what was left out
         devices/            the home folder of all simulated devices: the older 80 % of histories
         devices.keys/       their identities and the anchors of their ledgers
