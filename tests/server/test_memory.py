@@ -24,7 +24,7 @@ PRIVACY = {
 
 
 def peak_of_a_run(folder: Path, mechanism: str, users: int) -> int:
-    """Bytes beyond what is there before the roster is read; all settings but the users are equal."""
+    """Bytes beyond what is there before the roster is read; only the number of users differs."""
     rounds = RoundsConfig(rounds=2, cohort=4, deadline=60.0)
     federation = small_federation(folder / "out", privacy=PRIVACY[mechanism], federation=rounds)
     config = federation.config.model_copy(update={"users": users})
