@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from homefire import __version__
+from homefire.bench_commands import bench_app
 from homefire.common.errors import ConfigError, HomefireError, PrivacyError
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
@@ -38,7 +39,6 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Base models: fetch and list.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
-bench_app = typer.Typer(help="Measurements against peers, in one run.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 privacy_app.command()(clip)
 privacy_app.command()(compare)
@@ -259,21 +259,6 @@ def models_list() -> None:
             alias, source.license, str(resolve_alias(alias) or "not fetched"), source.note
         )
     Console().print(table)
-
-
-@bench_app.command("overhead")
-def bench_overhead(
-    users: Annotated[
-        int, typer.Option(min=1, help="Trivial devices, all of them in a round.")
-    ] = 100,
-    rounds: Annotated[int, typer.Option(min=2, help="Rounds; the first is a warm-up.")] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """What a round costs besides training: in-process against Flower's Ray."""
-    need("simulation", "ray")
-    from homefire.simulations.benchmarks.overhead import measure_overhead, show
-
-    show(measure_overhead(users=users, rounds=rounds), as_json=as_json)
 
 
 def _show_summary(console: Console, report: dict[str, object]) -> None:

@@ -31,7 +31,7 @@ from homefire.simulations.evaluation import (
 )
 from homefire.simulations.experiment import EvaluationConfig
 from homefire.simulations.grid import DEVICE_ERRORS, device_context, failure
-from homefire.simulations.micro_cohorts import is_out_of_memory
+from homefire.simulations.micro_cohorts import MicroCohort, is_out_of_memory
 from homefire.simulations.worker import (
     Banks,
     contributions,
@@ -73,7 +73,7 @@ class CohortWorker:
     def _model(self) -> AdaptedModel:
         return adapted_model(Home(self._office.home).config, self._office.shared)
 
-    def fit(self, name: str, training: LocalTraining, workers: int) -> int:
+    def fit(self, name: str, training: LocalTraining, workers: int) -> MicroCohort:
         """How many users train an adapter at once, see `users_that_fit`."""
         return users_that_fit(self._banks, self._model, name, training, workers=workers)
 

@@ -63,7 +63,7 @@ class CohortEngine:
         """How many users train one adapter at once: measured once, then what memory has taught."""
         if name not in self._sizes:
             first, workers = self.crew.workers[0], len(self.crew.workers)
-            self._sizes[name] = MicroCohort(first.fit(name, training, workers))
+            self._sizes[name] = first.fit(name, training, workers)
         return self._sizes[name]
 
     def warm_up(self, private: LocalTraining) -> None:

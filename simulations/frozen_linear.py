@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+_HAS_ONEDNN: bool = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 def is_fast(weight: torch.Tensor) -> bool:
     """Whether oneDNN takes products with this matrix."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and torch.backends.mkldnn.enabled
-        and torch.backends.mkldnn.is_available()
+        and _HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and not torch.compiler.is_compiling()
     )
 
 

@@ -28,6 +28,9 @@ Result = TypeVar("Result")
 MOST_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
 """Tokens beyond which a larger micro-cohort is no faster, by kind of device."""
 
+LEAST_FLOPS = {"cpu": 4e9, "cuda": 4e12}
+"""Operations of a pass below which its own cost is felt, by kind of device."""
+
 MARGIN = 1.25
 """Room for what a pass needs besides what it keeps for its gradient."""
 
@@ -38,9 +41,11 @@ class MicroCohort:
 
     Attributes:
         users: At most so many.
+        least: Fewer do not pay, if there are more: a pass has a cost of its own.
     """
 
     users: int
+    least: int = 1
 
     def halve(self, failed: int) -> None:
         """What `failed` users needed was not there."""
@@ -62,6 +67,17 @@ def fitting_users(
     by_memory = int(share * free_memory(device) / workers / (MARGIN * user_bytes))
     by_speed = MOST_TOKENS.get(device.type, MOST_TOKENS["cuda"]) // user_tokens
     return max(1, min(by_memory, by_speed))
+
+
+def paying_users(*, weights: int, user_tokens: int, device: torch.device) -> int:
+    """How many users make a pass large enough that its cost is arithmetic.
+
+    Args:
+        weights: Of the model.
+        user_tokens: The most tokens of one user's step.
+        device: Where the pass is computed.
+    """
+    return max(1, round(LEAST_FLOPS[device.type] / (4 * weights * user_tokens)))
 
 
 def free_memory(device: torch.device) -> int:
@@ -153,7 +169,7 @@ def _shrinking(
     """
     stream, left = iter(items), total
     while True:
-        share = size.users if workers == 1 else max(1, -(-left // (2 * workers)))
+        share = size.users if workers == 1 else max(size.least, -(-left // (2 * workers)))
         if not (part := list(itertools.islice(stream, min(size.users, share)))):
             return
         left = max(0, left - len(part))

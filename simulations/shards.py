@@ -17,6 +17,7 @@ from homefire.common.training import LocalTraining
 from homefire.simulations.cohort_worker import CohortWorker, Office
 from homefire.simulations.evaluation import UserScores
 from homefire.simulations.experiment import EvaluationConfig
+from homefire.simulations.micro_cohorts import MicroCohort
 
 
 class Shard(CohortWorker):
@@ -36,9 +37,10 @@ class Shard(CohortWorker):
     def _ask(self, method: str, *arguments: object) -> Any:
         return ray.get(getattr(self._actor, method).remote(*arguments))
 
-    def fit(self, name: str, training: LocalTraining, workers: int) -> int:
+    def fit(self, name: str, training: LocalTraining, workers: int) -> MicroCohort:
         """Measured where it is computed, and alone there."""
-        return int(self._ask("fit", name, training, 1))
+        found: MicroCohort = self._ask("fit", name, training, 1)
+        return found
 
     def answer(self, run: int, messages: Sequence[Message]) -> list[tuple[Message, float]]:
         """See `CohortWorker.answer`."""

@@ -21,8 +21,10 @@ from homefire.simulations.cohort import train_cohort
 from homefire.simulations.engine_config import EngineConfig
 from homefire.simulations.micro_cohorts import (
     Kept,
+    MicroCohort,
     fitting_users,
     is_out_of_memory,
+    paying_users,
     release_memory,
 )
 from homefire.simulations.private_cohort import PrivateTask, train_private_cohort
@@ -80,7 +82,7 @@ def numerics(config: EngineConfig) -> Iterator[None]:
 
 def users_that_fit(
     banks: Banks, model: AdaptedModel, name: str, training: LocalTraining, *, workers: int
-) -> int:
+) -> MicroCohort:
     """How many users go through the model at once, measured with one made-up user.
 
     Args:
@@ -92,20 +94,23 @@ def users_that_fit(
     """
     config, size = banks.config, model.specs[name].size
     if config.micro_cohort is not None:
-        return config.micro_cohort
+        return MicroCohort(config.micro_cohort)
     bank, device = banks.of(model, name), device_of(config)
     rows = [Example((0,) * training.max_tokens, 1)] * training.batch_size
     bank.open(1, under=(SHARED,) if name == PRIVATE else ())
     bank.load(model.specs[name].initial(), model.specs[name].slots)
     with numerics(config), Kept(model.network.parameters()) as kept:
         bank.losses(bank.lay_out([rows]))
-    return fitting_users(
+    tokens = training.max_tokens * training.batch_size
+    most = fitting_users(
         user_bytes=kept.bytes + STATES * size * bank.parameters[0].element_size(),
-        user_tokens=training.max_tokens * training.batch_size,
+        user_tokens=tokens,
         device=device,
-        share=1.0 if config.deterministic else config.memory_share,
+        share=config.memory_share,
         workers=workers,
     )
+    least = paying_users(weights=model.base.parameters, user_tokens=tokens, device=device)
+    return MicroCohort(most, min(least, most))
 
 
 def contributions(banks: Banks, tasks: Sequence[Task]) -> list[Clipped]:

@@ -1,0 +1,146 @@
+"""`homefire bench`: measurements against peers, each in one run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from homefire.options import AsJson, need
+
+bench_app = typer.Typer(help="Measurements against peers, in one run.", no_args_is_help=True)
+Quick = Annotated[bool, typer.Option("--quick", help="About a minute on two cores, a tiny model.")]
+Html = Annotated[Path | None, typer.Option(help="Also write a page with plots.")]
+
+
+@bench_app.command()
+def engine(
+    quick: Quick = False,
+    model: Annotated[
+        str | None, typer.Option(help="A base model; a tiny random one if absent.")
+    ] = None,
+    population: Annotated[
+        Path | None, typer.Option(help="A JSON Lines file of users; synthetic ones if absent.")
+    ] = None,
+    users: Annotated[int, typer.Option(min=2, help="All of them are in every round.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the shared training.")] = 3,
+    html: Html = None,
+    as_json: AsJson = False,
+) -> None:
+    """The cohort engine against its peers: same model, users and steps.
+
+    Peers are one-by-one PEFT in one process, Flower's Ray simulation and, where
+    it is installed, Apple's pfl-research (rounds only: it has no private
+    adapters). All are warm: models loaded, one round discarded. Overhead is
+    what is no training.
+
+    Example:
+      homefire bench engine --model blog-12m --population chat.jsonl.gz
+    """
+    need("simulation", "ray", "plotly", "dp_accounting", "tomli_w")
+    from homefire.simulations.benchmarks.engine import bench
+    from homefire.simulations.benchmarks.show import engine_page, engine_table
+
+    if quick:
+        users, rounds = min(users, 12), min(rounds, 2)
+    found = bench(
+        model=model, population=population, users=users, rounds=rounds, say=_teller(as_json)
+    )
+    _show(found, as_json, engine_table(found), html, engine_page)
+
+
+@bench_app.command()
+def scaling(quick: Quick = False, html: Html = None, as_json: AsJson = False) -> None:
+    """What many users cost: cohorts to 10,000, populations to a million.
+
+    Time and peak memory, each point in a process of its own, with real devices
+    (homes on disk, ledgers, signed plans) on a tiny model. The whole of it
+    takes about a quarter of an hour and 2 GB of disk; --quick stops at a cohort
+    of 256 and 5,000 users.
+    """
+    need("simulation", "ray", "plotly", "dp_accounting", "tomli_w")
+    from homefire.simulations.benchmarks import scaling as benchmark
+    from homefire.simulations.benchmarks.show import scaling_page, scaling_table
+
+    cohorts = benchmark.QUICK_COHORTS if quick else benchmark.COHORTS
+    populations = benchmark.QUICK_POPULATIONS if quick else benchmark.POPULATIONS
+    found = benchmark.measure(cohorts, populations, _teller(as_json))
+    _show(found, as_json, scaling_table(found), html, scaling_page)
+
+
+@bench_app.command()
+def ceiling(
+    quick: Quick = False,
+    shape: Annotated[
+        str | None, typer.Option(help="tiny, 135m or 1.2b; by default 135m on a GPU, else tiny.")
+    ] = None,
+    html: Html = None,
+    as_json: AsJson = False,
+) -> None:
+    """Share of what the device's matrix products can do at all.
+
+    One user after another with PEFT, cohorts of several sizes, and the largest
+    that fits compiled; random weights. On a GPU in bfloat16, on a CPU in
+    float32. On a machine that has torch, transformers, peft and numpy alone:
+
+      python -m homefire.simulations.benchmarks.ceiling --shape 135m
+    """
+    import torch
+
+    from homefire.simulations.benchmarks import ceiling as benchmark
+    from homefire.simulations.benchmarks.show import ceiling_page, ceiling_table
+
+    gpu = torch.cuda.is_available()
+    chosen = shape or ("135m" if gpu and not quick else "tiny")
+    if chosen not in benchmark.SHAPES:
+        raise typer.BadParameter(f"{chosen!r} is none of {', '.join(benchmark.SHAPES)}")
+    cohorts = (8, 32, 64, 128) if gpu else (2, 8, 16)
+    found = benchmark.measure(
+        chosen, cohorts, benchmark.Steps(), compiled=not quick, say=_teller(as_json)
+    )
+    _show(found, as_json, ceiling_table(found), html, ceiling_page)
+
+
+@bench_app.command("overhead")
+def bench_overhead(
+    users: Annotated[
+        int, typer.Option(min=1, help="Trivial devices, all of them in a round.")
+    ] = 100,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds; the first is a warm-up.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """What a round costs besides training: in-process against Flower's Ray."""
+    need("simulation", "ray")
+    from homefire.simulations.benchmarks.overhead import measure_overhead, show
+
+    show(measure_overhead(users=users, rounds=rounds), as_json=as_json)
+
+
+def _teller(as_json: bool) -> Callable[[str], None]:
+    """Says what begins; on stderr, so that stdout holds nothing but the result."""
+    if as_json:
+        return lambda step: None
+    console = Console(stderr=True)
+    return lambda step: console.print(f"{escape(step)} …")
+
+
+def _show(
+    found: dict[str, Any],
+    as_json: bool,
+    table: Any,
+    html: Path | None,
+    page: Callable[[dict[str, Any]], str],
+) -> None:
+    if html is not None:
+        html.write_text(page(found), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    console = Console()
+    for part in table:
+        console.print(part)
+    if html is not None:
+        console.print(f"Page: {escape(str(html.resolve()))}", soft_wrap=True)
