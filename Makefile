@@ -21,6 +21,7 @@ help:  ## List the targets
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps pfl # see pyproject.toml
 	touch $@
 
 simulate: .venv/.installed  ## The main job: users, a shared adapter, private adapters, a report

@@ -7,7 +7,7 @@ one folder holds many simulated users, the node's `partition-id` says which one 
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +69,8 @@ def contribute(message: Message, context: Context) -> Message:
     Raises:
         DeviceError: Always with the same text.
     """
-    admitted = admit(message, context)
-    if isinstance(admitted, Message):
-        return admitted
-    with _constant_error():
-        clipped = admitted.task.train()
-    return admitted.answer(clipped)
+    answer = _handle(message, context, Device.answer)
+    return answer if isinstance(answer, Message) else answer.answer(answer.task.train())
 
 
 def admit(message: Message, context: Context) -> Message | Admitted:
@@ -86,6 +82,12 @@ def admit(message: Message, context: Context) -> Message | Admitted:
     Raises:
         DeviceError: As `contribute`.
     """
+    return _handle(message, context, Device.admit)
+
+
+def _handle(
+    message: Message, context: Context, ask: Callable[[Device, RoundPlan], Task | Clipped | Refusal]
+) -> Message | Admitted:
     try:
         plan = decode_plan(message.content)
     except SignatureError as error:
@@ -96,12 +98,12 @@ def admit(message: Message, context: Context) -> Message | Admitted:
         return Message(encode_refusal(refusal), reply_to=message)
     with _constant_error():
         device = open_device(context)
-        admitted = device.admit(plan)
-        if isinstance(admitted, Task):
-            return Admitted(message, device, admitted)
-        if isinstance(admitted, Clipped):
-            return _contribution(message, device, plan, admitted)
-        return Message(encode_refusal(admitted), reply_to=message)
+        found = ask(device, plan)
+        if isinstance(found, Task):
+            return Admitted(message, device, found)
+        if isinstance(found, Clipped):
+            return _contribution(message, device, plan, found)
+        return Message(encode_refusal(found), reply_to=message)
 
 
 def _contribution(message: Message, device: Device, plan: RoundPlan, clipped: Clipped) -> Message:

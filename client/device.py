@@ -18,7 +18,7 @@ from homefire.client.example_dp import (
 )
 from homefire.client.example_gradients import import_opacus
 from homefire.client.home import Home, PrivateAdapter
-from homefire.client.participation import open_participations
+from homefire.client.participation import ParticipationLedger, open_participations
 from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult, train_private
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector, resolve_spec
@@ -57,10 +57,12 @@ class Device:
     def answer(self, plan: RoundPlan) -> Clipped | Refusal:
         """Check a plan against policy and ledger, charge, train on this user's records, clip.
 
-        What `admit` guarantees and raises holds here.
+        What `admit` guarantees and raises holds here. The ledger stays locked while the device
+        trains, so a second plan that comes meanwhile is not answered.
         """
-        admitted = self.admit(plan)
-        return admitted.train() if isinstance(admitted, Task) else admitted
+        with open_participations(self.home, self.user.user_id) as ledger:
+            admitted = self._admit(ledger, plan)
+            return admitted.train() if isinstance(admitted, Task) else admitted
 
     def admit(self, plan: RoundPlan) -> "Task | Clipped | Refusal":
         """Check a plan against policy and ledger, and charge: all that comes before training.
@@ -87,20 +89,23 @@ class Device:
         Raises:
             LedgerError: The ledger is damaged, rolled back or in use.
         """
-        config = self.home.config
         with open_participations(self.home, self.user.user_id) as ledger:
-            refusal = check_plan(self.home.policy, plan.header, ledger.history)
-            if refusal is not None:
-                return refusal
-            model = _fitting_model(config, plan)
-            if isinstance(model, Refusal):
-                return model
-            cost = self._example_cost(config, plan)
-            if cost is not None and _passes(config.example_dp, [*ledger.example_costs, cost]):
-                ledger.charge(plan)
-                LOG.warning("round %d would cost a record too much: zeros", plan.header.round)
-                return nothing(plan)
-            ledger.charge(plan, example_dp=cost)
+            return self._admit(ledger, plan)
+
+    def _admit(self, ledger: ParticipationLedger, plan: RoundPlan) -> "Task | Clipped | Refusal":
+        config = self.home.config
+        refusal = check_plan(self.home.policy, plan.header, ledger.history)
+        if refusal is not None:
+            return refusal
+        model = _fitting_model(config, plan)
+        if isinstance(model, Refusal):
+            return model
+        cost = self._example_cost(config, plan)
+        if cost is not None and _passes(config.example_dp, [*ledger.example_costs, cost]):
+            ledger.charge(plan)
+            LOG.warning("round %d would cost a record too much: zeros", plan.header.round)
+            return nothing(plan)
+        ledger.charge(plan, example_dp=cost)
         return self.task(model, plan)
 
     def task(self, model: AdaptedModel, plan: RoundPlan) -> "Task | Clipped":

@@ -12,6 +12,7 @@ Beside it, in `<home>.keys`, lies the keystore: the devices' identities and the 
 ledgers. Files are plain: this is the store of simulations and try-outs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -70,8 +71,12 @@ class Home:
 
     def identity(self, user_id: str) -> Ed25519PrivateKey:
         """The key that signs this user's contributions."""
+        return self.identities()(user_id)
+
+    def identities(self) -> Callable[[str], Ed25519PrivateKey]:
+        """The same for many users: the keystore is read once."""
         root = self.keystore.secret("devices")
-        return Ed25519PrivateKey.from_private_bytes(
+        return lambda user_id: Ed25519PrivateKey.from_private_bytes(
             derive_key(root, "homefire/device-identity/v1", user_id.encode())
         )
 

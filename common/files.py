@@ -2,20 +2,30 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from homefire.common.errors import ConfigError
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Replace a file by data in memory; see `replacing`."""
+    with replacing(path, mode=mode) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
     """Replace a file so that a crash leaves either the old content or the new one.
 
-    The data goes to a temporary file beside it, is forced to disk, renamed over the old file, and
-    the folder is forced to disk.
+    What is written goes to a temporary file beside it, is forced to disk at the end of the block
+    and renamed over the old file, and the folder is forced to disk. Where the block raises, the old
+    file stays.
 
     Args:
         path: The file; its folder is made where it is absent.
-        data: The whole content.
         mode: The file's permissions, which it has before it holds any data; without it, what the
             umask leaves.
     """
@@ -28,7 +38,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
         with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
             if mode is not None:
                 os.fchmod(file.fileno(), mode)  # the umask may have taken some away
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

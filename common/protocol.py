@@ -6,7 +6,7 @@ unexpected is an error before any arithmetic. A contribution says nothing about 
 clipped vector: no example counts, no losses, no timings.
 """
 
-from collections.abc import Set
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -169,7 +169,7 @@ def encode_contribution(
 
 
 def decode_contribution(
-    content: RecordDict, plan: RoundPlan, *, size: int, sender: int, roster: Set[str]
+    content: RecordDict, plan: RoundPlan, *, size: int, sender: int, roster: Container[str]
 ) -> Contribution:
     """The server's gate: read one contribution to one plan, or reject it.
 
@@ -215,7 +215,7 @@ def decode_contribution(
 
 
 def _check_addressed(
-    header: ContributionHeader, plan: RoundPlan, *, sender: int, roster: Set[str]
+    header: ContributionHeader, plan: RoundPlan, *, sender: int, roster: Container[str]
 ) -> None:
     if (header.run, header.round) != (plan.header.run, plan.header.round):
         raise RejectedContributionError("round", "made for another run or round")

@@ -15,7 +15,8 @@ import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -171,18 +172,25 @@ def read_users(path: Path, *, skipped: Skipped | None = None) -> Iterator[User]:
         yield user
 
 
-def write_users(path: Path, users: Iterable[User]) -> int:
-    """Write a population file and the index that `UserFile` reads; returns the number of users.
+@contextmanager
+def user_writer(path: Path) -> Iterator[Callable[[User], None]]:
+    """Write a population file and the index that `UserFile` reads, one user a call.
 
     The index (`.idx` beside the file) holds the byte offset of each line, 8 bytes little-endian.
     """
-    count = 0
     with path.open("wb") as lines, path.with_suffix(".idx").open("wb") as index:
-        for user in users:
+
+        def write(user: User) -> None:
             index.write(_OFFSET.pack(lines.tell()))
             lines.write(json.dumps(user.to_json(), ensure_ascii=False).encode() + b"\n")
-            count += 1
-    return count
+
+        yield write
+
+
+def write_users(path: Path, users: Iterable[User]) -> int:
+    """Write a population file with its index; returns the number of users."""
+    with user_writer(path) as write:
+        return sum(1 for _ in map(write, users))
 
 
 @dataclass(frozen=True, slots=True)

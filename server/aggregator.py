@@ -1,11 +1,11 @@
 """The only way from contributions to a release.
 
 `open_round` → `accept` for each reply as it arrives → `close_round`. Contributions are added and
-forgotten at once: memory does not grow with the cohort.
+forgotten at once but for their devices' keys: memory does not grow with the cohort.
 """
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,8 +38,9 @@ class OpenRound:
         plan: What was asked.
         size: Coordinates of the update.
         awaited: Senders who were asked and have not answered.
-        roster: Public keys of the enrolled devices that have not contributed to this round.
+        roster: Public keys of the enrolled devices.
         total: The running sum.
+        contributed: Public keys of the devices whose contributions are in it.
         dropped: Contributions left out, by reason; for the operator's log only.
         refused: Refusals by reason; for the operator's log only.
         closed: The noise was drawn: nothing is added any more.
@@ -48,8 +49,9 @@ class OpenRound:
     plan: RoundPlan
     size: int
     awaited: set[int]
-    roster: set[str]
+    roster: Container[str]
     total: ClippedSum
+    contributed: set[str] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     closed: bool = False
@@ -88,10 +90,10 @@ class RunSecrets:
     past: Past = field(default=(), repr=False)
 
 
-def open_round(plan: RoundPlan, *, size: int, asked: set[int], roster: Set[str]) -> OpenRound:
+def open_round(plan: RoundPlan, *, size: int, asked: set[int], roster: Container[str]) -> OpenRound:
     """Begin a round with an empty sum."""
     total = ClippedSum.empty(size + STATISTICS, plan.header.privacy.clip_norm)
-    return OpenRound(plan, size, set(asked), set(roster), total)
+    return OpenRound(plan, size, set(asked), roster, total)
 
 
 def accept(current: OpenRound, reply: Message | RejectedContributionError) -> None:
@@ -130,8 +132,10 @@ def accept(current: OpenRound, reply: Message | RejectedContributionError) -> No
         contribution = decode_contribution(
             reply.content, current.plan, size=current.size, sender=sender, roster=current.roster
         )
+        if contribution.device_key in current.contributed:
+            raise RejectedContributionError("not enrolled", "this device contributed before")
         current.total.add(contribution.clipped)
-        current.roster.discard(contribution.device_key)
+        current.contributed.add(contribution.device_key)
     except RejectedContributionError as error:
         current.dropped[error.reason] += 1
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from homefire.common.privacy.mechanism import BandedSqrt, Mechanism
 from homefire.common.privacy.randomness import KeyStream, derive_key
 
@@ -29,4 +31,4 @@ def cohort_of(
         return [nodes[(start + i) % len(nodes)] for i in range(cohort)]
     key = derive_key(run_key, "homefire/cohort/v1", round_number.to_bytes(8, "little"))
     drawn = KeyStream(key).bernoulli(len(nodes), mechanism.sampling_rate)
-    return [node for node, taken in zip(nodes, drawn, strict=True) if taken]
+    return [nodes[place] for place in np.flatnonzero(drawn).tolist()]

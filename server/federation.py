@@ -25,6 +25,7 @@ from homefire.server import optimizers
 from homefire.server.aggregator import NoisyAverage, OpenRound, accept, close_round, open_round
 from homefire.server.cohorts import cohort_of
 from homefire.server.inbox import Answer, Inbox
+from homefire.server.nodes import Nodes, ascending
 from homefire.server.run_state import (
     Federation,
     RunState,
@@ -184,9 +185,9 @@ def new_run_id() -> str:
     return secrets.token_hex(16)
 
 
-def _await_nodes(grid: Grid, config: FederationConfig) -> list[int]:
+def _await_nodes(grid: Grid, config: FederationConfig) -> Nodes:
     deadline = time.monotonic() + config.federation.deadline
-    while len(nodes := sorted(grid.get_node_ids())) < config.users:
+    while len(nodes := ascending(grid.get_node_ids())) < config.users:
         if time.monotonic() > deadline:
             raise FederationError(
                 f"{len(nodes)} of {config.users} devices came within "

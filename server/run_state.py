@@ -11,9 +11,8 @@
     OUTPUT.keys/                signing key, run key, anchor of the ledger
 """
 
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homefire.common.adapter import AdapterSpec, Vector
 from homefire.common.config import FederationConfig
-from homefire.common.encoding import canonical_json, digest
+from homefire.common.encoding import digest_list
 from homefire.common.errors import FederationError, LedgerError, SignatureError
-from homefire.common.files import write_atomically
 from homefire.common.keystore import Keystore
 from homefire.common.privacy.ledger import Anchor, Ledger
 from homefire.common.privacy.mechanism import Mechanism, NoPrivacy, Past, advance
@@ -39,9 +37,11 @@ from homefire.server.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from homefire.server.nodes import Nodes, read_nodes, write_nodes
 from homefire.server.optimizers import OptimizerState
 from homefire.server.planning import PrivacyPlan
 from homefire.server.releases import ReleaseStore
+from homefire.server.roster import roster_digest
 from homefire.server.run_ledger import KIND, RunLedger
 
 LOG = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Federation:
     spec: AdapterSpec
     base_model: str
     privacy: PrivacyPlan
-    roster: frozenset[str]
+    roster: Collection[str]
 
     @property
     def store(self) -> ReleaseStore:
@@ -100,7 +100,7 @@ class RunState:
     run: str
     key: Ed25519PrivateKey
     secrets: RunSecrets
-    nodes: list[int]
+    nodes: Nodes
     release: Vector
     optimizer: OptimizerState
     clip_norm: float
@@ -152,23 +152,28 @@ def rounds_spent(output: Path) -> tuple[int, bool]:
     return ledger.opened, ledger.ended or _key_destroyed(ledger)
 
 
-def begin(federation: Federation, ledger: RunLedger, nodes: Sequence[int], run: str) -> RunState:
+def begin(federation: Federation, ledger: RunLedger, nodes: Nodes, run: str) -> RunState:
     """Start a run: key, ledger, first release.
+
+    Args:
+        federation: What the run is about.
+        ledger: An empty one.
+        nodes: In ascending order.
+        run: 16 bytes in hex.
 
     Guarantees:
         Key first: the run key is on the disk before the ledger says that there is a run.
     """
     config, keystore = federation.config, federation.keystore
-    order = sorted(nodes)
-    write_atomically(config.output / "nodes.json", canonical_json(order))
+    write_nodes(config.output / "nodes.json", nodes)
     run_key = _new_run_key(federation)
     keystore.put(RUN_KEY, run_key)
-    ledger.start({"run": run, "rounds": config.federation.rounds, **_facts(federation, order)})
+    ledger.start({"run": run, "rounds": config.federation.rounds, **_facts(federation, nodes)})
     state = RunState(
         run,
         keystore.signing_key(SIGNING_KEY),
         RunSecrets(ledger, run_key),
-        order,
+        nodes,
         federation.spec.initial(),
         optimizers.init(federation.spec.size),
         config.privacy.clip_norm,
@@ -177,8 +182,13 @@ def begin(federation: Federation, ledger: RunLedger, nodes: Sequence[int], run: 
     return state
 
 
-def resume(federation: Federation, ledger: RunLedger, nodes: Sequence[int]) -> RunState:
+def resume(federation: Federation, ledger: RunLedger, nodes: Nodes) -> RunState:
     """Take up a run that was interrupted; a round that has no release yet is burnt.
+
+    Args:
+        federation: What the run is about.
+        ledger: The run's.
+        nodes: In ascending order.
 
     Guarantees:
         Never again: the number of a round that was opened is not used again.
@@ -189,13 +199,12 @@ def resume(federation: Federation, ledger: RunLedger, nodes: Sequence[int]) -> R
         LedgerError: The run key is gone, or all releases, or the checkpoint of the newest one.
     """
     config, keystore = federation.config, federation.keystore
-    order = _read_nodes(config.output / "nodes.json")
-    if set(order) != set(nodes):
+    if read_nodes(config.output / "nodes.json") != nodes:
         raise FederationError(
             "the devices that are here are not those of the interrupted run",
             hint="The rota and the privacy statement count on them; start those that are missing.",
         )
-    expected = _facts(federation, order)
+    expected = _facts(federation, nodes)
     differing = sorted(name for name, value in expected.items() if ledger.facts.get(name) != value)
     if differing or ledger.facts["rounds"] != config.federation.rounds:
         raise FederationError(
@@ -222,7 +231,7 @@ def resume(federation: Federation, ledger: RunLedger, nodes: Sequence[int]) -> R
         run,
         keystore.signing_key(SIGNING_KEY),
         RunSecrets(ledger, run_key, past),
-        order,
+        nodes,
         release,
         optimizer,
         clip_norm,
@@ -301,7 +310,7 @@ def _check_release_anchor(federation: Federation) -> None:
     Ledger.open(federation.config.output / LEDGER, kind=KIND, anchor=known).close()
 
 
-def _facts(federation: Federation, order: list[int]) -> dict[str, Any]:
+def _facts(federation: Federation, nodes: Nodes) -> dict[str, Any]:
     """What the privacy statement stands on, and what the releases are of."""
     config = federation.config
     return {
@@ -312,8 +321,8 @@ def _facts(federation: Federation, order: list[int]) -> dict[str, Any]:
         "adaptive_clip": config.privacy.model_dump(mode="json")["adaptive_clip"],
         "base_model": federation.base_model,
         "adapter_digest": federation.spec.digest,
-        "nodes": digest("homefire/nodes/v1", canonical_json(order)),
-        "roster": digest("homefire/roster/v1", canonical_json(sorted(federation.roster))),
+        "nodes": digest_list("homefire/nodes/v1", nodes),
+        "roster": roster_digest(federation.roster),
     }
 
 
@@ -338,11 +347,3 @@ def _rebuild_past(federation: Federation, ledger: RunLedger, run: str, run_key: 
         stream = noise_stream(run_key, run, number, ledger.sums.get(number, ""))
         past = advance(mechanism, federation.vector_size, stream, past)
     return past
-
-
-def _read_nodes(path: Path) -> list[int]:
-    try:
-        nodes = json.loads(path.read_bytes())
-        return [int(node) for node in nodes]
-    except (OSError, ValueError, TypeError) as error:
-        raise LedgerError(f"{path}: the order of the rota cannot be read ({error})") from error

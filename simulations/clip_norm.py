@@ -5,6 +5,7 @@ own updates would be a release that no epsilon covers.
 """
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -50,12 +51,12 @@ def estimate_clip_norm(
         The population is public: nothing of this estimate is paid for.
     """
     population = load_population(experiment.population, seed=experiment.seed)
-    people = (*population.training, *population.unseen)[:users]
+    people = min(users, len(population))
     model = adapted_model(experiment.for_devices(), experiment.shared)
     release, settings = model.specs[SHARED].initial(), experiment.local
     norms = []
-    with reporter.phase(PHASE, len(people)) as advance:
-        for user in people:
+    with reporter.phase(PHASE, people) as advance:
+        for user in islice(population, people):
             examples = tuple(
                 encode(model.base.tokenizer, record, settings.max_tokens) for record in user.records
             )

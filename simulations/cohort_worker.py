@@ -146,24 +146,31 @@ class CohortWorker:
         """Put a release under all private adapters and into all scores to come."""
         self._model.load(SHARED, release)
 
-    def personalize(self, numbers: Sequence[int], release: Vector, seed: int) -> list[int]:
-        """Train and keep two private adapters a user: on the release, and on the bare base model.
+    def personalize(
+        self,
+        numbers: Sequence[int],
+        release: Vector,
+        seed: int,
+        on_shared: tuple[bool, ...] = (True, False),
+    ) -> list[int]:
+        """Train and keep private adapters: on the release, and as a control on the base model.
 
         Args:
             numbers: The users.
             release: The one that is held.
             seed: Of the batch order.
+            on_shared: Which of the two.
 
         Returns:
-            How many tokens each user's two trainings predicted.
+            How many tokens each user's trainings predicted.
         """
-        homes = (Home(self._office.home), Home(self._office.controls))
-        users = [homes[0].user(number) for number in numbers]
+        homes = {True: Home(self._office.home), False: Home(self._office.controls)}
+        users = [homes[True].user(number) for number in numbers]
         tokens = [0] * len(users)
-        for home, on_shared in zip(homes, (True, False), strict=True):
-            devices = [Device(home, user) for user in users]
+        for which in on_shared:
+            devices = [Device(homes[which], user) for user in users]
             results = personalize(
-                self._banks, self._model, devices, release, seed=seed, on_shared=on_shared
+                self._banks, self._model, devices, release, seed=seed, on_shared=which
             )
             tokens = [so_far + r.tokens for so_far, r in zip(tokens, results, strict=True)]
         return tokens

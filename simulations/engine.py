@@ -66,6 +66,10 @@ class CohortEngine:
             self._sizes[name] = MicroCohort(first.fit(name, training, workers))
         return self._sizes[name]
 
+    def warm_up(self, private: LocalTraining) -> None:
+        """Measure how many users train private adapters at once, before anybody waits for it."""
+        self.size(PRIVATE, private)
+
     def hold(self, release: Vector) -> None:
         """Give all workers the shared adapter that the next calls are about."""
         for worker in self.crew.workers:

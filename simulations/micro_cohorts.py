@@ -128,12 +128,7 @@ class Crew(Generic[Worker]):
             size: The most users of a micro-cohort.
             total: How many items there are, so that every worker gets some.
         """
-        share = max(1, -(-total // len(self.workers)))
-        stream = iter(items)
-
-        def cut() -> Iterator[list[Item]]:
-            while part := list(itertools.islice(stream, min(size.users, share))):
-                yield part
+        parts = _shrinking(items, size, total=total, workers=len(self.workers))
 
         def compute(part: list[Item]) -> list[Result]:
             worker = self._idle.get()
@@ -143,19 +138,36 @@ class Crew(Generic[Worker]):
                 self._idle.put(worker)
 
         if len(self.workers) == 1:
-            for part in cut():
+            for part in parts:
                 yield from compute(part)
             return
-        yield from _side_by_side(cut(), compute, len(self.workers))
+        yield from _side_by_side(parts, compute, len(self.workers))
+
+
+def _shrinking(
+    items: Iterable[Item], size: MicroCohort, *, total: int, workers: int
+) -> Iterator[list[Item]]:
+    """Micro-cohorts that get smaller toward the end, so that all workers end at about one time.
+
+    (Guided self-scheduling: Polychronopoulos and Kuck 1987.)
+    """
+    stream, left = iter(items), total
+    while True:
+        share = size.users if workers == 1 else max(1, -(-left // (2 * workers)))
+        if not (part := list(itertools.islice(stream, min(size.users, share)))):
+            return
+        left = max(0, left - len(part))
+        yield part
 
 
 def _side_by_side(
     parts: Iterator[list[Item]], compute: Callable[[list[Item]], list[Result]], workers: int
 ) -> Iterator[Result]:
+    """Compute parts on threads; one more for each thread waits, so that none runs dry."""
     running: deque[Future[list[Result]]] = deque()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            for part in itertools.islice(parts, workers):
+            for part in itertools.islice(parts, 2 * workers):
                 running.append(pool.submit(compute, part))
             while running:
                 results = running.popleft().result()

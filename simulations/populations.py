@@ -5,7 +5,8 @@ for an environment variable, so that an experiment's file need not know the mach
 """
 
 import random
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
@@ -17,7 +18,8 @@ from homefire.common.files import expand
 from homefire.common.records import Skipped, User, read_users
 from homefire.simulations.hf_datasets import Columns, read_dataset
 from homefire.simulations.lamp import read_lamp
-from homefire.simulations.synthetic import synthetic_id, synthetic_user
+from homefire.simulations.synthetic import synthetic_user
+from homefire.simulations.user_spool import UserSpool
 
 __all__ = [
     "Columns",
@@ -131,31 +133,41 @@ class HuggingFace(_Stored):
     columns: Columns
 
 
-PopulationConfig: TypeAlias = Annotated[
-    Synthetic | Jsonl | Lamp | HuggingFace, Field(discriminator="kind")
-]
+Stored: TypeAlias = Jsonl | Lamp | HuggingFace
+PopulationConfig: TypeAlias = Annotated[Synthetic | Stored, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, slots=True)
 class Population:
-    """The chosen users.
+    """The chosen users; each is made or read when its turn comes.
 
-    Args:
-        training: Take part in the federation.
-        unseen: Take no part in any training of shared weights.
+    Attributes:
+        training: How many take part in the federation: the first ones.
+        unseen: How many take no part in any training of shared weights: the last ones.
         skipped: What was left out of the source, by reason.
+        user: Gives a user by number, from 0.
     """
 
-    training: tuple[User, ...]
-    unseen: tuple[User, ...]
+    training: int
+    unseen: int
     skipped: Skipped
+    user: Callable[[int], User]
+
+    def __len__(self) -> int:
+        return self.training + self.unseen
+
+    def __iter__(self) -> Iterator[User]:
+        return map(self.user, range(len(self)))
 
 
-def load_population(config: PopulationConfig, *, seed: int) -> Population:
-    """Choose users at random and load them, and only them.
+def load_population(
+    config: PopulationConfig, *, seed: int, scratch: Path | None = None
+) -> Population:
+    """Choose users at random.
 
-    Stored populations are read twice: once for the names of all good users, once for the chosen
-    users' records.
+    Synthetic users are made one at a time and cost 4 bytes of memory each. Stored populations are
+    read twice: once for the names of all good users, which are held in memory, once for the chosen
+    users' records, which are not.
 
     Guarantees:
         by user: nobody is both trained on and unseen.
@@ -166,13 +178,17 @@ def load_population(config: PopulationConfig, *, seed: int) -> Population:
     Args:
         config: The population.
         seed: Of the choice, and of synthetic users.
+        scratch: The folder on whose disk the chosen users of a stored population lie until the
+            population is forgotten, in a file without a name; by default the temporary one.
 
     Raises:
         ConfigError: A path names an environment variable that is not set, or a dataset, split or
             column that does not exist.
-        DataError: The source is damaged, a user is bad and `on_bad` is "error", or there are fewer
-            good users than asked for.
+        DataError: The source is damaged or changes meanwhile, a user is bad and `on_bad` is
+            "error", or there are fewer good users than asked for.
     """
+    if isinstance(config, Synthetic):
+        return _made(config, seed)
     skipped = Skipped()
     ids = sorted(_user_ids(config, skipped))
     wanted = config.users + config.unseen
@@ -182,21 +198,40 @@ def load_population(config: PopulationConfig, *, seed: int) -> Population:
             f"{wanted} were asked for ({config.users} to train on, {config.unseen} unseen)",
             hint="Ask for fewer users, or lower min_records.",
         )
-    random.Random(seed).shuffle(ids)  # noqa: S311 - no secret
-    unseen, training = ids[: config.unseen], ids[config.unseen : wanted]
-    users = _load(config, seed, set(ids[:wanted]))
-    return Population(
-        training=tuple(users[user_id] for user_id in training),
-        unseen=tuple(users[user_id] for user_id in unseen),
-        skipped=skipped,
-    )
+    chosen = _choice(config, len(ids), seed)
+    spool = _set_aside(config, {ids[chosen(place)]: place for place in range(wanted)}, scratch)
+    return Population(config.users, config.unseen, skipped, spool.read)
 
 
-def _user_ids(config: PopulationConfig, skipped: Skipped) -> Iterator[str]:
+def _choice(config: PopulationConfig, people: int, seed: int) -> Callable[[int], int]:
+    """Tells the number of the n-th of the chosen among all people, sorted by their ids.
+
+    The unseen come first from the shuffled people and last among the chosen, so that their choice
+    does not depend on how many are trained on.
+    """
+    order = array("I", range(people))
+    random.Random(seed).shuffle(order)  # noqa: S311 - no secret
+    wanted = config.users + config.unseen
+    return lambda place: order[(place + config.unseen) % wanted]
+
+
+def _made(config: Synthetic, seed: int) -> Population:
+    chosen = _choice(config, config.users + config.unseen, seed)
+
+    def make(place: int) -> User:
+        user = synthetic_user(
+            chosen(place),
+            seed=seed,
+            heterogeneity=config.heterogeneity,
+            records=config.records,
+        )
+        return _newest(user, config)
+
+    return Population(config.users, config.unseen, Skipped(), make)
+
+
+def _user_ids(config: Stored, skipped: Skipped) -> Iterator[str]:
     """The names of all users that can be chosen."""
-    if isinstance(config, Synthetic):
-        yield from map(synthetic_id, range(config.users + config.unseen))
-        return
     for user in _read(config, skipped if config.on_bad == "skip" else None):
         if len(user.records) >= config.min_records:
             yield user.user_id
@@ -211,29 +246,27 @@ def _user_ids(config: PopulationConfig, skipped: Skipped) -> Iterator[str]:
             )
 
 
-def _load(config: PopulationConfig, seed: int, chosen: set[str]) -> dict[str, User]:
-    if isinstance(config, Synthetic):
-        users = _made(config, seed)
-    else:
-        users = _read(config, Skipped() if config.on_bad == "skip" else None)
-    found: dict[str, User] = {}
-    for user in users:
-        if user.user_id in chosen:
-            newest = user.records[-(config.max_records or len(user.records)) :]
-            found[user.user_id] = replace(user, records=newest)
-            if len(found) == len(chosen):
-                break
-    return found
+def _set_aside(config: Stored, places: Mapping[str, int], scratch: Path | None) -> UserSpool:
+    """Read the chosen users, and only them, to be asked for in the order of their places."""
+    spool, missing = UserSpool(len(places), scratch), len(places)
+    for user in _read(config, Skipped() if config.on_bad == "skip" else None):
+        if (place := places.get(user.user_id)) is not None:
+            spool.put(place, _newest(user, config))
+            missing -= 1
+            if not missing:
+                return spool
+    raise DataError(
+        f"{config.path}: {missing} of the chosen users were gone when it was read again",
+        hint="Leave the source alone while a run is prepared.",
+    )
 
 
-def _made(config: Synthetic, seed: int) -> Iterator[User]:
-    for number in range(config.users + config.unseen):
-        yield synthetic_user(
-            number, seed=seed, heterogeneity=config.heterogeneity, records=config.records
-        )
+def _newest(user: User, config: PopulationConfig) -> User:
+    most = config.max_records or len(user.records)
+    return replace(user, records=user.records[-most:])
 
 
-def _read(config: Jsonl | Lamp | HuggingFace, skipped: Skipped | None) -> Iterator[User]:
+def _read(config: Stored, skipped: Skipped | None) -> Iterator[User]:
     path = expand(str(config.path))
     match config:
         case Jsonl():

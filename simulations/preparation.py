@@ -3,7 +3,7 @@
 ::
 
     runs/NAME/
-        experiment.toml     the experiment with every default filled in
+        experiment.toml     the experiment with every default filled in; written last
         population.json     how many users take part, how many do not, what was left out
         devices/            the home folder of all simulated devices: the older 80 % of histories
         devices.keys/       their identities and the anchors of their ledgers
@@ -15,8 +15,9 @@
 import json
 import math
 import re
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,13 @@ from homefire.common.keystore import Keystore
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.mechanism import participation_charge
 from homefire.common.privacy.statement import known_participations
-from homefire.common.records import User, UserFile, split_newest, write_users
+from homefire.common.records import User, UserFile, split_newest, user_writer
 from homefire.common.signatures import public_key
 from homefire.server.planning import PrivacyPlan, plan_privacy
-from homefire.server.roster import write_roster
+from homefire.server.roster import roster_writer
 from homefire.server.run_state import SIGNING_KEY
 from homefire.simulations.experiment import Experiment
-from homefire.simulations.populations import load_population
+from homefire.simulations.populations import Population, load_population
 
 ROUNDING = 1e-9
 """Relative room of a simulated device's limits, for what the run announces is computed twice."""
@@ -79,15 +80,22 @@ class Run:
         return self.folder / "server" / "federation.toml"
 
 
-def prepare(experiment: Experiment, folder: Path) -> Run:
+def prepare(
+    experiment: Experiment, folder: Path, *, advance: Callable[[], None] = lambda: None
+) -> Run:
     """Load the population, split every history in time, and write the folder.
+
+    Users are written as they come: of a synthetic population none is kept in memory.
 
     Args:
         experiment: The settings.
         folder: Made here; must not exist.
+        advance: Called after each user, for progress bars.
 
     Guarantees:
         Held out: no record of `held_out.jsonl` is in `devices/`.
+        Whole: `reopen` takes no folder whose preparation did not end well. Where it raised, the
+            folder is gone; where the process was killed, it lacks `experiment.toml`.
 
     Raises:
         ModelError: The base model is not there.
@@ -98,32 +106,29 @@ def prepare(experiment: Experiment, folder: Path) -> Run:
     locate(experiment.base_model.name)
     server = experiment.for_server(folder.resolve() / "server")
     privacy = plan_privacy(server)
-    population = load_population(experiment.population, seed=experiment.seed)
-    users = (*population.training, *population.unseen)
-    share = experiment.evaluation.held_out
-    _check_lengths(users, share)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise HomefireError(
             f"{folder}: cannot be made ({error.strerror})", hint="Choose another name or folder."
         ) from error
-    (folder / "devices").mkdir()
-    run = Run(
-        folder,
-        experiment,
-        len(population.training),
-        len(population.unseen),
-        dict(population.skipped.reasons),
-    )
-    write_users(run.home.folder / "users.jsonl", _part(users, share, newest=False))
-    write_users(run.held_out.path, _part(users, share, newest=True))
-    write_toml(run.home.folder / "device.toml", experiment.for_devices())
-    write_toml(run.federation_file, server)
-    _enrol(run, users, server, privacy)
-    counts = {"training": run.training, "unseen": run.unseen, "skipped": run.skipped}
-    write_atomically(folder / "population.json", json.dumps(counts).encode())
-    write_toml(folder / "experiment.toml", experiment)
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        population = load_population(experiment.population, seed=experiment.seed, scratch=folder)
+        run = Run(
+            folder,
+            experiment,
+            population.training,
+            population.unseen,
+            dict(population.skipped.reasons),
+        )
+        (folder / "devices").mkdir()
+        _write_users(run, population, server.roster, advance)
+        _write_settings(run, server, privacy)
+        counts = {"training": run.training, "unseen": run.unseen, "skipped": run.skipped}
+        write_atomically(folder / "population.json", json.dumps(counts).encode())
+        write_toml(folder / "experiment.toml", experiment)
+        undo.pop_all()
     return run
 
 
@@ -198,30 +203,41 @@ def accepting_policy(privacy: PrivacyPlan, server: FederationConfig) -> DevicePo
     )
 
 
-def _enrol(
-    run: Run, users: tuple[User, ...], server: FederationConfig, privacy: PrivacyPlan
+def _write_users(
+    run: Run, population: Population, roster: Path, advance: Callable[[], None]
 ) -> None:
-    """Keys of server and devices, the roster, and the policy of all devices."""
+    """Histories, held-out records and the roster, one user after the other."""
+    identity, share = run.home.identities(), run.experiment.evaluation.held_out
+    with (
+        user_writer(run.home.folder / "users.jsonl") as write_older,
+        user_writer(run.held_out.path) as write_newest,
+        roster_writer(roster) as enrol,
+    ):
+        for number, user in enumerate(population):
+            older, newest = split_newest(user.records, share)
+            _check_length(user, len(older), share)
+            write_older(User(user.user_id, older))
+            write_newest(User(user.user_id, newest))
+            if number < run.training:
+                enrol(public_key(identity(user.user_id)))
+            advance()
+
+
+def _check_length(user: User, older: int, share: float) -> None:
+    """A device splits what it gets once more, for the validation slice."""
+    if older < 2:
+        raise DataError(
+            f"user {user.user_id!r} has {len(user.records)} records: fewer than two are left "
+            f"to train on when {share:.0%} are held out",
+            hint="Raise population.min_records, or lower evaluation.held_out.",
+        )
+
+
+def _write_settings(run: Run, server: FederationConfig, privacy: PrivacyPlan) -> None:
+    """What the server reads, what the devices read, and whom and what they accept."""
+    write_toml(run.federation_file, server)
+    write_toml(run.home.folder / "device.toml", run.experiment.for_devices())
     key = public_key(Keystore.beside(run.folder / "server").signing_key(SIGNING_KEY))
     policy = run.experiment.policy or accepting_policy(privacy, server)
     trusted = policy.server_keys or (key,)
     write_toml(run.home.folder / "policy.toml", policy.model_copy(update={"server_keys": trusted}))
-    identities = (run.home.identity(user.user_id) for user in users[: run.training])
-    write_roster(server.roster, [public_key(identity) for identity in identities])
-
-
-def _check_lengths(users: tuple[User, ...], share: float) -> None:
-    """A device splits what it gets once more, for the validation slice."""
-    for user in users:
-        if len(split_newest(user.records, share)[0]) < 2:
-            raise DataError(
-                f"user {user.user_id!r} has {len(user.records)} records: fewer than two are left "
-                f"to train on when {share:.0%} are held out",
-                hint="Raise population.min_records, or lower evaluation.held_out.",
-            )
-
-
-def _part(users: tuple[User, ...], share: float, *, newest: bool) -> Iterator[User]:
-    for user in users:
-        older, held_out = split_newest(user.records, share)
-        yield User(user.user_id, held_out if newest else older)

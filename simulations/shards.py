@@ -49,9 +49,15 @@ class Shard(CohortWorker):
         """See `CohortWorker.hold`."""
         self._ask("hold", release)
 
-    def personalize(self, numbers: Sequence[int], release: Vector, seed: int) -> list[int]:
+    def personalize(
+        self,
+        numbers: Sequence[int],
+        release: Vector,
+        seed: int,
+        on_shared: tuple[bool, ...] = (True, False),
+    ) -> list[int]:
         """See `CohortWorker.personalize`."""
-        found: list[int] = self._ask("personalize", list(numbers), release, seed)
+        found: list[int] = self._ask("personalize", list(numbers), release, seed, on_shared)
         return found
 
     def score(

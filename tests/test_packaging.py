@@ -197,7 +197,7 @@ def test_a_simulation_brings_everything_that_the_other_extras_bring() -> None:
         for requirement in extras["optional-dependencies"]["simulation"]
         if requirement.startswith("homefire[")
     )
-    others = set(extras["optional-dependencies"]) - {"dev", "simulation"}
+    others = set(extras["optional-dependencies"]) - {"bench", "dev", "simulation"}
     assert set(whole.removeprefix("homefire[").removesuffix("]").split(",")) == others
 
 

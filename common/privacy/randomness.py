@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from homefire.common.errors import PrivacyError
 
 KEY_BYTES = 32
+_STRETCH = 1 << 16  # draws
 
 
 def new_key() -> bytes:
@@ -77,7 +78,13 @@ class KeyStream:
             raise PrivacyError(f"probability {probability} is not between 0 and 1")
         if probability == 1:
             return np.ones(count, np.bool_)
-        return self.words(count) < np.uint64(math.floor(probability * 2.0**64))
+        threshold = np.uint64(math.floor(probability * 2.0**64))
+        drawn = np.empty(count, np.bool_)
+        # A stretch at a time: of a million users only their draws are held, not their words.
+        for start in range(0, count, _STRETCH):
+            part = drawn[start : start + _STRETCH]
+            np.less(self.words(len(part)), threshold, out=part)
+        return drawn
 
     def gaussian(self, count: int) -> npt.NDArray[np.float64]:
         """Standard normal numbers by Box-Muller, in time that does not depend on their values.

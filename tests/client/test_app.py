@@ -21,7 +21,7 @@ from tiny_runs import (
 )
 
 from homefire.client.app import app, open_device
-from homefire.client.device import Device, Task
+from homefire.client.device import Device
 from homefire.client.home import Home
 from homefire.common.errors import ConfigError, DataError, DeviceError, LedgerError, PrivacyError
 from homefire.common.plan import RoundPlan
@@ -206,11 +206,10 @@ def test_no_words_whatever_goes_wrong_the_server_gets_the_same_error(
     def fail(*_: object) -> None:
         raise error
 
-    for kind, method in ((Task, "train"), (Device, "admit")):
-        monkeypatch.setattr(kind, method, fail)
-        with pytest.raises(DeviceError) as raised:
-            ask(message_maker, plan, device_context(home.folder))
-        assert str(raised.value) == "the device could not answer; its own log says why"
+    monkeypatch.setattr(Device, "answer", fail)
+    with pytest.raises(DeviceError) as raised:
+        ask(message_maker, plan, device_context(home.folder))
+    assert str(raised.value) == "the device could not answer; its own log says why"
 
 
 def test_no_words_of_the_user_in_the_devices_log_either(
@@ -247,7 +246,7 @@ def test_the_devices_log_has_our_own_words_and_only_the_kind_of_other_errors(
             raise error
 
         caplog.clear()
-        monkeypatch.setattr(Device, "admit", answer)
+        monkeypatch.setattr(Device, "answer", answer)
         with pytest.raises(DeviceError):
             ask(message_maker, plan, device_context(home.folder))
         return caplog.text

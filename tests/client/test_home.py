@@ -216,3 +216,20 @@ def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path, payload: bytes) ->
     path.write_bytes(payload)
     with pytest.raises(AdapterError, match="damaged private adapter"):
         home.load_private("ann")
+
+
+def test_identities_of_many_are_those_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, asked = Home(tmp_path / "home"), []
+    single = [public_key(home.identity(name)) for name in ("ann", "bob")]
+    secret = Keystore.secret
+
+    def noted(keystore: Keystore, name: str) -> bytes:
+        asked.append(name)
+        return secret(keystore, name)
+
+    monkeypatch.setattr(Keystore, "secret", noted)
+    identity = home.identities()
+    assert [public_key(identity(name)) for name in ("ann", "bob")] == single
+    assert asked == ["devices"]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from homefire.common.encoding import canonical_json, digest
+from homefire.common import encoding
+from homefire.common.encoding import canonical_json, canonical_list, digest, digest_list
 
 labels = st.text(st.characters(min_codepoint=1, max_codepoint=127), max_size=12)
 parts = st.lists(st.binary(max_size=12), max_size=4)
@@ -95,3 +96,24 @@ def test_digest_tells_where_parts_end(whole: bytes, data: st.DataObject) -> None
 def test_digest_refuses_a_label_that_is_not_plain(label: str) -> None:
     with pytest.raises(ValueError, match=r"NUL|ascii"):
         digest(label, b"x")
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 4096])
+@given(listed=st.lists(st.integers(), max_size=7) | st.lists(st.text(), max_size=7))
+def test_a_list_in_pieces_has_the_text_and_the_digest_of_the_whole(
+    piece: int, listed: list[int] | list[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "_PIECE", piece)
+        assert b"".join(canonical_list(listed)) == canonical_json(listed)
+        assert digest_list("label", listed) == digest("label", canonical_json(listed))
+
+
+def test_a_list_that_is_not_in_memory() -> None:
+    assert b"".join(canonical_list(range(10_000))) == canonical_json(list(range(10_000)))
+    assert len(list(canonical_list(range(10_000)))) > 2
+
+
+def test_a_list_with_a_bad_label_has_no_digest() -> None:
+    with pytest.raises(ValueError, match="NUL"):
+        digest_list("a\0b", [1])

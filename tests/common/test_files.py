@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from homefire.common import files
 from homefire.common.errors import ConfigError
-from homefire.common.files import expand, make_folder, write_atomically
+from homefire.common.files import expand, make_folder, replacing, write_atomically
 
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -46,6 +46,26 @@ def test_content_is_replaced_as_a_whole(
     write_atomically(path, old)
     write_atomically(path, new)
     assert written(path.parent) == {"file.bin": new}
+
+
+def test_what_is_written_in_parts_is_there_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    write_atomically(path, b"old")
+    with replacing(path) as file:
+        for part in (b"one", b"two"):
+            file.write(part)
+            file.flush()
+            assert path.read_bytes() == b"old"
+    assert written(tmp_path) == {"file.bin": b"onetwo"}
+
+
+def test_old_content_stays_where_the_writer_gives_up(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    write_atomically(path, b"old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert written(tmp_path) == {"file.bin": b"old"}
 
 
 @pytest.mark.parametrize("break_it", [no_fsync, no_replace])

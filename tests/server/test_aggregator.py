@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tiny_rounds import (
     CLIP_NORM,
     COHORT,
-    ROSTER,
     SIZE,
     answer,
     close,
@@ -151,7 +150,7 @@ def test_one_vote_bad_contribution_does_not_use_up_the_device_key() -> None:
     current = open_for(plan, [reply(1, bad)])
     accept(current, reply(2, RecordDict({"contribution": ConfigRecord(stolen)})))
     assert current.dropped == {"length": 1, "signature": 1}
-    assert current.roster == ROSTER
+    assert not current.contributed
     accept(current, answer(plan, honest(3), 3))
     assert current.total.count == 1
 
@@ -406,8 +405,15 @@ def test_weights_reported_by_clients_do_not_exist(examples: int) -> None:
 # Memory
 
 
+def test_the_roster_is_looked_into_and_not_copied() -> None:
+    roster = make_roster(COHORT)
+    current = open_for(plan_for(), [answer(plan_for(), honest(1), 1)], roster=roster)
+    assert current.roster is roster
+    assert current.contributed == {public_key(device_key(1))}
+
+
 def test_memory_does_not_grow_with_the_cohort() -> None:
-    size, cohort = 5_000, 200
+    size, cohort = 20_000, 200  # what is kept of each contribution is its device's key
     plan = plan_for(size=size)
     payload = honest(1, size=size).payload
     asked = set(range(1, cohort + 1))

@@ -1,5 +1,6 @@
 """Cohorts: a rota that keeps its rule, and draws that know nothing of each other."""
 
+from array import array
 from collections import Counter
 from itertools import pairwise
 
@@ -123,3 +124,12 @@ def test_independent_draws_with_rate_one_ask_everybody() -> None:
 def test_independent_draws_keep_the_order_of_the_nodes() -> None:
     drawn = cohort_of(1, NODES, NoPrivacy(0.7), cohort=5, run_key=KEY)
     assert drawn and drawn == [node for node in NODES if node in drawn]
+
+
+@pytest.mark.parametrize("mechanism", [NoPrivacy(0.7), NoPrivacy(1.0), BandedSqrt(1.0, 2, 3)])
+def test_compact_nodes_are_asked_like_any_others(mechanism: Mechanism) -> None:
+    compact = array("Q", NODES)
+    for number in (1, 2, 3):
+        asked = cohort_of(number, compact, mechanism, cohort=3, run_key=KEY)
+        assert asked == cohort_of(number, NODES, mechanism, cohort=3, run_key=KEY)
+        assert all(type(node) is int for node in asked)

@@ -1,14 +1,17 @@
 """The roster: exactly the enrolled devices, or nothing starts."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_runs import make_roster
 
+from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import ConfigError
-from homefire.server.roster import read_roster, write_roster
+from homefire.server import roster as roster_module
+from homefire.server.roster import read_roster, roster_digest, roster_writer, write_roster
 
 KEYS = sorted(make_roster(3))
 
@@ -18,17 +21,91 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "roster.txt"
 
 
-@given(st.sets(st.binary(min_size=32, max_size=32).map(bytes.hex), max_size=5))
+raw_keys = st.binary(min_size=32, max_size=32)
+key_sets = st.sets(raw_keys.map(bytes.hex), max_size=12)
+
+
+@pytest.fixture
+def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handful of keys is sorted and read in several stretches."""
+    monkeypatch.setattr(roster_module, "_SORTED_AT_ONCE", 3)
+    monkeypatch.setattr(roster_module, "_BLOCK", 2)
+
+
+@given(key_sets)
 def test_roster_round_trip(tmp_path_factory: pytest.TempPathFactory, keys: set[str]) -> None:
     path = tmp_path_factory.mktemp("roster") / "roster.txt"
     write_roster(path, keys)
-    assert read_roster(path, users=len(keys)) == keys
+    assert list(read_roster(path, users=len(keys))) == sorted(keys)
+
+
+@pytest.mark.usefixtures("short_stretches")
+@given(st.lists(raw_keys.map(bytes.hex), max_size=12, unique=True))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_roster_of_several_stretches_is_in_ascending_order(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[str]
+) -> None:
+    path = tmp_path_factory.mktemp("roster") / "roster.txt"
+    write_roster(path, keys)
+    roster = read_roster(path, users=len(keys))
+    assert list(roster) == sorted(keys)
+    assert len(roster) == len(keys)
+
+
+@given(key_sets, raw_keys.map(bytes.hex))
+def test_exact_membership(
+    tmp_path_factory: pytest.TempPathFactory, keys: set[str], other: str
+) -> None:
+    path = tmp_path_factory.mktemp("roster") / "roster.txt"
+    write_roster(path, keys)
+    roster = read_roster(path, users=len(keys))
+    assert all(key in roster for key in keys)
+    assert (other in roster) == (other in keys)
+    for key in keys:
+        value = int(key, 16)
+        # One bit more or less, at either end; and what is no key as it is written.
+        for near in (value ^ 1, value ^ (1 << 255), (value + 1) % 2**256, (value - 1) % 2**256):
+            assert (f"{near:064x}" in roster) == (f"{near:064x}" in keys)
+        assert key[:-1] not in roster
+        assert f"{key}\n" not in roster
+        assert key.upper() not in roster or key.upper() == key
+
+
+@given(key_sets)
+def test_the_digest_is_that_of_the_sorted_list(
+    tmp_path_factory: pytest.TempPathFactory, keys: set[str]
+) -> None:
+    path = tmp_path_factory.mktemp("roster") / "roster.txt"
+    write_roster(path, keys)
+    expected = digest("homefire/roster/v1", canonical_json(sorted(keys)))
+    assert roster_digest(read_roster(path, users=len(keys))) == expected
+    assert roster_digest(keys) == expected
+
+
+def test_memory_does_not_grow_with_the_roster(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster_module, "_SORTED_AT_ONCE", 1000)
+    count, step = 20_000, 0x9E3779B97F4A7C15
+    tracemalloc.start()
+    write_roster(path, (f"{number * step % 2**64:064x}" for number in range(count)))
+    roster = read_roster(path, users=count)
+    assert roster_digest(roster)
+    assert f"{step:064x}" in roster
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 * count  # no more than half of the raw keys and of what handling them takes
+
+
+def test_nothing_is_there_of_a_roster_whose_writing_fails(path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), roster_writer(path) as write:
+        write(KEYS[0])
+        raise KeyboardInterrupt
+    assert list(path.parent.iterdir()) == []
 
 
 def test_comments_and_empty_lines_are_passed_over(path: Path) -> None:
     lines = ["# enrolled", "", f"{KEYS[0]}  # kitchen", f"  {KEYS[1]}", " \t ", KEYS[2]]
     path.write_text("\r\n".join(lines))
-    assert read_roster(path, users=3) == set(KEYS)
+    assert list(read_roster(path, users=3)) == KEYS
 
 
 @pytest.mark.parametrize("users", [1, 2, 4, 100])
@@ -63,6 +140,14 @@ def test_key_that_is_there_twice_is_refused(path: Path) -> None:
     for users in (3, 4):
         with pytest.raises(ConfigError, match="line 4: the key is there twice"):
             read_roster(path, users=users)
+
+
+@pytest.mark.usefixtures("short_stretches")
+def test_key_that_is_there_twice_is_found_in_another_stretch(path: Path) -> None:
+    keys = sorted(make_roster(9))
+    path.write_text("\n".join(["# enrolled", *keys, keys[0]]))
+    with pytest.raises(ConfigError, match="line 11: the key is there twice"):
+        read_roster(path, users=10)
 
 
 def test_missing_roster_is_refused_with_a_remedy(path: Path) -> None:

@@ -29,7 +29,7 @@ def updates(experiment: Experiment) -> list[np.ndarray]:
     population = load_population(experiment.population, seed=experiment.seed)
     model = adapted_model(experiment.for_devices(), experiment.shared)
     release, found = model.specs[SHARED].initial(), []
-    for user in (*population.training, *population.unseen):
+    for user in population:
         tokens = experiment.local.max_tokens
         examples = tuple(encode(model.base.tokenizer, record, tokens) for record in user.records)
         order = (user.user_id, 1)

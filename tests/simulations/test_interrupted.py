@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,7 +253,7 @@ def test_a_folder_that_is_no_run_is_refused(make: Prepare, content: bytes | None
 def test_a_preparation_that_was_interrupted_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
 ) -> None:
-    """`experiment.toml` is written last."""
+    """`experiment.toml` is written last; a process that is killed cannot clean up."""
     run = prepare_small(tmp_path / "whole", tiny_llama, NO_PRIVACY)
 
     def write(path: Path, settings: BaseModel) -> None:
@@ -261,6 +262,7 @@ def test_a_preparation_that_was_interrupted_is_refused(
         write_toml(path, settings)
 
     monkeypatch.setattr(preparation, "write_toml", write)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         prepare(run.experiment, tmp_path / "broken")
     assert (tmp_path / "broken" / "population.json").exists()

@@ -1,7 +1,10 @@
 """Populations: the configuration, who is chosen, and every kind of source."""
 
 import json
-from collections.abc import Callable
+import random
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from homefire.common.errors import ConfigError, DataError, HomefireError
-from homefire.common.records import Record, User, write_users
+from homefire.common.records import Record, Skipped, User, read_users, write_users
+from homefire.simulations import populations
 from homefire.simulations.populations import (
     Columns,
     HuggingFace,
@@ -20,13 +24,29 @@ from homefire.simulations.populations import (
     Lamp,
     PopulationConfig,
     Synthetic,
-    load_population,
 )
-from homefire.simulations.synthetic import synthetic_user
+from homefire.simulations.synthetic import synthetic_id, synthetic_user
 
 pytestmark = pytest.mark.usefixtures("offline_datasets")
 
 CONFIGS: TypeAdapter[PopulationConfig] = TypeAdapter(PopulationConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A population with all of its users."""
+
+    training: tuple[User, ...]
+    unseen: tuple[User, ...]
+    skipped: Skipped
+
+
+def load_population(config: PopulationConfig, *, seed: int) -> Loaded:
+    population = populations.load_population(config, seed=seed)
+    users = tuple(population)
+    assert len(users) == len(population)
+    training = users[: population.training]
+    return Loaded(training, users[len(training) :], population.skipped)
 
 
 def person(name: str, records: int = 5) -> User:
@@ -184,6 +204,61 @@ def test_the_newest_records_are_kept(tmp_path: Path) -> None:
     users = {user.user_id: user for user in load_population(config, seed=0).training}
     assert users["ann"].records == person("ann", 9).records[2:]
     assert users["bob"].records == person("bob", 6).records
+
+
+@given(st.integers(1, 6), st.integers(0, 4), st.integers())
+def test_the_choice_is_the_shuffled_ids(
+    tmp_path_factory: pytest.TempPathFactory, users: int, unseen: int, seed: int
+) -> None:
+    """Unseen first: so was it always, and so prepared runs can be made again."""
+    path = stored(tmp_path_factory.mktemp("population"), people(10))
+    stored_population = load_population(Jsonl(path=path, users=users, unseen=unseen), seed=seed)
+    names = sorted(user.user_id for user in people(10))
+    random.Random(seed).shuffle(names)  # noqa: S311 - no secret
+    assert ids(stored_population.unseen) == names[:unseen]
+    assert ids(stored_population.training) == names[unseen : unseen + users]
+    made = load_population(Synthetic(users=users, unseen=unseen, records=5), seed=seed)
+    names = [synthetic_id(number) for number in range(users + unseen)]
+    random.Random(seed).shuffle(names)  # noqa: S311 - no secret
+    assert ids(made.unseen) == names[:unseen]
+    assert ids(made.training) == names[unseen:]
+
+
+def test_a_source_that_changes_between_its_two_readings_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stored(tmp_path, people(4))
+
+    def once(path: Path, *, skipped: Skipped | None) -> Iterator[User]:
+        yield from read_users(path, skipped=skipped)
+        stored(tmp_path, people(3))
+
+    monkeypatch.setattr(populations, "read_users", once)
+    with pytest.raises(DataError, match="1 of the chosen users were gone") as caught:
+        load_population(Jsonl(path=path, users=3, unseen=1), seed=0)
+    assert caught.value.hint
+
+
+def test_a_synthetic_population_costs_some_bytes_a_user() -> None:
+    count = 100_000
+    tracemalloc.start()
+    population = populations.load_population(Synthetic(users=count, unseen=4), seed=0)
+    assert population.user(count + 3).user_id
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * count + 2**18
+
+
+def test_of_a_stored_population_only_the_names_are_in_memory(tmp_path: Path) -> None:
+    users = [User(f"user {n}", (Record("x" * 2000),) * 5) for n in range(300)]
+    config = Jsonl(path=stored(tmp_path, users), users=250, unseen=50)
+    tracemalloc.start()
+    population = populations.load_population(config, seed=0, scratch=tmp_path)
+    assert sum(len(user.records) for user in population) == 1500
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20  # of three million characters
+    assert {path.name for path in tmp_path.iterdir()} == {"people.idx", "people.jsonl"}
 
 
 def test_synthetic_users_are_the_generator_s() -> None:

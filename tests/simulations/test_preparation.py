@@ -2,6 +2,7 @@
 
 import json
 import socket
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from tiny_runs import make_users
 from homefire.common.config import DeviceConfig, FederationConfig, load_config
 from homefire.common.errors import ConfigError, DataError, HomefireError
 from homefire.common.records import User, write_users
+from homefire.common.signatures import public_key
 from homefire.simulations.experiment import Experiment, load_experiment
 from homefire.simulations.populations import load_population
-from homefire.simulations.preparation import free_folder, free_ports, prepare
+from homefire.simulations.preparation import free_folder, free_ports, prepare, reopen
 
 MODEL = "base_model.name=nobody/model"
 """The id of a hub: preparing a run looks nothing up there."""
@@ -40,7 +42,7 @@ def from_file(path: Path, users: list[User], *more: str) -> Experiment:
 def test_every_history_is_split_in_time(tmp_path: Path, experiment: Experiment) -> None:
     run = prepare(experiment, tmp_path / "run")
     population = load_population(experiment.population, seed=experiment.seed)
-    users = (*population.training, *population.unseen)
+    users = tuple(population)
     assert (run.training, run.unseen) == (3, 2)
     assert len(run.home.users) == len(run.held_out) == 5
     for user, older, newest in zip(users, run.home.users, run.held_out, strict=True):
@@ -128,6 +130,54 @@ def test_a_history_that_cannot_be_split_twice_is_refused_before_anything_is_writ
         prepare(experiment, tmp_path / "run")
     assert "min_records" in error.value.hint
     assert not (tmp_path / "run").exists()
+
+
+def test_a_preparation_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    users = [*make_users(5, records=6), User("short", make_users(1)[0].records[:2])]
+    experiment = from_file(tmp_path / "users.jsonl", users, "population.min_records=2")
+    written: list[Path] = []
+
+    def advance() -> None:
+        written.extend((tmp_path / "runs" / "run").rglob("users.jsonl"))
+
+    with pytest.raises(DataError, match="'short' has 2 records"):
+        prepare(experiment, tmp_path / "runs" / "run", advance=advance)
+    assert written  # it was on its way
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_folder_in_the_making_is_no_prepared_run(tmp_path: Path, experiment: Experiment) -> None:
+    refusals = []
+
+    def advance() -> None:
+        with pytest.raises(ConfigError) as caught:
+            reopen(tmp_path / "run")
+        refusals.append(caught.value)
+
+    run = prepare(experiment, tmp_path / "run", advance=advance)
+    assert len(refusals) == 5  # once a user
+    assert reopen(tmp_path / "run") == run
+
+
+def test_the_roster_holds_those_who_train_in_their_order(
+    tmp_path: Path, experiment: Experiment
+) -> None:
+    run = prepare(experiment, tmp_path / "run")
+    keys = [public_key(run.home.identity(user.user_id)) for user in run.home.users]
+    roster = (tmp_path / "run" / "server" / "roster.txt").read_text().splitlines()
+    assert roster == keys[:3]
+
+
+def test_memory_does_not_grow_with_the_population(tmp_path: Path, experiment: Experiment) -> None:
+    peaks: list[int] = []
+    for users in (20, 20, 1020):  # the first time is for what is imported and kept
+        population = experiment.population.model_copy(update={"users": users, "records": 5})
+        tracemalloc.start()
+        larger = experiment.model_copy(update={"population": population})
+        prepare(larger, tmp_path / f"run-{len(peaks)}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 100 * 1000  # a thousand users' records take megabytes
 
 
 def test_the_shortest_history_that_can_be_split_twice(tmp_path: Path) -> None:

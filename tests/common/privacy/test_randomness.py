@@ -5,6 +5,7 @@ import hmac
 import itertools
 import random
 import struct
+import tracemalloc
 
 import numpy as np
 import numpy.typing as npt
@@ -196,6 +197,24 @@ def test_bernoulli_threshold_is_exact(probability: float) -> None:
     assert not ConstantStream(threshold).bernoulli(1, probability)[0]
     if threshold:
         assert ConstantStream(threshold - 1).bernoulli(1, probability)[0]
+
+
+@pytest.mark.parametrize("count", [1, 2**16 - 1, 2**16, 2**16 + 1, 3 * 2**16 + 5])
+def test_bernoulli_of_many_takes_the_words_of_one_stream(count: int) -> None:
+    stream, again = KeyStream(KEY), KeyStream(KEY)
+    drawn = stream.bernoulli(count, 0.25)
+    assert np.array_equal(drawn, again.words(count) < np.uint64(2**62))
+    # And not one word more.
+    assert stream.words(1) == again.words(1)
+
+
+def test_bernoulli_of_many_holds_no_words() -> None:
+    count = 2_000_000
+    tracemalloc.start()
+    KeyStream(KEY).bernoulli(count, 0.25)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * count
 
 
 @pytest.mark.parametrize("probability", [-1e-9, 1 + 1e-9, 2.0, float("nan"), float("inf")])

@@ -1,0 +1,115 @@
+"""What a runtime took for an experiment, and how much of it was training."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from homefire.client import device
+from homefire.common.adapter import Vector
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_TRAINING = ("local_update", "train_private")
+"""The functions of a device that train."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One runtime's time for one experiment: wall clock, warm.
+
+    Attributes:
+        name: The runtime.
+        workers: How many devices train at the same time.
+        threads: Of torch, in each worker.
+        shared_seconds: All rounds.
+        private_seconds: The private adapters of all users; 0 where a runtime has none.
+        shared_compute_seconds: Of the rounds those inside training, summed over the workers and
+            divided by their number.
+        private_compute_seconds: The same of the private adapters.
+        releases: The shared adapters from first to last, each of shape (adapter parameters,).
+    """
+
+    name: str
+    workers: int
+    threads: int
+    shared_seconds: float
+    private_seconds: float
+    shared_compute_seconds: float
+    private_compute_seconds: float
+    releases: tuple[Vector, ...] = field(repr=False, compare=False)
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.shared_seconds + self.private_seconds
+
+    @property
+    def compute_seconds(self) -> float:
+        """What is training."""
+        return self.shared_compute_seconds + self.private_compute_seconds
+
+    @property
+    def overhead_seconds(self) -> float:
+        """What is no training."""
+        return self.seconds - self.compute_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Stopwatch:
+    """Time inside the devices' training, over any number of processes of this machine.
+
+    Args:
+        folder: One file for each process that trained; empty at first.
+    """
+
+    folder: Path
+
+    @contextmanager
+    def on_devices(self) -> Iterator[None]:
+        """While this is open, whatever devices train in this process counts."""
+        originals = {name: getattr(device, name) for name in _TRAINING}
+        for name, original in originals.items():
+            setattr(device, name, self.timed(original))
+        try:
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(device, name, original)
+
+    def timed(self, train: Callable[P, R]) -> Callable[P, R]:
+        """The same function, each call of which counts."""
+
+        @wraps(train)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            started = time.monotonic()
+            try:
+                return train(*args, **kwargs)
+            finally:
+                self._append(started, time.monotonic())
+
+        return wrapper
+
+    def seconds(self, *, since: float, until: float = math.inf) -> float:
+        """The sum over all processes of what began between two moments of the monotonic clock."""
+        lines = [line for file in self._files() for line in file.read_text().splitlines()]
+        spans = [json.loads(line) for line in lines]
+        return float(sum(ended - started for started, ended in spans if since <= started < until))
+
+    def processes(self) -> int:
+        """How many processes have trained."""
+        return len(self._files())
+
+    def _append(self, started: float, ended: float) -> None:
+        with (self.folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps([started, ended]) + "\n")
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.jsonl"))
