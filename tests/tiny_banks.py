@@ -123,7 +123,7 @@ def trained_alone(
     under: tuple[str, ...] = (),
 ) -> Doubles:
     """The same, one user after another, with PEFT's layers and the devices' own step."""
-    spec, found = model.specs[name], []
+    spec, before, found = model.specs[name], model.vector(name), []
     starts, steps = far_from_zero(spec, len(users)), batches_of(users, settings)
     step = take_step if model.base.dtype != "float64" else take_double_step
     for number in range(len(users)):
@@ -134,6 +134,7 @@ def trained_alone(
             step(model.network, optimizer, batch[number], settings)
         found.append(torch.cat([p.detach().double().flatten() for p in parameters]).numpy())
     model.activate()
+    model.load(name, before)
     return np.stack(found)
 
 
@@ -166,13 +167,14 @@ def losses_alone(
     model: AdaptedModel, name: str, vectors: npt.NDArray[np.float32], users: Users, *active: str
 ) -> torch.Tensor:
     """Each predicted token's loss, user after user, row after row."""
-    found = []
+    found, before = [], model.vector(name)
     for vector, rows in zip(vectors, users, strict=True):
         model.load(name, vector)
         model.activate(*active, name)
         with torch.no_grad():
             found += [row_losses(model.network, row) for row in rows]
     model.activate()
+    model.load(name, before)
     return torch.cat(found)
 
 
