@@ -156,6 +156,7 @@ class Scaled(nn.Linear):
     """A head that does more than a linear layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Bounded."""
         return torch.tanh(super().forward(x))
 
 
