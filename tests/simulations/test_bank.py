@@ -200,6 +200,14 @@ def test_apart_are_the_gradients_of_users_without_rows(way: Way) -> None:
         assert not leaf.grad[[0, 2]].any()
 
 
+@pytest.mark.parametrize("users", [1, 2, 5])
+def test_rows_of_other_users_than_there_is_room_for_are_refused(users: int) -> None:
+    bank = make_bank(model_of("llama"), "private")
+    bank.open(users)
+    with pytest.raises(ValueError, match=f"4 users, but room was made for {users}"):
+        bank.losses(bank.lay_out(UNEVEN))
+
+
 # No rebuild, untouched
 
 

@@ -33,7 +33,7 @@ from transformers import (
 
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.errors import AdapterError
-from homefire.common.training import LocalTraining
+from homefire.common.training import Example, LocalTraining
 from homefire.simulations import passes
 from homefire.simulations.bank import LoraBank
 from homefire.simulations.passes import PACKED, Seat
@@ -194,9 +194,9 @@ def test_after_a_failed_pass_the_model_is_as_before() -> None:
     model = worn("llama")
     bank = make_bank(model, "private")
     usual = bank.network.config._attn_implementation  # type: ignore[union-attr]
-    bank.open(1)
-    with pytest.raises(RuntimeError):
-        bank.losses(bank.lay_out(USERS))  # three users, but the bank is open for one
+    bank.open(3)
+    with pytest.raises(IndexError):
+        bank.losses(bank.lay_out([[Example((999,) * 3, 1)]] * 3))  # there is no such token
     assert bank.network.config._attn_implementation == usual  # type: ignore[union-attr]
     assert bank.seat.layout is None
 
@@ -242,5 +242,4 @@ def test_no_rebuild_when_compiled(family: Family, monkeypatch: pytest.MonkeyPatc
             for one, two in zip(bank.parameters, usual.parameters, strict=True):
                 torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-4)
             graphs.append(counter.frame_count)
-    print(graphs)
-    assert graphs[-1] == graphs[3]
+    assert graphs[-1] == graphs[3] <= 4
