@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from homefire.common.errors import AdapterError
+from homefire.simulations.frozen_linear import use_frozen_layers
 from homefire.simulations.fused_loss import wide
 from homefire.simulations.packing import Layout, UserRows, in_a_list, lay_out, side_by_side
 from homefire.simulations.passes import Passes, Seat
@@ -161,6 +162,8 @@ class LoraBank:
             _check_layer(path, layer)
         self.network = _twin(network)
         layers = _replace(self.network, name, self.seat)
+        head = self.network.get_output_embeddings()  # type: ignore[operator]
+        use_frozen_layers(self.network, but=head)
         self._tensors = [
             _BankTensor(path, factor, layers[path], tuple(_weight(layer, name, factor).shape))
             for path, layer in self._original.items()

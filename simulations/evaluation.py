@@ -228,6 +228,6 @@ def generate(
         seed=seed,
     )
     return [
-        [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in replies]
+        [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in replies]
         for replies in reply(bank, rows, sampling)
     ]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from homefire.simulations.frozen_linear import product
+
 LOGITS: Mapping[str, int] = MappingProxyType({"cpu": 1 << 22, "cuda": 1 << 26})
 """How many logits are held at a time, by kind of device."""
 
@@ -62,7 +64,7 @@ def chunk_losses(
         bias: Shape (vocabulary,) or None.
         with_gradient: Else the second tensor is empty.
     """
-    logits = wide(nn.functional.linear(hidden, weight, bias))
+    logits = wide(product(hidden, weight, bias))
     norm = torch.logsumexp(logits, -1, keepdim=True)
     chosen = targets.unsqueeze(-1)
     losses = (norm - logits.gather(-1, chosen)).squeeze(-1)
@@ -70,7 +72,7 @@ def chunk_losses(
         return losses, hidden.new_empty(0)
     shares = logits.sub_(norm).exp_()
     shares.scatter_add_(-1, chosen, shares.new_full(chosen.shape, -1.0))
-    return losses, shares.to(weight.dtype) @ weight
+    return losses, product(shares.to(weight.dtype), weight.t())
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:
