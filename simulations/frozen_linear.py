@@ -14,7 +14,8 @@ from torch import nn
 def is_fast(weight: torch.Tensor) -> bool:
     """Whether oneDNN takes products with this matrix."""
     return (
-        weight.device.type == "cpu"
+        not torch.compiler.is_compiling()  # which has products of its own
+        and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()

@@ -21,7 +21,6 @@ from tiny_engines import (
 from tiny_runs import (
     LOCAL,
     POLICY,
-    SERVER,
     make_federation,
     make_home,
     make_plan,
@@ -31,13 +30,11 @@ from tiny_runs import (
 
 from homefire.client import device as device_module
 from homefire.client.home import Home
-from homefire.common.adapter import AdapterConfig, resolve_spec
-from homefire.common.base_model import BaseModel
+from homefire.common.adapter import AdapterConfig
 from homefire.common.config import ExampleDPConfig, OptimizerConfig, PrivacyConfig, RoundsConfig
 from homefire.common.plan import RoundPlan
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.clipping import STEPS
-from homefire.common.protocol import encode_plan
 from homefire.common.training import LocalTraining
 from homefire.server.federation import run_federation
 from homefire.server.run_state import Federation
@@ -155,7 +152,7 @@ def test_releases_are_those_of_devices_one_by_one(
     start = federation.spec.initial()
     for number, (expected, found) in enumerate(zip(*releases, strict=True), 1):
         moved = np.linalg.norm(expected - start)
-        assert moved > 1e-3
+        assert moved > 1e-4
         far = np.linalg.norm(found.astype(np.float64) - expected)
         assert far < (1e-5 if number == 1 and optimizer == "fedavg" else 1e-3) * moved
 
@@ -233,7 +230,7 @@ def test_a_device_whose_history_is_damaged_takes_no_other_with_it(
     plan = RoundPlan(plan.header.model_copy(update={"round": 2}), plan.release)
     expected = list(grid.send_and_receive(plans_for(others, plan)))
     del replies[1]
-    found = values_of(replies, plan, damaged, USERS)
+    found = values_of(replies, plan, whole, USERS)  # the keys are the same
     assert np.abs(found - values_of(expected, plan, whole, USERS)).max() <= 1
 
 
@@ -261,15 +258,7 @@ def test_a_device_that_fails_in_training_takes_no_other_with_it(
     assert [charges(home, user) for user in range(USERS)] == [[1]] * USERS
 
 
-def test_a_user_whose_training_diverges_sends_zeros_and_nobody_else_does(
-    home: Home, federation: Federation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_of(federation)
-    bounded = device_module.bounded
-
-    def diverges(plan: RoundPlan, update: Any, mean_loss: float) -> Any:
-        return bounded(plan, update, mean_loss)
-
+def test_where_training_diverges_zeros_are_sent(home: Home, federation: Federation) -> None:
     wild = plan_of(
         federation,
         training=LocalTraining(steps=3, learning_rate=1e38, optimizer="sgd", max_gradient_norm=0),
@@ -278,7 +267,6 @@ def test_a_user_whose_training_diverges_sends_zeros_and_nobody_else_does(
     replies = list(grid.send_and_receive(plans_for(all_nodes(), wild)))
     assert not values_of(replies, wild, home, USERS).any()
     assert [charges(home, user) for user in range(USERS)] == [[1]] * USERS
-    assert diverges and plan
 
 
 def test_refusals_cost_nothing_and_the_others_are_answered(
@@ -397,7 +385,7 @@ def test_a_plan_with_another_adapter(
     """A server may ask for one that no worker has seen, and then for the usual one."""
     config = AdapterConfig(method="lora", rank=3, alpha=3)
     other = make_federation(tmp_path / "other", tiny_llama, users=USERS, local=SGD, shared=config)
-    plans = [plan_of(other), plan_of(federation, round=2)]
+    plans = [plan_of(other), plan_of(federation, run="f" * 32)]
     found = []
     for name in ("alone", "together"):
         home = homes(name)
