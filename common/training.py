@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -24,6 +25,7 @@ from homefire.common.optimizer import make_optimizer
 from homefire.common.records import Record
 
 IGNORED = -100
+_ONE_AT_A_TIME = Lock()
 
 
 class LocalTraining(BaseModel):
@@ -136,10 +138,12 @@ def _encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 def _ids(tokenizer: Any, text: str, *, control: bool = False) -> list[int]:
     """Token ids; what looks like a control token in a person's text is plain text."""
+    # A tokenizer keeps the setting for control tokens in itself, where threads would mix it up.
     # Not verbose: what is too long for the model is cut afterwards, so nobody need be warned.
-    ids: list[int] = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=not control, verbose=False
-    ).input_ids
+    with _ONE_AT_A_TIME:
+        ids: list[int] = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=not control, verbose=False
+        ).input_ids
     return ids
 
 

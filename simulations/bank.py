@@ -84,7 +84,7 @@ class BankLinear(nn.Module):
 
     def _banked(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         layout = self.seat.layout
-        users = b.shape[0] if layout is None else layout.users.groups
+        users = b.shape[0]
         flat = _like(x, a).reshape(-1, x.shape[-1])
         if a.dim() == 2:  # the same for all: nothing but its short output is spread out
             flat = nn.functional.linear(flat, a)
@@ -250,7 +250,13 @@ class LoraBank:
         return lay_out(rows, padded=not self.is_packed, device=self.device)
 
     def losses(self, layout: Layout) -> torch.Tensor:
-        """The loss of each predicted token, shape (targets,), in nats."""
+        """The loss of each predicted token, shape (targets,), in nats.
+
+        Raises:
+            ValueError: The bank is open for another number of users.
+        """
+        if self.seat.banked and layout.users.groups != self.users:
+            raise ValueError(f"{layout.users.groups} users, but room was made for {self.users}")
         return self._passes.losses(layout)
 
     def _leaf(self, slot: Slot) -> torch.Tensor:

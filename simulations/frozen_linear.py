@@ -16,7 +16,8 @@ _HAS_ONEDNN: bool = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_
 def is_fast(weight: torch.Tensor) -> bool:
     """Whether oneDNN takes products with this matrix."""
     return (
-        weight.device.type == "cpu"
+        not torch.compiler.is_compiling()  # which has products of its own
+        and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and _HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")

@@ -92,6 +92,7 @@ class _FusedLoss(torch.autograd.Function):
         chunk: Chunk,
     ) -> torch.Tensor:
         needed = bool(ctx.needs_input_grad[0])
+        hidden = hidden.detach()
         losses = hidden.new_empty(len(hidden), dtype=wide(hidden.new_empty(0)).dtype)
         gradients = torch.empty_like(hidden) if needed else hidden.new_empty(0)
         for start in range(0, len(hidden), size):

@@ -67,13 +67,13 @@ class Passes:
         for module in network.modules():
             module.homefire_seat = seat  # type: ignore[assignment]
         self._body: Callable[..., Any] = _body(network)
+        self._whole: Callable[..., Any] = network
         self._head = network.get_output_embeddings()  # type: ignore[operator]
         self._chunk = chunk_losses
         self.packed, self.fused = True, isinstance(self._head, nn.Linear)
         self._choose()
         if compiled:
-            self._body = torch.compile(self._body)
-            self._network = self._network if self.fused else torch.compile(network)  # type: ignore[assignment]
+            self._body, self._whole = _compiled(self._body), _compiled(network)
             self._chunk = torch.compile(chunk_losses, dynamic=True)
 
     def losses(self, layout: Layout) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Passes:
             if self.fused:
                 states = self._body(**arguments).last_hidden_state
             else:
-                states = self._network(**arguments).logits
+                states = self._whole(**arguments).logits
         finally:
             self._seat.layout = None
             config._attn_implementation = self._attention  # type: ignore[union-attr]
@@ -120,7 +120,9 @@ class Passes:
         layout = lay_out(rows, padded=not self.packed, device=self._device)
         try:
             found = self._predictors(layout)
-            logits = wide(self._head(found) if self.fused else found)
+            if self.fused:  # By what the loss takes of the head, whatever more it may do.
+                found = nn.functional.linear(found, self._head.weight, self._head.bias)
+            logits = wide(found)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return False
         limit = TOLERANCE.get(next(self._network.parameters()).dtype, 5e-2)
@@ -202,6 +204,18 @@ def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
 
 
 AttentionInterface.register(PACKED, packed_attention)
+
+
+def _compiled(module: Callable[..., Any]) -> Callable[..., Any]:
+    """One graph for any number of users and tokens."""
+    graph = torch.compile(module)
+
+    def call(**arguments: Any) -> Any:
+        # By default a number that a module leads to is a constant: a graph for each cohort size.
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+            return graph(**arguments)
+
+    return call
 
 
 def _body(network: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import (
+    BOS,
     BOS_ID,
     CHAT_TEMPLATE,
     CONTEXT,
+    EOS,
     EOS_ID,
     make_model,
     make_tiny_model,
@@ -23,12 +26,14 @@ from tiny_models import (
 )
 from torch import nn
 
+from homefire.common import training as training_module
 from homefire.common.base_model import BaseModel, load_base_model
 from homefire.common.errors import DataError
 from homefire.common.optimizer import make_optimizer
 from homefire.common.records import Record
 from homefire.common.training import (
     IGNORED,
+    Encoded,
     Example,
     LocalTraining,
     batch_seed,
@@ -114,6 +119,60 @@ def test_an_answer_is_written_after_the_tokens_that_it_was_trained_after() -> No
         example = encode(tokenizer, Record("yes", "Is it raining?"), room)
         prompt = prompt_tokens(tokenizer, "Is it raining?", room)
         assert list(example.tokens[: example.first_target]) == prompt
+
+
+def test_threads_do_not_mix_up_what_is_a_control_token() -> None:
+    """A tokenizer keeps in itself whether such tokens are split."""
+    records = [Record(f"{BOS} {number} " * 9, f"Is it {EOS}?") for number in range(40)]
+    expected = [encode(CHAT, record, 64) for record in records]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert list(pool.map(lambda record: encode(CHAT, record, 64), records)) == expected
+
+
+# Records that are encoded when they are needed
+
+
+def test_records_are_encoded_when_they_are_first_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def noting(tokenizer: Any, record: Record, max_tokens: int) -> Example:
+        asked.append(record.text)
+        return encode(tokenizer, record, max_tokens)
+
+    monkeypatch.setattr(training_module, "encode", noting)
+    records = [Record(text) for text in "abcd"]
+    encoded = Encoded(PLAIN, records, 16)
+    assert len(encoded) == 4 and asked == []
+    assert encoded[2] == encode(PLAIN, records[2], 16)
+    assert encoded[2] is encoded[-2]
+    assert asked == ["c"]
+    assert encoded[1:3] == [encode(PLAIN, record, 16) for record in records[1:3]]
+    assert list(encoded) == [encode(PLAIN, record, 16) for record in records]
+    assert sorted(asked) == list("abcd")
+
+
+def test_encoded_records_are_a_sequence() -> None:
+    records = [Record(text) for text in "abcd"]
+    encoded = Encoded(PLAIN, records, 16)
+    for index in (4, -5):
+        with pytest.raises(IndexError):
+            encoded[index]
+    assert encoded[::-1] == list(encoded)[::-1]
+    assert bool(encoded) and not Encoded(PLAIN, [], 16)
+    order = [next(cycle_batches(each, batch_size=4, seed=3)) for each in (encoded, list(encoded))]
+    assert order[0] == order[1]
+
+
+def test_a_record_with_nothing_to_predict_is_an_error_when_it_is_asked_for() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    encoded = Encoded(tokenizer, [Record("a"), Record("")], 16)
+    assert encoded[0].targets == 1
+    with pytest.raises(DataError):
+        encoded[1]
 
 
 @given(

@@ -1,11 +1,12 @@
 """Scores on held-out records: five variants, replies, paired summaries."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import PRIVATE, SHARED, make_users, some_vector
@@ -16,20 +17,23 @@ from homefire.common.base_model import BaseModel, load_base_model
 from homefire.common.records import Record
 from homefire.common.training import encode, mean_loss, prompt_tokens
 from homefire.simulations import evaluation
+from homefire.simulations.bank import LoraBank
 from homefire.simulations.evaluation import (
     COMPARISONS,
     VARIANTS,
     PrivateVectors,
     UserScores,
+    base_and_shared_losses,
     generate,
-    score_user,
+    held_out_examples,
+    score_users,
     summarize,
 )
 from homefire.simulations.experiment import EvaluationConfig
 from homefire.simulations.metrics import rouge_l
 
 CONFIG = EvaluationConfig(max_tokens=48, generated=2, reply_tokens=8)
-RECORDS = make_users(1)[0].records
+RECORDS, OTHERS = (user.records for user in make_users(2))
 
 
 def wear(base: BaseModel) -> AdaptedModel:
@@ -47,11 +51,16 @@ def model(tiny_base: Callable[[], BaseModel]) -> AdaptedModel:
     return wear(tiny_base())
 
 
+@pytest.fixture
+def bank(model: AdaptedModel) -> LoraBank:
+    return LoraBank(model.network, "private")
+
+
 def private_vector(model: AdaptedModel, seed: int) -> Vector:
     return some_vector(model.specs["private"], seed=seed, scale=0.3)
 
 
-def vectors(model: AdaptedModel, read: list[str] | None = None) -> PrivateVectors:
+def vectors(model: AdaptedModel, read: list[str] | None = None, *, user: int = 0) -> PrivateVectors:
     """Three different adapters; notes in `read` which of them was asked for."""
 
     def reader(name: str, seed: int) -> Callable[[], Vector]:
@@ -62,62 +71,90 @@ def vectors(model: AdaptedModel, read: list[str] | None = None) -> PrivateVector
 
         return load
 
-    return PrivateVectors(reader("own", 1), reader("alone", 2), reader("other", 3))
+    first = 3 * user
+    return PrivateVectors(
+        reader("own", first + 1), reader("alone", first + 2), reader("other", first + 3)
+    )
+
+
+def score_one(
+    bank: LoraBank, model: AdaptedModel, records: Sequence[Record], config: EvaluationConfig
+) -> UserScores:
+    (scores,) = score_users(bank, model, [records], [vectors(model)], config)
+    return scores
 
 
 # Scores
 
 
-def test_each_variant_is_scored_with_its_own_adapters(model: AdaptedModel) -> None:
-    scores = score_user(model, RECORDS, vectors(model), CONFIG)
-    examples = [encode(model.base.tokenizer, record, 48) for record in RECORDS]
-    wanted: dict[str, tuple[tuple[str, ...], int]] = {
-        "base": ((), 1),
-        "shared": (("shared",), 1),
-        "private_only": (("private",), 2),
-        "shared_private": (("shared", "private"), 1),
-        "other_private": (("shared", "private"), 3),
-    }
-    assert tuple(scores.loss) == VARIANTS == tuple(wanted)
-    for variant, (active, seed) in wanted.items():
-        model.load("private", private_vector(model, seed))
-        model.activate(*active)
-        expected, tokens = mean_loss(model.network, examples)
-        assert scores.loss[variant] == pytest.approx(expected, rel=1e-6)
-        assert scores.tokens == tokens == sum(example.targets for example in examples)
-    assert len(set(scores.loss.values())) == 5
+def test_each_variant_of_each_user_is_scored_with_its_own_adapters(
+    model: AdaptedModel, bank: LoraBank
+) -> None:
+    users = [RECORDS, RECORDS[:1], OTHERS]
+    own = [vectors(model, user=user) for user in range(3)]
+    found = score_users(bank, model, users, own, CONFIG)
+    for user, (records, scores) in enumerate(zip(users, found, strict=True)):
+        examples = [encode(model.base.tokenizer, record, 48) for record in records]
+        wanted: dict[str, tuple[tuple[str, ...], int]] = {
+            "base": ((), 1),
+            "shared": (("shared",), 1),
+            "private_only": (("private",), 2),
+            "shared_private": (("shared", "private"), 1),
+            "other_private": (("shared", "private"), 3),
+        }
+        assert tuple(scores.loss) == VARIANTS == tuple(wanted)
+        for variant, (active, seed) in wanted.items():
+            model.load("private", private_vector(model, 3 * user + seed))
+            model.activate(*active)
+            expected, tokens = mean_loss(model.network, examples)
+            assert scores.loss[variant] == pytest.approx(expected, rel=1e-6)
+            assert scores.tokens == tokens == sum(example.targets for example in examples)
+        assert len(set(scores.loss.values())) == 5
 
 
 def test_base_scores_are_those_of_the_bare_model(
-    model: AdaptedModel, tiny_base: Callable[[], BaseModel]
+    model: AdaptedModel, bank: LoraBank, tiny_base: Callable[[], BaseModel]
 ) -> None:
-    scores = score_user(model, RECORDS, vectors(model), CONFIG)
+    scores = score_one(bank, model, RECORDS, CONFIG)
     bare = tiny_base()
     examples = [encode(bare.tokenizer, record, 48) for record in RECORDS]
     assert scores.loss["base"] == pytest.approx(mean_loss(bare.model, examples)[0], rel=1e-6)
 
 
 def test_scoring_reads_each_adapter_when_it_is_needed_and_trains_nothing(
-    model: AdaptedModel,
+    model: AdaptedModel, bank: LoraBank
 ) -> None:
     read: list[str] = []
     before = model.vector("shared").tobytes()
     lazy = vectors(model, read)
     assert read == []
-    score_user(model, RECORDS, lazy, CONFIG)
+    score_users(bank, model, [RECORDS], [lazy], CONFIG)
     assert read == ["alone", "own", "other"]
     assert model.vector("shared").tobytes() == before
     assert not any(parameter.requires_grad for parameter in model.network.parameters())
 
 
-def test_replies_are_compared_with_what_the_user_wrote(
-    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+def test_scores_hold_for_the_release_that_the_model_wears_then(
+    model: AdaptedModel, bank: LoraBank
 ) -> None:
-    asked: list[list[str]] = []
+    first = score_one(bank, model, RECORDS, CONFIG).loss
+    model.load("shared", some_vector(model.specs["shared"], seed=9, scale=0.3))
+    second = score_one(bank, model, RECORDS, CONFIG).loss
+    assert {name for name in VARIANTS if first[name] != second[name]} == {
+        "shared",
+        "shared_private",
+        "other_private",
+    }
 
-    def reply(_: AdaptedModel, prompts: list[str], __: EvaluationConfig) -> list[str]:
-        asked.append(list(prompts))
-        return ["the cat sat", "nothing alike"][: len(prompts)]
+
+def test_replies_are_compared_with_what_the_user_wrote(
+    model: AdaptedModel, bank: LoraBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[list[str]]] = []
+
+    def reply(_: LoraBank, __: AdaptedModel, users: list[list[str]], *___: object) -> Any:
+        asked.append(users)
+        return [["the cat sat", "nothing alike"][: len(prompts)] for prompts in users]
 
     monkeypatch.setattr(evaluation, "generate", reply)
     records = [
@@ -126,20 +163,51 @@ def test_replies_are_compared_with_what_the_user_wrote(
         Record("rain", "two?"),
         Record("third", "three?"),
     ]
-    scores = score_user(model, records, vectors(model), CONFIG)
-    assert asked == [["one?", "two?"]] * 5
+    users = [records, [Record("only text")], [Record("the cat sat", "four?")]]
+    own = [vectors(model) for _ in users]
+    first, second, third = score_users(bank, model, users, own, CONFIG)
+    assert asked == [[["one?", "two?"], [], ["four?"]]] * 5
     expected = fmean([rouge_l("the cat sat", "the cat sat down"), 0.0])
-    assert scores.rouge_l == dict.fromkeys(VARIANTS, pytest.approx(expected))
+    assert first.rouge_l == dict.fromkeys(VARIANTS, pytest.approx(expected))
+    assert second.rouge_l == dict.fromkeys(VARIANTS, None)
+    assert third.rouge_l == dict.fromkeys(VARIANTS, pytest.approx(1.0))
 
 
 @pytest.mark.parametrize("config", [CONFIG, CONFIG.model_copy(update={"generated": 0})])
 def test_without_prompts_or_wish_nothing_is_generated(
-    model: AdaptedModel, config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
+    model: AdaptedModel,
+    bank: LoraBank,
+    config: EvaluationConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(evaluation, "generate", lambda *_: pytest.fail("generated"))
-    records = RECORDS if config.generated == 0 else [Record("only text")]
-    scores = score_user(model, records, vectors(model), config)
+    records = RECORDS if config.generated == 0 else (Record("only text"),)
+    scores = score_one(bank, model, records, config)
     assert scores.rouge_l == dict.fromkeys(VARIANTS, None)
+
+
+def test_of_a_long_history_the_newest_records_are_scored(model: AdaptedModel) -> None:
+    lengths = [example.targets for example in held_out_examples(model, RECORDS, CONFIG)]
+    whole = held_out_examples(model, RECORDS, CONFIG)
+    assert whole == [encode(model.base.tokenizer, record, 48) for record in RECORDS]
+    for most, kept in (
+        (sum(lengths), 6),
+        (sum(lengths) - 1, 5),
+        (sum(lengths[-2:]), 2),
+        (lengths[-1], 1),
+        (1, 1),
+    ):
+        short = CONFIG.model_copy(update={"most_tokens": most})
+        assert held_out_examples(model, RECORDS, short) == whole[-kept:]
+
+
+def test_base_and_shared_losses_are_those_of_the_scores(
+    model: AdaptedModel, bank: LoraBank
+) -> None:
+    users = [RECORDS, OTHERS]
+    expected = score_users(bank, model, users, [vectors(model)] * 2, CONFIG)
+    pairs = base_and_shared_losses(bank, model, users, CONFIG)
+    assert pairs == [(score.loss["base"], score.loss["shared"]) for score in expected]
 
 
 # Replies
@@ -165,20 +233,30 @@ def test_replies_in_a_batch_are_those_given_one_by_one(tiny_model: Path) -> None
         for name, weight in base.model.named_parameters():
             weight.mul_(10 if weight.ndim == 2 and "emb" not in name else 1)
     model = wear(base)
-    model.load("private", private_vector(model, 1))
-    model.activate("shared", "private")
-    prompts = ["a", "Is it raining in the hills today?", "What now? " * 9]
-    found = generate(model, prompts, CONFIG)
-    assert found == [greedy(model, prompt, CONFIG) for prompt in prompts]
-    assert len(set(found)) > 1
+    bank = LoraBank(model.network, "private")
+    own = [private_vector(model, seed) for seed in (1, 2)]
+    bank.open(2, under=("shared",), train=False)
+    bank.load(np.stack(own), model.specs["private"].slots)
+    users = [["a", "Is it raining in the hills today?", "What now? " * 9], ["What now? " * 9]]
+    found = generate(bank, model, users, CONFIG)
+    for prompts, replies, vector in zip(users, found, own, strict=True):
+        model.load("private", vector)
+        model.activate("shared", "private")
+        assert replies == [greedy(model, prompt, CONFIG) for prompt in prompts]
+    assert len(set(found[0])) > 1
+    assert found[0][2] != found[1][0]
 
 
-def test_replies_are_the_same_every_time_and_of_limited_length(model: AdaptedModel) -> None:
-    model.activate("shared")
-    one = generate(model, ["a", "bb"], CONFIG)
+def test_replies_are_the_same_every_time_and_of_limited_length(
+    model: AdaptedModel, bank: LoraBank
+) -> None:
+    bank.close(under=("shared",))
+    one = generate(bank, model, [["a", "bb"], ["c"]], CONFIG)
     torch.manual_seed(3)
-    assert generate(model, ["a", "bb"], CONFIG) == one
-    assert all(0 < len(text) <= CONFIG.reply_tokens for text in one)  # a token is a byte
+    assert generate(bank, model, [["a", "bb"], ["c"]], CONFIG) == one
+    texts = [text for replies in one for text in replies]
+    assert len(texts) == 3
+    assert all(0 < len(text) <= CONFIG.reply_tokens for text in texts)  # a token is a byte
 
 
 # Summaries

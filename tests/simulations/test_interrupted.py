@@ -13,19 +13,18 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 from made_up_report import AUDIT, Page
 from pydantic import BaseModel
 from rich.console import Console
 from tiny_simulations import NO_PRIVACY, SMALL, lasting, prepare_small, quiet, store
 
-from homefire.client.app import app as client_app
+from homefire.client.app import Admitted, admit
 from homefire.client.participation import open_participations
 from homefire.common.errors import ConfigError, FederationError
 from homefire.common.keystore import Keystore
 from homefire.server.run_ledger import RunLedger
 from homefire.server.run_state import RUN_KEY, rounds_spent
-from homefire.simulations import preparation
+from homefire.simulations import cohort_worker, preparation
 from homefire.simulations import rounds as rounds_module
 from homefire.simulations import simulate as simulate_module
 from homefire.simulations.preparation import Run, prepare, reopen, write_toml
@@ -49,25 +48,24 @@ def make(tmp_path: Path, tiny_llama: Path) -> Prepare:
     return prepared
 
 
-class Dies(ClientApp):
-    """An honest device, but the process is interrupted when the nth plan comes."""
+class Dies:
+    """Honest devices, but the process is interrupted when the nth plan comes."""
 
     def __init__(self, plans: int) -> None:
-        super().__init__()
         self.left = plans
 
-    def __call__(self, message: Message, context: Context) -> Message:
-        """Answer, or end everything."""
+    def __call__(self, message: Message, context: Context) -> Message | Admitted:
+        """Admit, or end everything."""
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt
-        return client_app(message, context)
+        return admit(message, context)
 
 
 def interrupt(run: Run, monkeypatch: pytest.MonkeyPatch, *, at_plan: int) -> None:
     """Simulate until the nth plan."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rounds_module, "client_app", Dies(at_plan))
+        patch.setattr(cohort_worker, "admit", Dies(at_plan))
         simulate(run, quiet())
 
 

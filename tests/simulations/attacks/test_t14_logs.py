@@ -28,10 +28,10 @@ from tiny_runs import (
 )
 
 from homefire.client import app as app_module
-from homefire.client import device as device_module
 from homefire.client.app import app as client_app
 from homefire.client.device import Device, adapted_model
 from homefire.client.home import Home
+from homefire.common import training as training_module
 from homefire.common.adapter import AdapterConfig
 from homefire.common.base_model import load_base_model
 from homefire.common.encoding import canonical_json
@@ -195,7 +195,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Scene:
 
     grid = make_grid(home, len(users), {REFUSING + 1: refuse})[0]
     with pytest.MonkeyPatch.context() as patch, all_logs() as logs:
-        patch.setattr(device_module, "encode", quoting(encode))
+        patch.setattr(training_module, "encode", quoting(encode))
         with redirect_stdout(printed), redirect_stderr(printed):
             rounds = run_federation(Listening(grid, replies), federation)
             model = adapted_model(home.config, federation.config.shared)
@@ -275,7 +275,7 @@ def test_with_the_words_of_exceptions_the_canaries_would_be_in_log_and_reply(
 ) -> None:
     """What the device's app keeps back: its two places, each without its protection."""
     home, plan = scene_of_one(tmp_path, tiny_llama, user)
-    monkeypatch.setattr(device_module, "encode", quoting(encode))
+    monkeypatch.setattr(training_module, "encode", quoting(encode))
     each = canary(SECRETS[user])
     plans = later_rounds(plan, (1, 2, 3))  # a round that has failed is not answered again
 
