@@ -8,6 +8,7 @@ clipped vector: no example counts, no losses, no timings.
 
 from collections.abc import Container
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -127,14 +128,20 @@ def decode_plan(content: RecordDict) -> RoundPlan:
     """
     record = _only_record(content, "plan", {"version", "header", "signature", "release"})
     signature = _bytes(record["signature"], "signature", length=SIGNATURE_BYTES)
-    header = _parse(PlanHeader, record["header"])
-    verify(header.server_key, signature, "homefire/signed-plan/v1", _bytes(record["header"], ""))
-    payload = _bytes(record["release"], "release")
+    parts = (_bytes(record[name], name) for name in ("header", "release"))
+    return _read_plan(signature, *parts)
+
+
+@lru_cache(maxsize=1)  # simulated devices are all sent the same bytes
+def _read_plan(signature: bytes, text: bytes, payload: bytes) -> RoundPlan:
+    header = _parse(PlanHeader, text)
+    verify(header.server_key, signature, "homefire/signed-plan/v1", text)
     if len(payload) % 4:
         raise ProtocolError(f"a release of {len(payload)} bytes is not a float32 vector")
     release = np.frombuffer(payload, "<f4").astype(np.float32)
     if release_digest(release) != header.release_digest:
         raise ProtocolError("the release does not have the digest that the plan names")
+    release.setflags(write=False)
     return RoundPlan(header, release)
 
 

@@ -4,6 +4,7 @@ A worker is a thread of this process, or stands for a Ray actor on another GPU o
 users from disk by number and are told nothing but settings, messages and numbers.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from flwr.common.constant import ErrorCode
 from homefire.client.app import Admitted, admit
 from homefire.client.device import Device, adapted_model
 from homefire.client.home import Home
-from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, Vector
 from homefire.common.encoding import digest
@@ -62,6 +63,48 @@ class Office:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A message on its way to a reply.
+
+    Attributes:
+        found: The reply, or what is admitted and still to be trained.
+        result: What training gave, or why it gave nothing; None before it.
+        seconds: That this device took so far.
+    """
+
+    found: Message | Admitted
+    result: Clipped | Exception | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A private adapter that is still to be kept.
+
+    Attributes:
+        device: Whose.
+        result: What training gave.
+        release: What it was trained on top of; None for the bare base model.
+    """
+
+    device: Device
+    result: PrivateResult
+    release: Vector | None
+
+
+def _reply(entry: Entry) -> Message:
+    if isinstance(entry.found, Message):
+        return entry.found
+    message = entry.found.message
+    if not isinstance(entry.result, Clipped):
+        return failure(message, entry.result or RuntimeError("this device has not trained"))
+    try:
+        return entry.found.answer(entry.result)
+    except DEVICE_ERRORS as error:
+        return failure(message, error)
+
+
 class CohortWorker:
     """One worker; see `Office` for what it is told."""
 
@@ -77,31 +120,40 @@ class CohortWorker:
         """How many users train an adapter at once, see `users_that_fit`."""
         return users_that_fit(self._banks, self._model, name, training, workers=workers)
 
-    def answer(self, run: int, messages: Sequence[Message]) -> list[tuple[Message, float]]:
-        """Admit, train together, sign.
+    def admit(self, run: int, messages: Sequence[Message]) -> list[Entry]:
+        """All that devices do before training: check policy and ledger, charge.
 
         Args:
             run: Flower's id of the run.
             messages: One a device; their plans may differ.
+        """
+        entries = []
+        for message in messages:
+            started = time.monotonic()
+            found = self._admit(run, message)
+            entries.append(Entry(found, None, time.monotonic() - started))
+        return entries
 
-        Returns:
-            Each message's reply, and its share of the time in seconds.
+    def train(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Train those who are admitted together, in one pass where their plans are alike.
 
         Guarantees:
-            Isolation: a device that refuses or fails takes no other with it.
+            Isolation: a device that fails takes no other with it.
         """
         started = time.monotonic()
-        replies: dict[int, Message] = {}
-        admitted: dict[int, Admitted] = {}
-        for number, message in enumerate(messages):
-            found = self._admit(run, message)
-            if isinstance(found, Admitted):
-                admitted[number] = found
-            else:
-                replies[number] = found
-        replies |= dict(zip(admitted, self._train(list(admitted.values())), strict=True))
-        share = (time.monotonic() - started) / len(messages)
-        return [(replies[number], share) for number in range(len(messages))]
+        waiting = [entry.found for entry in entries if isinstance(entry.found, Admitted)]
+        vectors = iter(self._train(waiting))
+        share = (time.monotonic() - started) / max(1, len(waiting))
+        return [
+            Entry(entry.found, next(vectors), entry.seconds + share)
+            if isinstance(entry.found, Admitted)
+            else entry
+            for entry in entries
+        ]
+
+    def sign(self, entries: Sequence[Entry]) -> list[tuple[Message, float]]:
+        """Each message's reply, and the seconds that its device took."""
+        return [(_reply(entry), entry.seconds) for entry in entries]
 
     def _admit(self, run: int, message: Message) -> Message | Admitted:
         availability, draw = self._office.availability, self._draw(message)
@@ -123,24 +175,21 @@ class CohortWorker:
         named = digest("homefire/availability/v1", *(str(part).encode() for part in about))
         return int(named[:13], 16) / 16**13
 
-    def _train(self, admitted: Sequence[Admitted]) -> list[Message]:
+    def _train(self, admitted: Sequence[Admitted]) -> Sequence[Clipped | Exception]:
         try:
-            tasks = [each.task for each in admitted]
-            clipped: Sequence[Clipped | None] = contributions(self._banks, tasks)
+            return contributions(self._banks, [each.task for each in admitted])
         except DEVICE_ERRORS as error:
-            if is_out_of_memory(error) and len(admitted) > 1:
+            if len(admitted) <= 1:
+                return [error]
+            if is_out_of_memory(error):
                 raise  # The micro-cohort is halved.
-            # Some device fails; which one shows when each trains alone.
-            clipped = [None] * len(admitted)
-        return [self._sign(each, vector) for each, vector in zip(admitted, clipped, strict=True)]
+        # Some device fails; which one shows when each trains alone.
+        return [self._train([each])[0] for each in admitted]
 
-    def _sign(self, admitted: Admitted, clipped: Clipped | None) -> Message:
-        try:
-            if clipped is None:
-                (clipped,) = contributions(self._banks, [admitted.task])
-            return admitted.answer(clipped)
-        except DEVICE_ERRORS as error:
-            return failure(admitted.message, error)
+    def warm_up(self) -> None:
+        """Make the banks before anybody waits for them."""
+        for name in (SHARED, PRIVATE):
+            self._banks.of(self._model, name)
 
     def hold(self, release: Vector) -> None:
         """Put a release under all private adapters and into all scores to come."""
@@ -152,8 +201,8 @@ class CohortWorker:
         release: Vector,
         seed: int,
         on_shared: tuple[bool, ...] = (True, False),
-    ) -> list[int]:
-        """Train and keep private adapters: on the release, and as a control on the base model.
+    ) -> list[list[Trained]]:
+        """Train private adapters: on the release, and as a control on the base model.
 
         Args:
             numbers: The users.
@@ -162,18 +211,28 @@ class CohortWorker:
             on_shared: Which of the two.
 
         Returns:
-            How many tokens each user's trainings predicted.
+            What each user's trainings gave; `keep` stores it.
         """
         homes = {True: Home(self._office.home), False: Home(self._office.controls)}
         users = [homes[True].user(number) for number in numbers]
-        tokens = [0] * len(users)
+        trained: list[list[Trained]] = [[] for _ in users]
         for which in on_shared:
             devices = [Device(homes[which], user) for user in users]
-            results = personalize(
-                self._banks, self._model, devices, release, seed=seed, on_shared=which
-            )
-            tokens = [so_far + r.tokens for so_far, r in zip(tokens, results, strict=True)]
-        return tokens
+            results = personalize(self._banks, self._model, devices, seed=seed, on_shared=which)
+            under = release if which else None
+            for found, device, result in zip(trained, devices, results, strict=True):
+                found.append(Trained(device, result, under))
+        return trained
+
+    def keep(self, trained: Sequence[Sequence[Trained]]) -> list[int]:
+        """Store private adapters on their devices.
+
+        Returns:
+            How many tokens each user's trainings predicted.
+        """
+        for one in itertools.chain.from_iterable(trained):
+            one.device.keep_private(self._model, one.result, release=one.release)
+        return [sum(one.result.tokens for one in each) for each in trained]
 
     def score(
         self, held_out: Path, pairs: Sequence[tuple[int, int]], config: EvaluationConfig

@@ -19,10 +19,10 @@ from homefire.common.adapter import Vector
 from homefire.common.protocol import ACTION
 from homefire.common.records import UserFile
 from homefire.common.training import LocalTraining
-from homefire.simulations.cohort_worker import CohortWorker, Office
+from homefire.simulations.cohort_worker import CohortWorker, Entry, Office, Trained
 from homefire.simulations.experiment import EvaluationConfig
 from homefire.simulations.grid import InProcessGrid
-from homefire.simulations.micro_cohorts import Crew, MicroCohort
+from homefire.simulations.micro_cohorts import Crew, MicroCohort, Stages
 from homefire.simulations.worker import device_of
 
 Result = TypeVar("Result")
@@ -45,7 +45,8 @@ class CohortEngine:
     _sizes: dict[str, MicroCohort] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.crew = Crew(_hire(self.office, self.threads))
+        workers = _hire(self.office, self.threads)
+        self.crew = Crew(workers, max(1, self.threads // len(workers)))
 
     def grid(
         self, devices: int, training: LocalTraining, on_reply: Callable[[], None] = lambda: None
@@ -66,8 +67,11 @@ class CohortEngine:
             self._sizes[name] = first.fit(name, training, workers)
         return self._sizes[name]
 
-    def warm_up(self, private: LocalTraining) -> None:
-        """Measure how many users train private adapters at once, before anybody waits for it."""
+    def warm_up(self, shared: LocalTraining, private: LocalTraining) -> None:
+        """Make all banks, and measure how many users train at once, before anybody waits for it."""
+        for worker in self.crew.workers:
+            worker.warm_up()
+        self.size(SHARED, shared)
         self.size(PRIVATE, private)
 
     def hold(self, release: Vector) -> None:
@@ -84,6 +88,37 @@ class CohortEngine:
         """Do something with users by number, in micro-cohorts that fit their private training."""
         size = self.size(PRIVATE, training)
         return self.crew.map(numbers, work, size, total=len(numbers))
+
+    def personalize(
+        self,
+        numbers: Sequence[int],
+        release: Vector,
+        training: LocalTraining,
+        *,
+        seed: int,
+        on_shared: tuple[bool, ...] = (True, False),
+    ) -> Iterator[int]:
+        """Train and keep users' private adapters.
+
+        Args:
+            numbers: The users.
+            release: The shared adapter, shape (adapter parameters,).
+            training: The private training.
+            seed: Of the batch order.
+            on_shared: On top of the shared adapter, and as a control on the bare base model.
+
+        Yields:
+            How many tokens a user's trainings predicted, user by user.
+        """
+        self.hold(release)
+
+        def train(worker: CohortWorker, some: Sequence[int]) -> list[list[Trained]]:
+            return worker.personalize(some, release, seed, on_shared)
+
+        stages: Stages[CohortWorker, int, int, list[Trained], int]
+        stages = Stages(list, train, self.crew.workers[0].keep)
+        size = self.size(PRIVATE, training)
+        yield from self.crew.stream(numbers, stages, size, total=len(numbers))
 
     def base_and_shared(
         self,
@@ -160,8 +195,9 @@ class CohortGrid(InProcessGrid):
         """One reply more."""
         answered = next(self._stream, None)
         if answered is None:
-            self._stream = self._crew.map(
-                self._queue(), self._work, self._size, total=len(self._pending)
+            stages = Stages(self._admit, _train, self._finish)
+            self._stream = self._crew.stream(
+                self._queue(), stages, self._size, total=len(self._pending)
             )
             return
         identifier, reply, seconds = answered
@@ -175,21 +211,23 @@ class CohortGrid(InProcessGrid):
             self._under_way.add(identifier)
             yield identifier, self._pending.pop(identifier)
 
-    def _work(
-        self, worker: CohortWorker, items: Sequence[tuple[str, Message]]
-    ) -> Sequence[Answered]:
-        """Answer some messages; those that are no plans go to the ClientApp, one by one."""
-        answered: list[Answered] = []
-        plans = [(key, message) for key, message in items if self._is_plan(message)]
-        if plans:
-            found = worker.answer(self._run.run_id, [message for _, message in plans])
-            for (key, message), (reply, seconds) in zip(plans, found, strict=True):
-                answered.append((key, self._counted(message, reply), seconds))
-        for key, message in items:
-            if not self._is_plan(message):
-                answered.append((key, self._counted(message, self._call(message)), 0.0))
-        order = {key: number for number, (key, _) in enumerate(items)}
-        return sorted(answered, key=lambda entry: order[entry[0]])
+    def _admit(self, items: Sequence[tuple[str, Message]]) -> list[tuple[str, Message, Entry]]:
+        """Devices admit plans; what is none goes to the ClientApp at once."""
+        plans = [message for _, message in items if self._is_plan(message)]
+        admitted = iter(self._crew.workers[0].admit(self._run.run_id, plans))
+        return [
+            (key, message, next(admitted))
+            if self._is_plan(message)
+            else (key, message, Entry(self._call(message), None, 0.0))
+            for key, message in items
+        ]
+
+    def _finish(self, items: Sequence[tuple[str, Message, Entry]]) -> list[Answered]:
+        replies = self._crew.workers[0].sign([entry for *_, entry in items])
+        return [
+            (key, self._counted(message, reply), seconds)
+            for (key, message, _), (reply, seconds) in zip(items, replies, strict=True)
+        ]
 
     def _is_plan(self, message: Message) -> bool:
         known = 1 <= message.metadata.dst_node_id <= self._devices
@@ -199,3 +237,10 @@ class CohortGrid(InProcessGrid):
         reply.metadata.__dict__["_message_id"] = str(uuid4())
         self.traffic.count(message, reply)
         return reply
+
+
+def _train(
+    worker: CohortWorker, items: Sequence[tuple[str, Message, Entry]]
+) -> list[tuple[str, Message, Entry]]:
+    trained = worker.train([entry for *_, entry in items])
+    return [(key, message, entry) for (key, message, _), entry in zip(items, trained, strict=True)]

@@ -23,6 +23,8 @@ from homefire.common.errors import HomefireError
 LOG = logging.getLogger(__name__)
 Worker = TypeVar("Worker")
 Item = TypeVar("Item")
+Ready = TypeVar("Ready")
+Done = TypeVar("Done")
 Result = TypeVar("Result")
 
 MOST_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
@@ -118,9 +120,11 @@ class Crew(Generic[Worker]):
 
     Attributes:
         workers: What a computation needs for itself alone, such as a bank; one each.
+        threads: Of torch, in each worker.
     """
 
     workers: Sequence[Worker]
+    threads: int = 1
     _idle: "queue.SimpleQueue[Worker]" = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,28 +140,71 @@ class Crew(Generic[Worker]):
         *,
         total: int,
     ) -> Iterator[Result]:
+        """As `stream`, with nothing before the work and nothing after it."""
+        return self.stream(items, Stages(list, work, list), size, total=total)
+
+    def stream(
+        self,
+        items: Iterable[Item],
+        stages: "Stages[Worker, Item, Ready, Done, Result]",
+        size: MicroCohort,
+        *,
+        total: int,
+    ) -> Iterator[Result]:
         """Compute all items, in micro-cohorts, and give the results in the order of the items.
 
+        What comes before the work of one micro-cohort and after that of another is done meanwhile,
+        by other threads: the workers do nothing but work.
+
         Args:
-            items: Taken as they are needed: no more are held than are computed.
-            work: One result for each item; called again with half of them when memory runs out.
+            items: Taken as they are needed: no more are held than are computed or wait.
+            stages: What is done with a micro-cohort.
             size: The most users of a micro-cohort.
             total: How many items there are, so that every worker gets some.
         """
-        parts = _shrinking(items, size, total=total, workers=len(self.workers))
+        workers, running = len(self.workers), deque[Future[list[Done]]]()
+        parts = _shrinking(items, size, total=total, workers=workers)
 
-        def compute(part: list[Item]) -> list[Result]:
+        def work(ready: Future[Sequence[Ready]]) -> list[Done]:
             worker = self._idle.get()
             try:
-                return _in_halves(part, lambda items: work(worker, items), size)
+                entries = list(ready.result())
+                return in_halves(entries, lambda some: stages.work(worker, some), size)
             finally:
                 self._idle.put(worker)
 
-        if len(self.workers) == 1:
-            for part in parts:
-                yield from compute(part)
-            return
-        yield from _side_by_side(parts, compute, len(self.workers))
+        with ThreadPoolExecutor(1) as desk, self._pool() as pool:
+            try:
+                while True:
+                    for part in itertools.islice(parts, 2 * workers - len(running)):
+                        running.append(pool.submit(work, desk.submit(stages.prepare, part)))
+                    if not running:
+                        return
+                    yield from stages.finish(running.popleft().result())
+            finally:
+                for future in running:
+                    future.cancel()
+
+    def _pool(self) -> ThreadPoolExecutor:
+        set_threads = torch.set_num_threads
+        return ThreadPoolExecutor(
+            len(self.workers), initializer=set_threads, initargs=(self.threads,)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stages(Generic[Worker, Item, Ready, Done, Result]):
+    """What is done with a micro-cohort; each stage gives one thing for each that it takes.
+
+    Attributes:
+        prepare: Before the work.
+        work: What a worker does; asked again for half of them when memory runs out.
+        finish: After the work, on the thread that takes the results.
+    """
+
+    prepare: Callable[[Sequence[Item]], Sequence[Ready]]
+    work: Callable[[Worker, Sequence[Ready]], Sequence[Done]]
+    finish: Callable[[Sequence[Done]], Sequence[Result]]
 
 
 def _shrinking(
@@ -176,25 +223,7 @@ def _shrinking(
         yield part
 
 
-def _side_by_side(
-    parts: Iterator[list[Item]], compute: Callable[[list[Item]], list[Result]], workers: int
-) -> Iterator[Result]:
-    """Compute parts on threads; one more for each thread waits, so that none runs dry."""
-    running: deque[Future[list[Result]]] = deque()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for part in itertools.islice(parts, 2 * workers):
-                running.append(pool.submit(compute, part))
-            while running:
-                results = running.popleft().result()
-                running.extend(pool.submit(compute, part) for part in itertools.islice(parts, 1))
-                yield from results
-        finally:
-            for future in running:
-                future.cancel()
-
-
-def _in_halves(
+def in_halves(
     items: list[Item], work: Callable[[list[Item]], Sequence[Result]], size: MicroCohort
 ) -> list[Result]:
     """Compute some items; where memory runs out, halve and go on."""
@@ -215,8 +244,8 @@ def _in_halves(
         release_memory()
     half = -(-len(items) // 2)
     return [
-        *_in_halves(items[:half], work, size),
-        *(_in_halves(items[half:], work, size) if items[half:] else ()),
+        *in_halves(items[:half], work, size),
+        *(in_halves(items[half:], work, size) if items[half:] else ()),
     ]
 
 

@@ -6,7 +6,7 @@ the run's folder must lie on a file system that all of them share.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -14,10 +14,10 @@ from flwr.app import Message
 
 from homefire.common.adapter import Vector
 from homefire.common.training import LocalTraining
-from homefire.simulations.cohort_worker import CohortWorker, Office
+from homefire.simulations.cohort_worker import CohortWorker, Entry, Office, Trained
 from homefire.simulations.evaluation import UserScores
 from homefire.simulations.experiment import EvaluationConfig
-from homefire.simulations.micro_cohorts import MicroCohort
+from homefire.simulations.micro_cohorts import MicroCohort, in_halves
 
 
 class Shard(CohortWorker):
@@ -39,13 +39,21 @@ class Shard(CohortWorker):
 
     def fit(self, name: str, training: LocalTraining, workers: int) -> MicroCohort:
         """Measured where it is computed, and alone there."""
-        found: MicroCohort = self._ask("fit", name, training, 1)
-        return found
+        return cast(MicroCohort, self._ask("fit", name, training, 1))
 
-    def answer(self, run: int, messages: Sequence[Message]) -> list[tuple[Message, float]]:
-        """See `CohortWorker.answer`."""
-        found: list[tuple[Message, float]] = self._ask("answer", run, list(messages))
-        return found
+    def admit(self, run: int, messages: Sequence[Message]) -> list[Entry]:
+        """Nothing yet: an actor admits, trains and signs in one call."""
+        return [Entry(message, None, 0.0) for message in messages]
+
+    def train(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The whole answer."""
+        messages = [cast(Message, entry.found) for entry in entries]
+        replies: list[tuple[Message, float]] = self._ask("answer", messages)
+        return [Entry(reply, None, seconds) for reply, seconds in replies]
+
+    def warm_up(self) -> None:
+        """See `CohortWorker.warm_up`."""
+        self._ask("warm_up")
 
     def hold(self, release: Vector) -> None:
         """See `CohortWorker.hold`."""
@@ -57,30 +65,43 @@ class Shard(CohortWorker):
         release: Vector,
         seed: int,
         on_shared: tuple[bool, ...] = (True, False),
-    ) -> list[int]:
-        """See `CohortWorker.personalize`."""
-        found: list[int] = self._ask("personalize", list(numbers), release, seed, on_shared)
-        return found
+    ) -> list[list[Trained]]:
+        """Train and keep: the adapters stay where the actor puts them."""
+        arguments = (list(numbers), release, seed, on_shared)
+        return cast("list[list[Trained]]", self._ask("personalize_and_keep", *arguments))
+
+    def keep(self, trained: Sequence[Sequence[Trained]]) -> list[int]:
+        """They are kept already; what came back is their numbers of tokens."""
+        return cast("list[int]", list(trained))
 
     def score(
         self, held_out: Path, pairs: Sequence[tuple[int, int]], config: EvaluationConfig
     ) -> list[UserScores]:
         """See `CohortWorker.score`."""
-        found: list[UserScores] = self._ask("score", held_out, list(pairs), config)
-        return found
+        return cast("list[UserScores]", self._ask("score", held_out, list(pairs), config))
 
     def compare(
         self, held_out: Path, numbers: Sequence[int], config: EvaluationConfig
     ) -> list[tuple[float, float]]:
         """See `CohortWorker.compare`."""
-        found: list[tuple[float, float]] = self._ask("compare", held_out, list(numbers), config)
-        return found
+        found = self._ask("compare", held_out, list(numbers), config)
+        return cast("list[tuple[float, float]]", found)
 
 
 class _Actor(CohortWorker):
     def __init__(self, office: Office, threads: int) -> None:
         torch.set_num_threads(threads)
         super().__init__(office)
+
+    def answer(self, messages: list[Message]) -> list[tuple[Message, float]]:
+        entries = self.admit(messages[0].metadata.run_id, messages)
+        # Halved here where memory runs out: asked once more, the devices would refuse.
+        return self.sign(in_halves(entries, self.train, MicroCohort(len(entries))))
+
+    def personalize_and_keep(
+        self, numbers: list[int], release: Vector, seed: int, on_shared: tuple[bool, ...]
+    ) -> list[int]:
+        return self.keep(self.personalize(numbers, release, seed, on_shared))
 
 
 def hire_shards(office: Office, shards: int, threads: int) -> list[CohortWorker]:

@@ -90,12 +90,9 @@ def _train_private_adapters(
     release = releases(run).latest().vector
     write_toml(engine.office.controls / "device.toml", run.experiment.for_devices())
 
-    def train(worker: CohortWorker, numbers: Sequence[int]) -> Sequence[int]:
-        return worker.personalize(numbers, release, seed)
-
     training = run.experiment.private.training
     with reporter.phase(PRIVATE_PHASE, len(users)) as advance:
-        for tokens in engine.over_users(train, users, training):
+        for tokens in engine.personalize(users, release, training, seed=seed):
             measured.private_tokens += tokens
             advance()
 

@@ -12,7 +12,6 @@ import torch
 from homefire.client.device import Device, Task, bounded
 from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import Vector
 from homefire.common.errors import AdapterError
 from homefire.common.privacy.clipping import Clipped
 from homefire.common.training import Example, LocalTraining
@@ -146,13 +145,13 @@ def _train_shared(banks: Banks, tasks: Sequence[Task]) -> list[Clipped]:
     model, plan = tasks[0].model, tasks[0].plan
     spec, settings = model.specs[SHARED], plan.header.training
     bank = banks.of(model, SHARED)
-    batches = [list(task.batches()) for task in tasks]
 
     def train(parts: int) -> list[Clipped]:
         bank.open(len(tasks))
         bank.load(plan.release, spec.slots)
         with numerics(banks.config):
-            log = train_cohort(bank, zip(*batches, strict=True), settings, parts=parts)
+            batches = zip(*(task.batches() for task in tasks), strict=True)
+            log = train_cohort(bank, batches, settings, parts=parts)
         updates = bank.vectors(spec.slots) - plan.release
         return [
             bounded(plan, update, float(loss))
@@ -166,18 +165,16 @@ def personalize(
     banks: Banks,
     model: AdaptedModel,
     devices: Sequence[Device],
-    release: Vector,
     *,
     seed: int,
     on_shared: bool = True,
 ) -> list[PrivateResult]:
-    """What `Device.personalize` does, for many devices at once; they have the same settings.
+    """What `Device.personalize` does before it stores the result, for many devices at once.
 
     Args:
         banks: Of this worker.
         model: Its shared adapter holds the release.
-        devices: Whose private adapters are trained and kept.
-        release: The shared adapter, shape (adapter parameters,).
+        devices: Whose private adapters are trained; they have the same settings.
         seed: Of the batch order.
         on_shared: False trains on the bare base model instead.
 
@@ -206,8 +203,6 @@ def personalize(
     results = _in_parts(train, users=len(tasks), rows=rows)
     if model.vector(SHARED).tobytes() != before:
         raise AdapterError("private training changed the shared adapter; the result is discarded")
-    for device, result in zip(devices, results, strict=True):
-        device.keep_private(model, result, release=release if on_shared else None)
     return results
 
 

@@ -21,7 +21,6 @@ from homefire.simulations.benchmarks.experiment_run import Laps, carry_out, meas
 from homefire.simulations.benchmarks.measured import Measured
 from homefire.simulations.benchmarks.peers import run_on_pfl, run_on_ray, run_one_by_one
 from homefire.simulations.benchmarks.tiny_model import make_model
-from homefire.simulations.cohort_worker import CohortWorker
 from homefire.simulations.engine import CohortEngine
 from homefire.simulations.experiment import Experiment, load_experiment
 from homefire.simulations.preparation import Run, prepare
@@ -187,16 +186,13 @@ def _in_micro_cohorts(run: Run, engine: CohortEngine) -> Laps:
     experiment = run.experiment
 
     def personalize(release: Vector) -> None:
-        engine.hold(release)
-
-        def train(worker: CohortWorker, numbers: Sequence[int]) -> Sequence[int]:
-            return worker.personalize(numbers, release, experiment.seed, on_shared=(True,))
-
-        for _ in engine.over_users(train, range(run.training), experiment.private.training):
+        training, seed = experiment.private.training, experiment.seed
+        users = range(run.training)
+        for _ in engine.personalize(users, release, training, seed=seed, on_shared=(True,)):
             pass
 
     grid = engine.grid(run.training, experiment.local)
-    engine.warm_up(experiment.private.training)
+    engine.warm_up(experiment.local, experiment.private.training)
     return carry_out(run, grid, personalize)
 
 

@@ -1,5 +1,6 @@
 """One prepared run on some runtime: homefire's own round loop, then everybody's private adapter."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,9 +26,10 @@ Personalize = Callable[[Vector], None]
 
 @dataclass(frozen=True, slots=True)
 class Laps:
-    """Moments of the monotonic clock: before the rounds, after them, after the private adapters."""
+    """Moments of the monotonic clock: before the rounds, after each, after the private adapters."""
 
     start: float
+    rounds: tuple[float, ...]
     shared: float
     private: float
 
@@ -48,13 +50,15 @@ def carry_out(run: Run, grid: Grid, personalize: Personalize) -> Laps:
     run_federation(grid, federation)
     shared = time.monotonic()
     personalize(releases(run).latest().vector)
-    laps = Laps(start, shared, time.monotonic())
+    private = time.monotonic()
     lines = (run.folder / "server" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     logs = [json.loads(line) for line in lines]
     expected = run.experiment.federation
     if [log["accepted"] for log in logs] != [expected.cohort] * expected.rounds:
         raise RuntimeError("not every device contributed to every round")
-    return laps
+    # Between two rounds next to nothing happens, so that their lengths say when they were.
+    rounds = itertools.accumulate((log["seconds"] for log in logs), initial=start)
+    return Laps(start, (*list(rounds)[:-1], shared), shared, private)
 
 
 @contextmanager
@@ -80,13 +84,14 @@ def measured(
 ) -> Measured:
     """The result of a run that was carried out."""
     store = releases(run)
+    rounds = itertools.pairwise(laps.rounds)
     return Measured(
         name=name,
         workers=workers,
         threads=threads,
         shared_seconds=laps.shared - laps.start,
         private_seconds=laps.private - laps.shared,
-        shared_compute_seconds=stopwatch.seconds(since=laps.start, until=laps.shared) / workers,
-        private_compute_seconds=stopwatch.seconds(since=laps.shared) / workers,
+        shared_compute_seconds=sum(stopwatch.busiest(since=a, until=b) for a, b in rounds),
+        private_compute_seconds=stopwatch.busiest(since=laps.shared),
         releases=tuple(store.read(number).vector for number in store.rounds()),
     )

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,8 +33,8 @@ class Measured:
         threads: Of torch, in each worker.
         shared_seconds: All rounds.
         private_seconds: The private adapters of all users; 0 where a runtime has none.
-        shared_compute_seconds: Of the rounds those inside training, summed over the workers and
-            divided by their number.
+        shared_compute_seconds: Of each round those in which the worker trained that trained most in
+            it: to wait for the slowest is no overhead of a runtime's.
         private_compute_seconds: The same of the private adapters.
         releases: The shared adapters from first to last, each of shape (adapter parameters,).
     """
@@ -64,7 +66,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Stopwatch:
-    """Time inside the devices' training, over any number of processes of this machine.
+    """Time inside the devices' training, over any number of processes and threads of this machine.
 
     Args:
         folder: One file for each process that trained; empty at first.
@@ -97,11 +99,19 @@ class Stopwatch:
 
         return wrapper
 
-    def seconds(self, *, since: float, until: float = math.inf) -> float:
-        """The sum over all processes of what began between two moments of the monotonic clock."""
-        lines = [line for file in self._files() for line in file.read_text().splitlines()]
-        spans = [json.loads(line) for line in lines]
-        return float(sum(ended - started for started, ended in spans if since <= started < until))
+    def busiest(self, *, since: float, until: float = math.inf) -> float:
+        """What the worker that trained most trained in calls that began between two moments.
+
+        Args:
+            since: Of the monotonic clock.
+            until: Not included.
+        """
+        trained: Counter[tuple[str, int]] = Counter()
+        for file in self._files():
+            for started, ended, thread in map(json.loads, file.read_text().splitlines()):
+                if since <= started < until:
+                    trained[file.name, thread] += ended - started
+        return max(trained.values(), default=0.0)
 
     def processes(self) -> int:
         """How many processes have trained."""
@@ -109,7 +119,7 @@ class Stopwatch:
 
     def _append(self, started: float, ended: float) -> None:
         with (self.folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps([started, ended]) + "\n")
+            file.write(json.dumps([started, ended, threading.get_ident()]) + "\n")
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.jsonl"))

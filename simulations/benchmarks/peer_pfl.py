@@ -56,7 +56,7 @@ def run_on_pfl(run: Run, *, workers: int | None = None, threads: int = 1) -> Mea
         threads=threads,
         shared_seconds=times[0]["ended"] - times[0]["started"],
         private_seconds=0.0,
-        shared_compute_seconds=sum(each["compute"] for each in times) / workers,
+        shared_compute_seconds=max(each["compute"] for each in times),
         private_compute_seconds=0.0,
         releases=tuple(releases[number] for number in sorted(releases)),
     )

@@ -55,7 +55,7 @@ def main(run: Run, output: Path, rank: int) -> None:
     with TemporaryDirectory() as folder:
         stopwatch = Stopwatch(Path(folder))
         _train(run, Cohorts(run, model, rank), clock, stopwatch)
-        compute = stopwatch.seconds(since=clock.started)
+        compute = stopwatch.busiest(since=clock.started)
     times = {"started": clock.started, "ended": clock.ended, "compute": compute}
     (output / TIMES.format(rank)).write_text(json.dumps(times), encoding="utf-8")
     if rank == 0:

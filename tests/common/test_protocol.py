@@ -61,7 +61,7 @@ def test_plan_round_trip(release: npt.NDArray[np.float32]) -> None:
     assert decoded.header == header and decoded.digest == plan.digest
     assert decoded.release.dtype == np.float32
     assert decoded.release.tobytes() == release.tobytes()
-    assert decoded.release.flags.writeable  # a view of the message's bytes would not be
+    assert not decoded.release.flags.writeable  # all devices of a simulation are given it
 
 
 @given(

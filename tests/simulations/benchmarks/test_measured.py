@@ -1,6 +1,7 @@
 """The stopwatch counts what devices train, in whatever process, and leaves no trace."""
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -28,25 +29,31 @@ def test_calls_count_from_one_moment_to_another(tmp_path: Path) -> None:
     assert timed(0.05) == "waited 0.05"
     middle = time.monotonic()
     timed(0.2)
-    assert 0.05 <= stopwatch.seconds(since=0, until=middle) < 0.2
-    assert 0.2 <= stopwatch.seconds(since=middle) < stopwatch.seconds(since=0)
+    assert 0.05 <= stopwatch.busiest(since=0, until=middle) < 0.2
+    assert 0.2 <= stopwatch.busiest(since=middle) < stopwatch.busiest(since=0)
 
 
 def test_a_call_that_fails_counts(tmp_path: Path) -> None:
     stopwatch = Stopwatch(tmp_path)
     with pytest.raises(TypeError):
         stopwatch.timed(wait)("long")  # type: ignore[arg-type]
-    assert stopwatch.seconds(since=0) > 0
+    assert stopwatch.busiest(since=0) > 0
 
 
-def test_processes_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_busiest_worker_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are processes, and threads of one process."""
     stopwatch = Stopwatch(tmp_path)
-    assert stopwatch.processes() == 0
+    assert (stopwatch.processes(), stopwatch.busiest(since=0)) == (0, 0.0)
     for process in (11, 12, 11):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
         stopwatch.timed(wait)(0.05)
     assert stopwatch.processes() == 2
-    assert stopwatch.seconds(since=0) >= 0.15
+    assert 0.1 <= stopwatch.busiest(since=0) < 0.15
+    other = threading.Thread(target=stopwatch.timed(wait), args=(0.2,))
+    other.start()
+    other.join()
+    assert stopwatch.processes() == 2
+    assert 0.2 <= stopwatch.busiest(since=0) < 0.3
 
 
 def test_devices_train_as_before_when_the_stopwatch_is_put_away(tmp_path: Path) -> None:
