@@ -84,7 +84,7 @@ def test_there_and_back_the_gradient_is_that_of_doing_nothing(users: Users) -> N
         weight = torch.randn(spread.groups * spread.longest, 3, dtype=torch.float64)
         lying = side_by_side(values, spread)
         assert lying.shape == weight.shape
-        (in_a_list(lying * weight, spread) ** 2).sum().backward()
+        (in_a_list(lying * weight, spread) ** 2).sum().backward()  # type: ignore[no-untyped-call]
         own = in_a_list(weight, spread)
         expected = 2 * values.detach() * own**2
         assert values.grad is not None

@@ -24,6 +24,7 @@ from tiny_banks import (
 from tiny_models import Family
 from torch import nn
 from transformers import (
+    AttentionInterface,
     Gemma2Config,
     Gemma2ForCausalLM,
     MistralConfig,
@@ -34,7 +35,6 @@ from transformers import (
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.errors import AdapterError
 from homefire.common.training import Example, LocalTraining
-from homefire.simulations import passes
 from homefire.simulations.bank import LoraBank
 from homefire.simulations.passes import PACKED, Seat
 
@@ -48,7 +48,7 @@ def made(kind: Callable[[Any], PreTrainedModel], config: Any) -> AdaptedModel:
     """A random model in double precision."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return wear(lively(kind(config)).double())  # type: ignore[arg-type]
+        return wear(lively(kind(config)).double())
 
 
 def mistral(window: int) -> AdaptedModel:
@@ -57,7 +57,11 @@ def mistral(window: int) -> AdaptedModel:
 
 def gemma() -> AdaptedModel:
     """Caps its scores and its logits; every second layer has a window."""
-    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.0, "sliding_window": 6}
+    caps: dict[str, Any] = {
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.0,
+        "sliding_window": 6,
+    }
     return made(
         Gemma2ForCausalLM, Gemma2Config(**SIZES, **caps, head_dim=8, query_pre_attn_scalar=8)
     )
@@ -130,7 +134,7 @@ def test_an_attention_that_gives_something_else_is_found_out(
         )
         return states.transpose(1, 2), None
 
-    monkeypatch.setitem(passes.AttentionInterface._global_mapping, PACKED, careless)
+    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED, careless)
     model = worn(family, dtype=torch.float64)
     bank = make_bank(model, "private")
     assert not bank.is_packed
@@ -145,7 +149,7 @@ def test_a_model_that_takes_no_packed_rows_is_padded(
     def refuses(*_: Any, **__: Any) -> None:
         raise error("not here")
 
-    monkeypatch.setitem(passes.AttentionInterface._global_mapping, PACKED, refuses)
+    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED, refuses)
     model = worn("llama", dtype=torch.float64)
     bank = make_bank(model, "private")
     assert not bank.is_packed
