@@ -64,7 +64,7 @@ def test_a_chance_is_a_share_that_leaves_somebody(name: str) -> None:
 
 def test_unknown_chances_are_refused() -> None:
     with pytest.raises(ValidationError, match="drop_out"):
-        AvailabilityConfig(**{"drop_out": 0.1})  # type: ignore[arg-type]
+        AvailabilityConfig(**{"drop_out": 0.1})
 
 
 def test_an_experiment_names_both_and_says_which_key_is_wrong() -> None:

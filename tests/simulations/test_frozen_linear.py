@@ -82,9 +82,7 @@ def test_inputs_and_gradients_need_not_lie_in_one_piece() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_is_that_of_torch(bias: bool) -> None:
     layer, x = layer_of(bias=bias), some(2, 3, IN)
-    torch.testing.assert_close(
-        product(x, layer.weight, layer.bias), layer(x), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(product(x, layer.weight, layer.bias), layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_product_with_a_transposed_matrix() -> None:
@@ -204,6 +202,7 @@ class Network(nn.Module):
         self.head = layer_of(bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One after another."""
         out: torch.Tensor = self.head(self.odd(self.inner(x)))
         return out
 
@@ -229,7 +228,7 @@ def test_a_language_model_says_the_same() -> None:
     model = make_model("qwen2").requires_grad_(False)  # with biases
     tokens = torch.tensor([[1, 2, 3, 4]])
     expected = model(input_ids=tokens).logits
-    use_frozen_layers(model, but=model.get_output_embeddings())
+    use_frozen_layers(model, but=model.get_submodule("lm_head"))
     frozen = [m for m in model.modules() if isinstance(m, FrozenLinear)]
     assert len(frozen) == 2 * 7
     torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-5)
