@@ -21,7 +21,6 @@ def is_fast(weight: torch.Tensor) -> bool:
         and weight.dtype == torch.float32
         and _HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

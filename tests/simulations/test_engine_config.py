@@ -62,6 +62,14 @@ def test_a_chance_is_a_share_that_leaves_somebody(name: str) -> None:
             AvailabilityConfig(**{name: chance})
 
 
+def test_both_chances_together_leave_somebody() -> None:
+    """Beyond that, fewer would be late than was asked for."""
+    assert AvailabilityConfig(dropout=0.5, late=0.25).late == 0.25
+    for late in (0.5, 0.75):
+        with pytest.raises(ValidationError, match="dropout and late together leave nobody"):
+            AvailabilityConfig(dropout=0.5, late=late)
+
+
 def test_unknown_chances_are_refused() -> None:
     with pytest.raises(ValidationError, match="drop_out"):
         AvailabilityConfig(**{"drop_out": 0.1})
