@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
+from rich import markup
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -121,11 +122,11 @@ def ceiling_page(found: Found) -> str:
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(title=title, box=None, title_justify="left")
+    table = Table(title=markup.escape(title), box=None, title_justify="left")
     for number, name in enumerate(head):
         table.add_column(name, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(markup.escape, row))
     return table
 
 
