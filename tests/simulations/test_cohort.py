@@ -251,4 +251,4 @@ def test_draws_have_the_models_probabilities(temperature: float) -> None:
         return float(stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue)
 
     assert p_value(temperature) > 1e-3
-    assert p_value(1.6 * temperature) < 1e-6
+    assert p_value(temperature / 2) < 1e-6
