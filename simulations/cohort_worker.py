@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
@@ -23,6 +24,7 @@ from homefire.common.encoding import digest
 from homefire.common.privacy.clipping import Clipped
 from homefire.common.records import UserFile
 from homefire.common.training import LocalTraining
+from homefire.simulations.cohort import mean_losses
 from homefire.simulations.engine_config import AvailabilityConfig, EngineConfig
 from homefire.simulations.evaluation import (
     PrivateVectors,
@@ -194,6 +196,19 @@ class CohortWorker:
     def hold(self, release: Vector) -> None:
         """Put a release under all private adapters and into all scores to come."""
         self._model.load(SHARED, release)
+
+    def validation_loss(self, numbers: Sequence[int]) -> float:
+        """The mean token loss of users' validation slices with the held release."""
+        home, model = Home(self._office.home), self._model
+        tokens = home.config.private.training.max_tokens
+        devices = [Device(home, home.user(number)) for number in numbers]
+        slices = [each.examples(model, home.config, tokens).validation for each in devices]
+        bank = self._banks.of(model, PRIVATE)
+        bank.close(under=(SHARED,))
+        with numerics(self._office.config):
+            losses, counts = mean_losses(bank, slices)
+        bank.close()
+        return float(np.average(losses, weights=counts))
 
     def personalize(
         self,

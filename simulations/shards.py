@@ -59,6 +59,10 @@ class Shard(CohortWorker):
         """See `CohortWorker.hold`."""
         self._ask("hold", release)
 
+    def validation_loss(self, numbers: Sequence[int]) -> float:
+        """See `CohortWorker.validation_loss`."""
+        return float(self._ask("validation_loss", list(numbers)))
+
     def personalize(
         self,
         numbers: Sequence[int],
