@@ -181,10 +181,10 @@ class CohortWorker:
         try:
             return contributions(self._banks, [each.task for each in admitted])
         except DEVICE_ERRORS as error:
-            if len(admitted) <= 1:
-                return [error]
             if is_out_of_memory(error):
                 raise  # The micro-cohort is halved.
+            if len(admitted) <= 1:
+                return [error]
         # Some device fails; which one shows when each trains alone.
         return [self._train([each])[0] for each in admitted]
 

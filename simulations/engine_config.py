@@ -44,3 +44,9 @@ class AvailabilityConfig(Frozen):
         lt=1,
         description="Chance that an answer misses the deadline: charged, lost.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "AvailabilityConfig":
+        if self.dropout + self.late >= 1:
+            raise ValueError("dropout and late leave nobody: together they must be less than 1")
+        return self

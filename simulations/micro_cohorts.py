@@ -8,6 +8,7 @@ threads wait for each other; a GPU has one worker.
 import gc
 import itertools
 import logging
+import math
 import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,8 @@ MOST_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
 
 LEAST_FLOPS = {"cpu": 4e9, "cuda": 4e12}
 """Operations of a pass below which its own cost is felt, by kind of device."""
+
+CGROUP = Path("/sys/fs/cgroup")
 
 MARGIN = 1.25
 """Room for what a pass needs besides what it keeps for its gradient."""
@@ -82,13 +85,23 @@ def paying_users(*, weights: int, user_tokens: int, device: torch.device) -> int
     return max(1, round(LEAST_FLOPS[device.type] / (4 * weights * user_tokens)))
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> float:
     """Bytes that can still be taken."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return min(free, _left_in_container())
+
+
+def _left_in_container() -> float:
+    """What a container's limit leaves; infinite where there is none."""
+    try:
+        limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no file, or the word "max"
+        return math.inf
 
 
 class Kept:
@@ -182,6 +195,8 @@ class Crew(Generic[Worker]):
                         return
                     yield from stages.finish(running.popleft().result())
             finally:
+                # Whoever stops listening has no more devices charged than are charged already.
+                desk.shutdown(wait=False, cancel_futures=True)
                 for future in running:
                     future.cancel()
 

@@ -4,6 +4,7 @@ Ray is Flower's own simulation engine. Actors read users from disk by number, so
 the run's folder must lie on a file system that all of them share.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,7 @@ class Shard(CohortWorker):
 
     def __init__(self, office: Office, threads: int, gpus: int) -> None:
         super().__init__(office)
+        self._alone = gpus > 0
         remote = ray.remote(num_cpus=threads, num_gpus=gpus)(_Actor)
         self._actor = remote.remote(office, threads)
 
@@ -38,8 +40,9 @@ class Shard(CohortWorker):
         return ray.get(getattr(self._actor, method).remote(*arguments))
 
     def fit(self, name: str, training: LocalTraining, workers: int) -> MicroCohort:
-        """Measured where it is computed, and alone there."""
-        return cast(MicroCohort, self._ask("fit", name, training, 1))
+        """Measured where it is computed; a GPU is an actor's own."""
+        sharing = 1 if self._alone else workers
+        return cast(MicroCohort, self._ask("fit", name, training, sharing))
 
     def admit(self, run: int, messages: Sequence[Message]) -> list[Entry]:
         """Nothing yet: an actor admits, trains and signs in one call."""
@@ -96,11 +99,12 @@ class _Actor(CohortWorker):
     def __init__(self, office: Office, threads: int) -> None:
         torch.set_num_threads(threads)
         super().__init__(office)
+        self._fits = MicroCohort(sys.maxsize)
 
     def answer(self, messages: list[Message]) -> list[tuple[Message, float]]:
         entries = self.admit(messages[0].metadata.run_id, messages)
         # Halved here where memory runs out: asked once more, the devices would refuse.
-        return self.sign(in_halves(entries, self.train, MicroCohort(len(entries))))
+        return self.sign(in_halves(entries, self.train, self._fits))
 
     def personalize_and_keep(
         self, numbers: list[int], release: Vector, seed: int, on_shared: tuple[bool, ...]
