@@ -160,6 +160,7 @@ class LoraBank:
             raise AdapterError(f"there is no LoRA adapter {name!r} in this model")
         for path, layer in self._original.items():
             _check_layer(path, layer)
+        _check_base(network)
         self.network = _twin(network)
         layers = _replace(self.network, name, self.seat)
         head = self.network.get_output_embeddings()  # type: ignore[operator]
@@ -301,12 +302,28 @@ def _check_layer(path: str, layer: LoraLayer) -> None:
         raise AdapterError(f"layer {path} has a merged adapter", hint="Call unmerge() first.")
 
 
+def _check_base(network: nn.Module) -> None:
+    """Refuse layers whose result for one row depends on the other rows of a pass."""
+    for path, module in network.named_modules():
+        if type(module).__name__ == "Linear8bitLt":
+            raise AdapterError(
+                f"layer {path} is an 8-bit one that picks its outlier columns from whole batches: "
+                "users would not be apart",
+                hint="Load the base model in 4 bits, or in bfloat16.",
+            )
+
+
 def _twin(network: nn.Module) -> nn.Module:
     """The same modules once more, around the same tensors."""
     tensors = [*network.parameters(), *network.buffers()]
     states = [s for m in network.modules() if (s := getattr(m, "quant_state", None)) is not None]
     memo: dict[int, Any] = {id(shared): shared for shared in (*tensors, *states)}
-    return copy.deepcopy(network, memo)
+    twin = copy.deepcopy(network, memo)
+    for module in twin.modules():
+        # On a CPU, bitsandbytes computes no gradient of its layers but in training mode.
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.train(True)
+    return twin
 
 
 def _replace(network: nn.Module, name: str, seat: Seat) -> dict[str, BankLinear]:
