@@ -153,14 +153,14 @@ class LoraBank:
     ) -> None:
         self.name = name
         self.seat = Seat()
+        for path, layer in _lora_layers(network):
+            _check_layer(path, layer)
+        _check_base(network)
         self._original = {
             path: layer for path, layer in _lora_layers(network) if name in layer.lora_A
         }
         if not self._original:
             raise AdapterError(f"there is no LoRA adapter {name!r} in this model")
-        for path, layer in self._original.items():
-            _check_layer(path, layer)
-        _check_base(network)
         self.network = _twin(network)
         layers = _replace(self.network, name, self.seat)
         head = self.network.get_output_embeddings()  # type: ignore[operator]

@@ -37,7 +37,10 @@ def worn(
     [
         ({"use_dora": True}, "LoRA variant"),
         ({"lora_dropout": 0.1}, "LoRA dropout"),
-        ({"lora_bias": True, "targets": ["c_attn"], "family": "gpt2"}, "LoRA bias"),
+        (
+            {"lora_bias": True, "targets": ["c_attn"], "family": "gpt2", "fan_in_fan_out": True},
+            "LoRA bias",
+        ),
         ({"targets": ["embed_tokens"], "family": "qwen2"}, "not a linear layer"),
     ],
 )
