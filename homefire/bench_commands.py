@@ -88,6 +88,7 @@ def ceiling(
 
       python -m homefire.simulations.benchmarks.ceiling --shape 135m
     """
+    need("simulation", "plotly")
     import torch
 
     from homefire.simulations.benchmarks import ceiling as benchmark
@@ -134,13 +135,14 @@ def _show(
     html: Path | None,
     page: Callable[[dict[str, Any]], str],
 ) -> None:
-    if html is not None:
-        html.write_text(page(found), encoding="utf-8")
+    console = Console()
     if as_json:
         typer.echo(json.dumps(found))
+    else:
+        for part in table:
+            console.print(part)
+    if html is None:
         return
-    console = Console()
-    for part in table:
-        console.print(part)
-    if html is not None:
+    html.write_text(page(found), encoding="utf-8")  # last: whatever comes of it, nothing is lost
+    if not as_json:
         console.print(f"Page: {escape(str(html.resolve()))}", soft_wrap=True)

@@ -48,5 +48,5 @@ class AvailabilityConfig(Frozen):
     @model_validator(mode="after")
     def _check(self) -> "AvailabilityConfig":
         if self.dropout + self.late >= 1:
-            raise ValueError("dropout and late leave nobody: together they must be less than 1")
+            raise ValueError("dropout and late together leave nobody")
         return self

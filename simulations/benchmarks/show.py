@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
+from rich import markup
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -108,7 +109,7 @@ def ceiling_table(found: Found) -> Sequence[RenderableType]:
     title = f"{found['device']}, {found['shape']}, {found['type']}"
     head = ("users at once", "ms a user", "TFLOP/s", "of ceiling", "ratio", "peak GiB", "first s")
     products = ", ".join(f"{n} {speed:.3g}" for n, speed in found["products_tflops"].items())
-    ceiling = f"ceiling: the fastest large matrix product, in TFLOP/s: {products}"
+    ceiling = f"ceiling: {found['ceiling_tflops']:.3g} TFLOP/s, the fastest of: {products}"
     return [_table(title, head, rows), ceiling]
 
 
@@ -122,11 +123,11 @@ def ceiling_page(found: Found) -> str:
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(title=title, box=None, title_justify="left")
+    table = Table(title=markup.escape(title), box=None, title_justify="left")
     for number, name in enumerate(head):
         table.add_column(name, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(markup.escape, row))
     return table
 
 

@@ -1,6 +1,7 @@
 """A device's home folder: settings, histories, private adapters."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_runs import POLICY, PRIVATE, make_home, make_users
 
+from homefire.client import home as home_module
 from homefire.client.home import Home, PrivateAdapter
+from homefire.common.config import load_config
 from homefire.common.errors import AdapterError, ConfigError
 from homefire.common.keystore import Keystore
 from homefire.common.policy import DevicePolicy
@@ -78,6 +81,68 @@ def test_without_a_right_policy_nothing_may_be_asked(
         (tmp_path / "policy.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         _ = Home(tmp_path).policy
+
+
+# Settings are read again only when their file has changed
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were read."""
+    found: list[str] = []
+
+    def noted(model: Any, path: Path) -> Any:
+        found.append(path.name)
+        return load_config(model, path)
+
+    monkeypatch.setattr(home_module, "load_config", noted)
+    return found
+
+
+def test_settings_are_read_once(tmp_path: Path, tiny_llama: Path, loaded: list[str]) -> None:
+    home = make_home(tmp_path / "home", tiny_llama, make_users(1))
+    for _ in range(3):
+        assert home.policy is Home(home.folder).policy
+        assert home.config is Home(home.folder).config
+    assert loaded == ["policy.toml", "device.toml"]
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    """Of another size, of the same size, in place or in the place of the old one."""
+    home, path = Home(tmp_path), tmp_path / "policy.toml"
+    for number in (10, 200, 300):
+        path.write_text(f"smallest_cohort = {number}\n")
+        moment = 1_700_000_000_000_000_000 + number
+        os.utime(path, ns=(moment, moment))
+        assert home.policy.smallest_cohort == number
+    moved = tmp_path / "new.toml"
+    moved.write_text("smallest_cohort = 400\n")
+    os.utime(moved, ns=(moment, moment))
+    moved.replace(path)
+    assert home.policy.smallest_cohort == 400
+
+
+def test_a_policy_that_vanished_or_broke_is_not_remembered(tmp_path: Path) -> None:
+    home, path = Home(tmp_path), tmp_path / "policy.toml"
+    path.write_text("smallest_cohort = 10\n")
+    assert home.policy.smallest_cohort == 10
+    path.unlink()
+    with pytest.raises(ConfigError, match="no such file"):
+        _ = home.policy
+    path.write_text("smallest_cohort = -10\n")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="smallest_cohort"):
+            _ = home.policy
+    path.write_text("smallest_cohort = 11\n")
+    assert home.policy.smallest_cohort == 11
+
+
+def test_homes_do_not_share_settings(tmp_path: Path) -> None:
+    for number in (10, 11):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "policy.toml").write_text(f"smallest_cohort = {number}\n")
+    for number in (10, 11, 10):
+        assert Home(tmp_path / str(number)).policy.smallest_cohort == number
 
 
 def test_an_identity_belongs_to_one_user_of_one_home(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from vectors.generate import (
     signed_plan,
 )
 
+from homefire.common import protocol as protocol_module
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import ProtocolError, RejectedContributionError, SignatureError
 from homefire.common.plan import RoundPlan, release_digest
@@ -37,6 +38,7 @@ from homefire.common.protocol import (
     LARGEST_HEADER,
     STATISTICS,
     Refusal,
+    _read_plan,
     decode_contribution,
     decode_plan,
     decode_refusal,
@@ -44,7 +46,7 @@ from homefire.common.protocol import (
     encode_plan,
     encode_refusal,
 )
-from homefire.common.signatures import public_key
+from homefire.common.signatures import public_key, verify
 
 REFUSAL = Refusal(reason="wrong adapter spec", detail="“none” at all")
 GOOD_REFUSAL = entries(encode_refusal(REFUSAL)["refusal"])
@@ -143,6 +145,61 @@ def test_signed_plan_covers_its_release() -> None:
     with pytest.raises(SignatureError):
         decode_plan(wrap("plan", {**swapped, "header": weaker}))
     assert decode_plan(wrap("plan", signed_plan(swapped, weaker))).release.tolist() == [1] * 4
+
+
+# A plan that was read before: simulated devices are all sent the same bytes
+
+
+def test_the_same_bytes_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+
+    def noted(key: str, *rest: Any) -> None:
+        checked.append(key)
+        verify(key, *rest)
+
+    monkeypatch.setattr(protocol_module, "verify", noted)
+    _read_plan.cache_clear()
+    first = decode_plan(wrap("plan", GOOD_PLAN))
+    copied = {k: bytes(bytearray(v)) if isinstance(v, bytes) else v for k, v in GOOD_PLAN.items()}
+    assert decode_plan(wrap("plan", copied)) is first
+    assert checked == [public_key(SERVER)]
+    assert not first.release.flags.writeable
+
+
+def test_signed_plan_is_checked_whatever_was_read_before() -> None:
+    """A byte more, less or other anywhere, right after the good plan."""
+    for name in ("header", "signature", "release"):
+        good = GOOD_PLAN[name]
+        changed = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(len(good))]
+        for value in (*changed, good + b"\0", good[:-1], b"", "text", 5):
+            assert decode_plan(wrap("plan", GOOD_PLAN)).header.round == 7
+            for _ in range(2):  # what is refused once is refused again
+                with pytest.raises(ProtocolError):
+                    decode_plan(wrap("plan", {**GOOD_PLAN, name: value}))
+
+
+def test_what_stands_around_a_known_plan_is_checked() -> None:
+    assert decode_plan(wrap("plan", GOOD_PLAN)).header.round == 7
+    without = {key: value for key, value in GOOD_PLAN.items() if key != "version"}
+    both = RecordDict({"plan": ConfigRecord(GOOD_PLAN), "other": ConfigRecord(GOOD_PLAN)})
+    for content in (
+        wrap("plan", {**GOOD_PLAN, "version": 2}),
+        wrap("plan", {**GOOD_PLAN, "more": 1}),
+        wrap("plan", without),
+        wrap("other", GOOD_PLAN),
+        both,
+    ):
+        with pytest.raises(ProtocolError):
+            decode_plan(content)
+
+
+def test_two_plans_in_turn_are_not_mixed_up() -> None:
+    text = fields_with(GOOD_PLAN, round=8)
+    other = signed_plan(GOOD_PLAN, text)
+    rounds = [decode_plan(wrap("plan", plan)).header.round for plan in (GOOD_PLAN, other) * 2]
+    assert rounds == [7, 8, 7, 8]
+    with pytest.raises(SignatureError):
+        decode_plan(wrap("plan", {**GOOD_PLAN, "header": text}))
 
 
 @pytest.mark.parametrize(
