@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -64,7 +65,9 @@ class BankLinear(nn.Module):
         self.seat = seat
         self.scaling: dict[str, float] = {k: float(v) for k, v in layer.scaling.items()}
         self.shared = {
-            key: (_weight(layer, key, "A"), _weight(layer, key, "B")) for key in layer.lora_A
+            # Detached, they are still the model's own memory; nobody trains them here.
+            key: (_weight(layer, key, "A").detach(), _weight(layer, key, "B").detach())
+            for key in layer.lora_A
         }
         self.own = self.shared.get(name)
         self.name = name
@@ -84,6 +87,8 @@ class BankLinear(nn.Module):
 
     def _banked(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         layout = self.seat.layout
+        if layout is not None and layout.chosen is not None:
+            a, b = (t[layout.chosen] if t.dim() == 3 else t for t in (a, b))
         users = b.shape[0]
         flat = _like(x, a).reshape(-1, x.shape[-1])
         if a.dim() == 2:  # the same for all: nothing but its short output is spread out
@@ -153,6 +158,8 @@ class LoraBank:
     ) -> None:
         self.name = name
         self.seat = Seat()
+        if isinstance(network, PeftModel):
+            network = network.get_base_model()
         for path, layer in _lora_layers(network):
             _check_layer(path, layer)
         _check_base(network)
@@ -256,8 +263,8 @@ class LoraBank:
         Raises:
             ValueError: The bank is open for another number of users.
         """
-        if self.seat.banked and layout.users.groups != self.users:
-            raise ValueError(f"{layout.users.groups} users, but room was made for {self.users}")
+        if self.seat.banked and layout.everybody != self.users:
+            raise ValueError(f"{layout.everybody} users, but room was made for {self.users}")
         return self._passes.losses(layout)
 
     def _leaf(self, slot: Slot) -> torch.Tensor:
@@ -287,7 +294,8 @@ def _weight(layer: LoraLayer, name: str, factor: Factor) -> torch.Tensor:
 def _check_layer(path: str, layer: LoraLayer) -> None:
     """Refuse what would be computed in another way than PEFT does."""
     names = list(layer.lora_A)
-    if not isinstance(getattr(layer, "base_layer", None), nn.Module) or layer.lora_embedding_A:
+    kind = type(layer).__name__
+    if not (kind.startswith("Linear") or kind.endswith("LoraLinear")) or layer.lora_embedding_A:
         raise AdapterError(f"layer {path} is not a linear layer; a bank holds no other adapters")
     if layer.lora_variant:
         raise AdapterError(

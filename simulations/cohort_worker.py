@@ -14,13 +14,14 @@ import numpy as np
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
-from homefire.client.app import Admitted, admit
+from homefire.client.app import Admitted, admit, constant_error
 from homefire.client.device import Device, adapted_model
 from homefire.client.home import Home
 from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, Vector
 from homefire.common.encoding import digest
+from homefire.common.errors import DeviceError
 from homefire.common.privacy.clipping import Clipped
 from homefire.common.records import UserFile
 from homefire.common.training import LocalTraining
@@ -76,7 +77,7 @@ class Entry:
     """
 
     found: Message | Admitted
-    result: Clipped | Exception | None
+    result: Clipped | DeviceError | None
     seconds: float
 
 
@@ -100,7 +101,7 @@ def _reply(entry: Entry) -> Message:
         return entry.found
     message = entry.found.message
     if not isinstance(entry.result, Clipped):
-        return failure(message, entry.result or RuntimeError("this device has not trained"))
+        return failure(message, entry.result or DeviceError("this device has not trained"))
     try:
         return entry.found.answer(entry.result)
     except DEVICE_ERRORS as error:
@@ -177,13 +178,12 @@ class CohortWorker:
         named = digest("homefire/availability/v1", *(str(part).encode() for part in about))
         return int(named[:13], 16) / 16**13
 
-    def _train(self, admitted: Sequence[Admitted]) -> Sequence[Clipped | Exception]:
+    def _train(self, admitted: Sequence[Admitted]) -> Sequence[Clipped | DeviceError]:
         try:
-            return contributions(self._banks, [each.task for each in admitted])
-        except DEVICE_ERRORS as error:
-            if is_out_of_memory(error):
-                raise  # The micro-cohort is halved.
-            if len(admitted) <= 1:
+            with constant_error(but=is_out_of_memory):  # then the micro-cohort is halved
+                return contributions(self._banks, [each.task for each in admitted])
+        except DeviceError as error:
+            if len(admitted) == 1:
                 return [error]
         # Some device fails; which one shows when each trains alone.
         return [self._train([each])[0] for each in admitted]

@@ -99,8 +99,11 @@ def _left_in_container() -> float:
     """What a container's limit leaves; infinite where there is none."""
     try:
         limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        return int(limit) - int(used)
-    except (OSError, ValueError):  # no file, or the word "max"
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        # Files that were read count as used, until somebody needs the memory.
+        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file"))
+        return int(limit) - int(used) + cached
+    except (OSError, ValueError, StopIteration):  # no file, or the word "max"
         return math.inf
 
 

@@ -120,3 +120,34 @@ def check(network: nn.Module, bank: LoraBank) -> None:
             assert leaf.grad is not None
             assert leaf.grad[user].norm() > 0
             assert (leaf.grad[user] - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_a_peft_model_is_taken_like_the_network_that_it_wraps() -> None:
+    base = make_model("llama").requires_grad_(False)
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    whole = get_peft_model(base, config, adapter_name="private")
+    bank = LoraBank(whole, "private")
+    assert bank.is_packed and bank._passes.fused
+    check(whole.get_base_model(), bank)
+
+
+def test_adapters_of_parameters_that_are_no_layers_are_refused() -> None:
+    """Of the experts of a mixture, for example."""
+    base = make_model("llama").requires_grad_(False)
+    config = LoraConfig(
+        r=2,
+        target_modules=[],
+        target_parameters=["mlp.up_proj.weight"],
+        task_type="CAUSAL_LM",
+    )
+    network = get_peft_model(base, config, adapter_name="private").get_base_model()
+    with pytest.raises(AdapterError, match="not a linear layer"):
+        LoraBank(network, "private")
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
+def test_logits_that_are_more_than_a_product_are_left_to_the_model(name: str) -> None:
+    """A cap may be too far away for a few made-up rows to show."""
+    network = worn(["q_proj"])
+    setattr(network.config, name, 30.0)
+    assert not LoraBank(network, "private")._passes.fused
