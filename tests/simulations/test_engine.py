@@ -341,7 +341,6 @@ def test_a_mistake_in_the_program_fails_the_devices_that_meet_it_and_is_in_the_l
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As on a device far away."""
-
     words = "a bug"  # not in the line that a traceback quotes
 
     def mistaken(*_: Any) -> None:
