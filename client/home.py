@@ -12,6 +12,7 @@ Beside it, in `<home>.keys`, lies the keystore: the devices' identities and the 
 ledgers. Files are plain: this is the store of simulations and try-outs.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -124,13 +125,21 @@ class Home:
         return self.folder / "private" / file_name(user_id) / "adapter.safetensors"
 
 
+SETTLED = 2.0
+"""Seconds after which a file's times tell whether it has changed since."""
+
+
 def _read_once(model: type[Model], path: Path) -> Model:
     """Settings, read again only when their file has changed."""
     try:
         now = path.stat()
     except OSError:
         return load_config(model, path)  # which says what is wrong
-    settings: Model = _settings(model, path, now.st_ino, now.st_size, now.st_mtime_ns)
+    if time.time() - now.st_ctime < SETTLED:
+        return load_config(model, path)  # a second change might leave no trace in its times
+    # The time of the last change of any kind, which nobody can set as that of the last writing.
+    state = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+    settings: Model = _settings(model, path, *state)
     return settings
 
 

@@ -83,8 +83,8 @@ def simulate(
     """
     need("simulation", "ray", "plotly", "dp_accounting")
     from homefire.simulations.experiment import load_experiment
-    from homefire.simulations.preparation import free_folder, prepare, reopen
-    from homefire.simulations.progress import Reporter
+    from homefire.simulations.preparation import free_folder, reopen
+    from homefire.simulations.progress import Reporter, prepare_visibly
     from homefire.simulations.simulate import simulate as run_simulation
 
     console = Console()
@@ -94,7 +94,7 @@ def simulate(
         run = reopen(resume)
     else:
         settings = load_experiment(experiment, overrides or [])
-        run = prepare(settings, free_folder(runs, name or settings.name))
+        run = prepare_visibly(settings, free_folder(runs, name or settings.name), console)
     console.print(f"Run [bold]{escape(str(run.folder))}[/]", soft_wrap=True)
     report = run_simulation(run, Reporter(console))
     _show_summary(console, report)
@@ -118,10 +118,11 @@ def prepare(
     need("simulation", "ray", "plotly", "dp_accounting")
     from homefire.simulations.experiment import load_experiment
     from homefire.simulations.preparation import free_folder, free_ports
-    from homefire.simulations.preparation import prepare as prepare_run
+    from homefire.simulations.progress import prepare_visibly
 
     settings = load_experiment(experiment, overrides or [])
-    run = prepare_run(settings, free_folder(runs, name or settings.name))
+    folder = free_folder(runs, name or settings.name)
+    run = prepare_visibly(settings, folder, Console(stderr=True))
     typer.echo(f"Prepared {run.folder}. On Flower's Ray simulation:\n")
     typer.echo(f"  export HOMEFIRE_HOME={run.home.folder.resolve()}")
     typer.echo(f"  export FLWR_HOME={(run.folder / 'flower').resolve()}")

@@ -38,7 +38,7 @@ def engine(
     what is no training.
 
     Example:
-      homefire bench engine --model blog-12m --population chat.jsonl.gz
+      homefire bench engine --model models/mine --population users.jsonl.gz
     """
     need("simulation", "ray", "plotly", "dp_accounting", "tomli_w")
     from homefire.simulations.benchmarks.engine import bench

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -64,7 +65,9 @@ class BankLinear(nn.Module):
         self.seat = seat
         self.scaling: dict[str, float] = {k: float(v) for k, v in layer.scaling.items()}
         self.shared = {
-            key: (_weight(layer, key, "A"), _weight(layer, key, "B")) for key in layer.lora_A
+            # Detached, they are still the model's own memory; nobody trains them here.
+            key: (_weight(layer, key, "A").detach(), _weight(layer, key, "B").detach())
+            for key in layer.lora_A
         }
         self.own = self.shared.get(name)
         self.name = name
@@ -84,6 +87,8 @@ class BankLinear(nn.Module):
 
     def _banked(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         layout = self.seat.layout
+        if layout is not None and layout.chosen is not None:
+            a, b = (t[layout.chosen] if t.dim() == 3 else t for t in (a, b))
         users = b.shape[0]
         flat = _like(x, a).reshape(-1, x.shape[-1])
         if a.dim() == 2:  # the same for all: nothing but its short output is spread out
@@ -153,13 +158,16 @@ class LoraBank:
     ) -> None:
         self.name = name
         self.seat = Seat()
+        if isinstance(network, PeftModel):
+            network = network.get_base_model()
+        for path, layer in _lora_layers(network):
+            _check_layer(path, layer)
+        _check_base(network)
         self._original = {
             path: layer for path, layer in _lora_layers(network) if name in layer.lora_A
         }
         if not self._original:
             raise AdapterError(f"there is no LoRA adapter {name!r} in this model")
-        for path, layer in self._original.items():
-            _check_layer(path, layer)
         self.network = _twin(network)
         layers = _replace(self.network, name, self.seat)
         head = self.network.get_output_embeddings()  # type: ignore[operator]
@@ -255,8 +263,8 @@ class LoraBank:
         Raises:
             ValueError: The bank is open for another number of users.
         """
-        if self.seat.banked and layout.users.groups != self.users:
-            raise ValueError(f"{layout.users.groups} users, but room was made for {self.users}")
+        if self.seat.banked and layout.everybody != self.users:
+            raise ValueError(f"{layout.everybody} users, but room was made for {self.users}")
         return self._passes.losses(layout)
 
     def _leaf(self, slot: Slot) -> torch.Tensor:
@@ -286,7 +294,8 @@ def _weight(layer: LoraLayer, name: str, factor: Factor) -> torch.Tensor:
 def _check_layer(path: str, layer: LoraLayer) -> None:
     """Refuse what would be computed in another way than PEFT does."""
     names = list(layer.lora_A)
-    if not isinstance(getattr(layer, "base_layer", None), nn.Module) or layer.lora_embedding_A:
+    kind = type(layer).__name__
+    if not (kind.startswith("Linear") or kind.endswith("LoraLinear")) or layer.lora_embedding_A:
         raise AdapterError(f"layer {path} is not a linear layer; a bank holds no other adapters")
     if layer.lora_variant:
         raise AdapterError(
@@ -301,12 +310,28 @@ def _check_layer(path: str, layer: LoraLayer) -> None:
         raise AdapterError(f"layer {path} has a merged adapter", hint="Call unmerge() first.")
 
 
+def _check_base(network: nn.Module) -> None:
+    """Refuse layers whose result for one row depends on the other rows of a pass."""
+    for path, module in network.named_modules():
+        if type(module).__name__ == "Linear8bitLt":
+            raise AdapterError(
+                f"layer {path} is an 8-bit one that picks its outlier columns from whole batches: "
+                "users would not be apart",
+                hint="Load the base model in 4 bits, or in bfloat16.",
+            )
+
+
 def _twin(network: nn.Module) -> nn.Module:
     """The same modules once more, around the same tensors."""
     tensors = [*network.parameters(), *network.buffers()]
     states = [s for m in network.modules() if (s := getattr(m, "quant_state", None)) is not None]
     memo: dict[int, Any] = {id(shared): shared for shared in (*tensors, *states)}
-    return copy.deepcopy(network, memo)
+    twin = copy.deepcopy(network, memo)
+    for module in twin.modules():
+        # On a CPU, bitsandbytes computes no gradient of its layers but in training mode.
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.train(True)
+    return twin
 
 
 def _replace(network: nn.Module, name: str, seat: Seat) -> dict[str, BankLinear]:

@@ -4,6 +4,7 @@ Each function does for all users of a bank at once what `homefire.common.trainin
 gives each of them the same result. Only torch, numpy, transformers and peft are needed.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from homefire.simulations.packing import Row, UserRows
 
 PASS_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
 """How many tokens are scored in one pass, by kind of device."""
+
+STRETCH = 4
+"""How many times as many a bank may see of them, where users have unequally many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +140,15 @@ def _by_length(users: UserRows, most: int) -> Iterable[list[list[Row]]]:
     rows = [(len(row.tokens), owner, row) for owner, rows in enumerate(users) for row in rows]
     rows.sort(key=lambda entry: entry[0])
     part: list[list[Row]] = [[] for _ in users]
-    tokens = 0
+    tokens: Counter[int] = Counter()
     for length, owner, row in rows:
-        if tokens and tokens + length > most:
+        # A bank stretches all who have rows in a part to the one who has most of it.
+        stretched = len({*tokens, owner}) * max(tokens[owner] + length, *tokens.values(), 0)
+        if tokens and (tokens.total() + length > most or stretched > STRETCH * most):
             yield part
-            part, tokens = [[] for _ in users], 0
+            part, tokens = [[] for _ in users], Counter()
         part[owner].append(row)
-        tokens += length
+        tokens[owner] += length
     yield part
 
 

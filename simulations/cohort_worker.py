@@ -10,19 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
-from homefire.client.app import Admitted, admit
+from homefire.client.app import Admitted, admit, constant_error
 from homefire.client.device import Device, adapted_model
 from homefire.client.home import Home
 from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, Vector
 from homefire.common.encoding import digest
+from homefire.common.errors import DeviceError
 from homefire.common.privacy.clipping import Clipped
 from homefire.common.records import UserFile
 from homefire.common.training import LocalTraining
+from homefire.simulations.cohort import mean_losses
 from homefire.simulations.engine_config import AvailabilityConfig, EngineConfig
 from homefire.simulations.evaluation import (
     PrivateVectors,
@@ -74,7 +77,7 @@ class Entry:
     """
 
     found: Message | Admitted
-    result: Clipped | Exception | None
+    result: Clipped | DeviceError | None
     seconds: float
 
 
@@ -98,7 +101,7 @@ def _reply(entry: Entry) -> Message:
         return entry.found
     message = entry.found.message
     if not isinstance(entry.result, Clipped):
-        return failure(message, entry.result or RuntimeError("this device has not trained"))
+        return failure(message, entry.result or DeviceError("this device has not trained"))
     try:
         return entry.found.answer(entry.result)
     except DEVICE_ERRORS as error:
@@ -175,14 +178,13 @@ class CohortWorker:
         named = digest("homefire/availability/v1", *(str(part).encode() for part in about))
         return int(named[:13], 16) / 16**13
 
-    def _train(self, admitted: Sequence[Admitted]) -> Sequence[Clipped | Exception]:
+    def _train(self, admitted: Sequence[Admitted]) -> Sequence[Clipped | DeviceError]:
         try:
-            return contributions(self._banks, [each.task for each in admitted])
-        except DEVICE_ERRORS as error:
-            if len(admitted) <= 1:
+            with constant_error(but=is_out_of_memory):  # then the micro-cohort is halved
+                return contributions(self._banks, [each.task for each in admitted])
+        except DeviceError as error:
+            if len(admitted) == 1:
                 return [error]
-            if is_out_of_memory(error):
-                raise  # The micro-cohort is halved.
         # Some device fails; which one shows when each trains alone.
         return [self._train([each])[0] for each in admitted]
 
@@ -194,6 +196,19 @@ class CohortWorker:
     def hold(self, release: Vector) -> None:
         """Put a release under all private adapters and into all scores to come."""
         self._model.load(SHARED, release)
+
+    def validation_loss(self, numbers: Sequence[int]) -> float:
+        """The mean token loss of users' validation slices with the held release."""
+        home, model = Home(self._office.home), self._model
+        tokens = home.config.private.training.max_tokens
+        devices = [Device(home, home.user(number)) for number in numbers]
+        slices = [each.examples(model, home.config, tokens).validation for each in devices]
+        bank = self._banks.of(model, PRIVATE)
+        bank.close(under=(SHARED,))
+        with numerics(self._office.config):
+            losses, counts = mean_losses(bank, slices)
+        bank.close()
+        return float(np.average(losses, weights=counts))
 
     def personalize(
         self,

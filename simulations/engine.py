@@ -193,7 +193,11 @@ class CohortGrid(InProcessGrid):
 
     def _advance(self) -> None:
         """One reply more."""
-        answered = next(self._stream, None)
+        try:
+            answered = next(self._stream, None)
+        except BaseException:
+            self._under_way.clear()  # nobody works on them any more
+            raise
         if answered is None:
             stages = Stages(self._admit, _train, self._finish)
             self._stream = self._crew.stream(

@@ -1,8 +1,8 @@
 """Frozen linear layers on a CPU, through oneDNN.
 
 torch sends products of float32 matrices to MKL, which on processors of other makers than its own
-uses half of their vector width: 108 GFLOP/s a core instead of 240 on an AMD EPYC 9005
-(`homefire bench ceiling`). The results differ by rounding alone.
+uses half of their vector width; `homefire bench ceiling` measures both. The results differ by
+rounding alone.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ _HAS_ONEDNN: bool = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_
 def is_fast(weight: torch.Tensor) -> bool:
     """Whether oneDNN takes products with this matrix."""
     return (
-        not torch.compiler.is_compiling()  # which has products of its own
-        and weight.device.type == "cpu"
+        weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and _HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # which has products of its own
     )
 
 

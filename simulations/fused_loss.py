@@ -106,5 +106,5 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
-        scaled = gradients * upstream.unsqueeze(-1).to(gradients.dtype)
+        scaled = (wide(gradients) * upstream.unsqueeze(-1)).to(gradients.dtype)
         return scaled, None, None, None, None, None

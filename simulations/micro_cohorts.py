@@ -8,13 +8,14 @@ threads wait for each other; a GPU has one worker.
 import gc
 import itertools
 import logging
+import math
 import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 
@@ -32,6 +33,8 @@ MOST_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
 
 LEAST_FLOPS = {"cpu": 4e9, "cuda": 4e12}
 """Operations of a pass below which its own cost is felt, by kind of device."""
+
+CGROUP = Path("/sys/fs/cgroup")
 
 MARGIN = 1.25
 """Room for what a pass needs besides what it keeps for its gradient."""
@@ -82,13 +85,26 @@ def paying_users(*, weights: int, user_tokens: int, device: torch.device) -> int
     return max(1, round(LEAST_FLOPS[device.type] / (4 * weights * user_tokens)))
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> float:
     """Bytes that can still be taken."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return min(free, _left_in_container())
+
+
+def _left_in_container() -> float:
+    """What a container's limit leaves; infinite where there is none."""
+    try:
+        limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        # Files that were read count as used, until somebody needs the memory.
+        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file"))
+        return int(limit) - int(used) + cached
+    except (OSError, ValueError, StopIteration):  # no file, or the word "max"
+        return math.inf
 
 
 class Kept:
@@ -114,6 +130,10 @@ class Kept:
         return tensor
 
 
+_UnderWay: TypeAlias = tuple[Future[Sequence[Ready]], Future[list[Done]]]
+"""A micro-cohort that is prepared, and what is made of it then."""
+
+
 @dataclass(slots=True)
 class Crew(Generic[Worker]):
     """Workers that compute micro-cohorts of a stream side by side.
@@ -126,11 +146,18 @@ class Crew(Generic[Worker]):
     workers: Sequence[Worker]
     threads: int = 1
     _idle: "queue.SimpleQueue[Worker]" = field(init=False)
+    # Kept from stream to stream: what a thread has freed, glibc gives to no other.
+    _desk: ThreadPoolExecutor = field(init=False)
+    _pool: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
         self._idle = queue.SimpleQueue()
         for worker in self.workers:
             self._idle.put(worker)
+        self._desk = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(
+            len(self.workers), initializer=torch.set_num_threads, initargs=(self.threads,)
+        )
 
     def map(
         self,
@@ -162,7 +189,7 @@ class Crew(Generic[Worker]):
             size: The most users of a micro-cohort.
             total: How many items there are, so that every worker gets some.
         """
-        workers, running = len(self.workers), deque[Future[list[Done]]]()
+        workers, running = len(self.workers), deque[_UnderWay[Ready, Done]]()
         parts = _shrinking(items, size, total=total, workers=workers)
 
         def work(ready: Future[Sequence[Ready]]) -> list[Done]:
@@ -173,23 +200,21 @@ class Crew(Generic[Worker]):
             finally:
                 self._idle.put(worker)
 
-        with ThreadPoolExecutor(1) as desk, self._pool() as pool:
-            try:
-                while True:
-                    for part in itertools.islice(parts, 2 * workers - len(running)):
-                        running.append(pool.submit(work, desk.submit(stages.prepare, part)))
-                    if not running:
-                        return
-                    yield from stages.finish(running.popleft().result())
-            finally:
-                for future in running:
-                    future.cancel()
+        def fill() -> None:
+            for part in itertools.islice(parts, 2 * workers - len(running)):
+                ready = self._desk.submit(stages.prepare, part)
+                running.append((ready, self._pool.submit(work, ready)))
 
-    def _pool(self) -> ThreadPoolExecutor:
-        set_threads = torch.set_num_threads
-        return ThreadPoolExecutor(
-            len(self.workers), initializer=set_threads, initargs=(self.threads,)
-        )
+        try:
+            fill()
+            while running:
+                done = running.popleft()[1].result()
+                fill()
+                yield from stages.finish(done)
+        finally:
+            # Whoever stops listening has no more devices charged than are charged already.
+            futures: list[Future[Any]] = [future for pair in running for future in pair]
+            wait([future for future in futures if not future.cancel()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,13 +235,16 @@ class Stages(Generic[Worker, Item, Ready, Done, Result]):
 def _shrinking(
     items: Iterable[Item], size: MicroCohort, *, total: int, workers: int
 ) -> Iterator[list[Item]]:
-    """Micro-cohorts that get smaller toward the end, so that all workers end at about one time.
+    """Micro-cohorts that start small, so that nobody waits long for the first ones to be prepared.
 
-    (Guided self-scheduling: Polychronopoulos and Kuck 1987.)
+    With several workers they get smaller toward the end, so that all end at about one time (guided
+    self-scheduling: Polychronopoulos and Kuck 1987).
     """
     stream, left = iter(items), total
-    while True:
+    for number in itertools.count():
         share = size.users if workers == 1 else max(size.least, -(-left // (2 * workers)))
+        if number < workers:
+            share = min(share, max(size.least, size.users // 4))
         if not (part := list(itertools.islice(stream, min(size.users, share)))):
             return
         left = max(0, left - len(part))

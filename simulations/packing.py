@@ -62,7 +62,9 @@ class Layout:
         tokens: int64; (1, all tokens) packed, or (rows, longest) padded.
         positions: Each token's place in its row, of the same shape.
         rows: The rows in the list of tokens; None if they are padded.
-        users: The users in the list of tokens.
+        users: The users in the list of tokens; packed, those alone that have rows.
+        everybody: How many users there are.
+        chosen: Those who have rows, where some have none.
         predictors: Places in the list of tokens whose next token is predicted, shape (targets,).
         targets: Those next tokens, shape (targets,).
         owners: The user of each target, shape (targets,).
@@ -72,6 +74,8 @@ class Layout:
     positions: torch.Tensor
     rows: Spread | None
     users: Spread
+    everybody: int
+    chosen: torch.Tensor | None
     predictors: torch.Tensor
     targets: torch.Tensor
     owners: torch.Tensor
@@ -106,15 +110,19 @@ def lay_out(users: UserRows, *, padded: bool = False, device: torch.device | str
     def move(values: Index) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
+    tokens_of = np.bincount(owners, minlength=len(users))
+    chosen = np.arange(len(users)) if padded else np.flatnonzero(tokens_of)
     if padded:
         per_user = Spread(len(users), size // len(users), None, None)
     else:
-        per_user = _spread(np.bincount(owners, minlength=len(users)), device)
+        per_user = _spread(tokens_of[chosen], device)
     return Layout(
         tokens=move(tokens.reshape(shape)),
         positions=move(positions.reshape(shape)),
         rows=None if padded else _spread(lengths, device),
         users=per_user,
+        everybody=len(users),
+        chosen=None if len(chosen) == len(users) else move(chosen),
         predictors=move(places[predicted] - 1),
         targets=move(flat[predicted]),
         owners=move(owners[predicted]),

@@ -70,7 +70,7 @@ class Passes:
         self._whole: Callable[..., Any] = network
         self._head = network.get_output_embeddings()  # type: ignore[operator]
         self._chunk = chunk_losses
-        self.packed, self.fused = True, isinstance(self._head, nn.Linear)
+        self.packed, self.fused = True, _is_plain(self._head, network.config)
         self._choose()
         if compiled:
             self._body, self._whole = _compiled(self._body), _compiled(network)
@@ -222,3 +222,11 @@ def _body(network: nn.Module) -> nn.Module:
     """The decoder without its head."""
     body: nn.Module = network.base_model  # type: ignore[assignment]
     return body
+
+
+def _is_plain(head: nn.Module | None, config: Any) -> bool:
+    """Whether logits are the head's product and nothing more; a cap may hide from a few rows."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cap = getattr(text, "final_logit_softcapping", None)
+    scales = [getattr(text, name, None) for name in ("logit_scale", "logits_scaling")]
+    return isinstance(head, nn.Linear) and not cap and all(s in (None, 1) for s in scales)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +15,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from homefire.simulations.experiment import Experiment
+from homefire.simulations.preparation import Run, prepare
 
 Advance = Callable[[], None]
 
@@ -76,3 +80,16 @@ def _lines(console: Console, name: str, total: int) -> Iterator[Advance]:
 
     yield advance
     console.print(f"{name}: done in {time.monotonic() - started:.0f} s")
+
+
+LARGE = 10_000
+"""Users whose devices take more than a few seconds to be written."""
+
+
+def prepare_visibly(experiment: Experiment, folder: Path, console: Console) -> Run:
+    """As `prepare`, with a bar where it takes long."""
+    users = experiment.population.users + experiment.population.unseen
+    if users < LARGE:
+        return prepare(experiment, folder)
+    with Reporter(console).phase("Devices", users) as advance:
+        return prepare(experiment, folder, advance=advance)

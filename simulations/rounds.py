@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from flwr.app import Context, RecordDict
 
-from homefire.client.device import Device, Examples, adapted_model
-from homefire.client.personalize.private import SHARED
+from homefire.client.device import adapted_model
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.errors import ConfigError, FederationError
-from homefire.common.training import mean_loss
 from homefire.server.app import app as server_app
 from homefire.server.releases import ReleaseStore
 from homefire.server.run_state import rounds_spent
@@ -61,8 +59,7 @@ def train_shared(run: Run, reporter: Reporter) -> SharedTraining:
     _check_lengths(run, model)
     engine = cohort_engine(run)
     traffic = _run_rounds(run, engine, reporter)
-    rounds = _score_releases(run, model)
-    engine.hold(releases(run).latest().vector)
+    rounds = _score_releases(run, engine)
     contributed = any(entry["accepted"] for entry in rounds)
     if any(entry["cohort"] for entry in rounds) and not contributed:
         raise FederationError(
@@ -82,6 +79,8 @@ def cohort_engine(run: Run) -> CohortEngine:
     experiment = run.experiment
     threads = experiment.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
+    if experiment.engine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
     torch.use_deterministic_algorithms(experiment.engine.deterministic)
     office = Office(
         home=run.home.folder,
@@ -134,13 +133,6 @@ def releases(run: Run) -> ReleaseStore:
     return ReleaseStore(run.folder / "server" / "releases")
 
 
-def user_examples(run: Run, model: AdaptedModel, number: int) -> tuple[str, Examples]:
-    """One user's id, and what the device trains and validates on."""
-    device = Device(run.home, run.home.user(number))
-    tokens = run.experiment.private.training.max_tokens
-    return device.user.user_id, device.examples(model, run.experiment.for_devices(), tokens)
-
-
 def _check_lengths(run: Run, model: AdaptedModel) -> None:
     experiment = run.experiment
     longest = max(
@@ -155,23 +147,19 @@ def _check_lengths(run: Run, model: AdaptedModel) -> None:
         )
 
 
-def _score_releases(run: Run, model: AdaptedModel) -> list[dict[str, Any]]:
+def _score_releases(run: Run, engine: CohortEngine) -> list[dict[str, Any]]:
     """The operator's log with the loss on a few users' validation slices: a simulator's privilege.
 
-    The model ends with the last release.
+    The engine ends with the last release.
     """
-    count = min(run.experiment.evaluation.curve_users, run.training)
-    slices = [user_examples(run, model, number)[1].validation for number in range(count)]
-    examples = [example for part in slices for example in part]
-    rounds = _rounds(run)
+    users = range(min(run.experiment.evaluation.curve_users, run.training))
+    rounds, worker = _rounds(run), engine.crew.workers[0]
     for entry in rounds:
         entry["validation_loss"] = None
-        if examples and not entry["interrupted"]:
-            model.load(SHARED, releases(run).read(entry["round"]).vector)
-            model.activate(SHARED)
-            entry["validation_loss"] = mean_loss(model.network, examples)[0]
-    model.load(SHARED, releases(run).latest().vector)
-    model.activate(SHARED)
+        if users and not entry["interrupted"]:
+            worker.hold(releases(run).read(entry["round"]).vector)
+            entry["validation_loss"] = worker.validation_loss(users)
+    engine.hold(releases(run).latest().vector)
     return rounds
 
 

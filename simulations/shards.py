@@ -4,6 +4,7 @@ Ray is Flower's own simulation engine. Actors read users from disk by number, so
 the run's folder must lie on a file system that all of them share.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +14,12 @@ import torch
 from flwr.app import Message
 
 from homefire.common.adapter import Vector
+from homefire.common.errors import ConfigError, HomefireError
 from homefire.common.training import LocalTraining
 from homefire.simulations.cohort_worker import CohortWorker, Entry, Office, Trained
 from homefire.simulations.evaluation import UserScores
 from homefire.simulations.experiment import EvaluationConfig
-from homefire.simulations.micro_cohorts import MicroCohort, in_halves
+from homefire.simulations.micro_cohorts import MicroCohort, in_halves, is_out_of_memory
 
 
 class Shard(CohortWorker):
@@ -31,6 +33,7 @@ class Shard(CohortWorker):
 
     def __init__(self, office: Office, threads: int, gpus: int) -> None:
         super().__init__(office)
+        self._alone = gpus > 0
         remote = ray.remote(num_cpus=threads, num_gpus=gpus)(_Actor)
         self._actor = remote.remote(office, threads)
 
@@ -38,8 +41,9 @@ class Shard(CohortWorker):
         return ray.get(getattr(self._actor, method).remote(*arguments))
 
     def fit(self, name: str, training: LocalTraining, workers: int) -> MicroCohort:
-        """Measured where it is computed, and alone there."""
-        return cast(MicroCohort, self._ask("fit", name, training, 1))
+        """Measured where it is computed; a GPU is an actor's own."""
+        sharing = 1 if self._alone else workers
+        return cast(MicroCohort, self._ask("fit", name, training, sharing))
 
     def admit(self, run: int, messages: Sequence[Message]) -> list[Entry]:
         """Nothing yet: an actor admits, trains and signs in one call."""
@@ -48,7 +52,12 @@ class Shard(CohortWorker):
     def train(self, entries: Sequence[Entry]) -> list[Entry]:
         """The whole answer."""
         messages = [cast(Message, entry.found) for entry in entries]
-        replies: list[tuple[Message, float]] = self._ask("answer", messages)
+        try:
+            replies: list[tuple[Message, float]] = self._ask("answer", messages)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):  # not to be asked again: they have charged
+                raise HomefireError("an actor ran out of memory outside of training") from error
+            raise
         return [Entry(reply, None, seconds) for reply, seconds in replies]
 
     def warm_up(self) -> None:
@@ -58,6 +67,10 @@ class Shard(CohortWorker):
     def hold(self, release: Vector) -> None:
         """See `CohortWorker.hold`."""
         self._ask("hold", release)
+
+    def validation_loss(self, numbers: Sequence[int]) -> float:
+        """See `CohortWorker.validation_loss`."""
+        return float(self._ask("validation_loss", list(numbers)))
 
     def personalize(
         self,
@@ -91,12 +104,14 @@ class Shard(CohortWorker):
 class _Actor(CohortWorker):
     def __init__(self, office: Office, threads: int) -> None:
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(office.config.deterministic)
         super().__init__(office)
+        self._fits = MicroCohort(sys.maxsize)
 
     def answer(self, messages: list[Message]) -> list[tuple[Message, float]]:
         entries = self.admit(messages[0].metadata.run_id, messages)
         # Halved here where memory runs out: asked once more, the devices would refuse.
-        return self.sign(in_halves(entries, self.train, MicroCohort(len(entries))))
+        return self.sign(in_halves(entries, self.train, self._fits))
 
     def personalize_and_keep(
         self, numbers: list[int], release: Vector, seed: int, on_shared: tuple[bool, ...]
@@ -111,9 +126,19 @@ def hire_shards(office: Office, shards: int, threads: int) -> list[CohortWorker]
         office: What they are told.
         shards: How many.
         threads: Cores of this machine that may be used.
+
+    Raises:
+        ConfigError: More actors than cores, or than GPUs where those are wanted.
     """
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = 1 if resources.get("GPU", 0) >= shards else 0
+    cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    on_gpus = office.config.device == "cuda" or (office.config.device == "auto" and gpus > 0)
+    if shards > (most := gpus if on_gpus else cores):
+        raise ConfigError(
+            f"engine.shards = {shards}, but Ray has {most} {'GPUs' if on_gpus else 'cores'}",
+            hint=f"Set engine.shards to at most {most}.",
+        )
+    gpus = int(on_gpus)
     return [Shard(office, max(1, threads // shards), gpus) for _ in range(shards)]

@@ -22,13 +22,12 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from flwr.app import Context, RecordDict
 
-from homefire.client.app import app as client_app
 from homefire.common.adapter import Vector
 from homefire.server.app import app as server_app
 from homefire.server.releases import ReleaseStore
 from homefire.simulations.experiment import Experiment, load_experiment
-from homefire.simulations.grid import InProcessGrid
 from homefire.simulations.preparation import Run, prepare
+from homefire.simulations.rounds import cohort_engine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(175)]
 
@@ -43,6 +42,8 @@ SETTINGS = [
     f"federation.cohort={USERS}",
     "federation.deadline=150",
     "local.steps=2",
+    "local.optimizer=sgd",
+    "local.learning_rate=0.5",
     'privacy={mechanism="none", clip_norm=0.02}',  # so small that every update is clipped
 ]
 WEAKER = {"privacy.clip_norm": 1000.0, "clip_norm": 1000.0, "policy.smallest_cohort": 1}
@@ -226,8 +227,8 @@ def logs(run: Run) -> list[tuple[int, int]]:
 
 
 def carry_out(run: Run, **settings: float) -> list[Vector]:
-    """The releases of the in-process runtime."""
-    grid = InProcessGrid(client_app, run.home.folder, USERS)
+    """The releases of the in-process runtime: the cohort engine."""
+    grid = cohort_engine(run).grid(USERS, run.experiment.local)
     config: dict[str, bool | float | int | str] = {
         "federation": str(run.federation_file),
         **settings,
@@ -249,6 +250,9 @@ def assert_same(run: Run, expected: list[Vector]) -> None:
     assert len(found) == len(expected) == ROUNDS + 1
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+    # The first round's averaged update, for the server optimizer adds it as it is.
+    ours, theirs = expected[1] - expected[0], found[1] - found[0]
+    assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
     assert np.abs(found[-1] - found[-2]).max() > 1e-4
 
 

@@ -67,6 +67,7 @@ CEILING: dict[str, Any] = {
     "type": "bfloat16 autocast",
     "steps": {"steps": 10, "rows": 2, "tokens": 128},
     "ceiling_tflops": 300.0,
+    "products_tflops": {"torch": 300.0},
     "points": [
         _way("one by one", 1, 400.0, 3.5, 0.0117, 1.0, 1.2, 5.0),
         _way("compiled", 64, 8.0, 175.0, 0.583, 50.0, None, 90.0),

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from homefire.common.optimizer import make_optimizer
 from homefire.simulations.bank import LoraBank
 from homefire.simulations.cohort import train_cohort
+from homefire.simulations.frozen_linear import is_fast, product
 from homefire.simulations.micro_cohorts import is_out_of_memory, release_memory
 
 ADAPTER = "private"
@@ -91,12 +92,13 @@ def measure(
         shape: A key of `SHAPES`.
         cohorts: Numbers of users at once; what does not fit into memory is left out.
         steps: The local training.
-        compiled: Also with torch.compile, for the largest cohort that fits.
+        compiled: Also with torch.compile, for 64 users and the largest cohort that fits.
         say: Told what begins.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("matrix product")
-    ceiling = matrix_ceiling(device)
+    products = matrix_products(device)
+    ceiling = max(products.values())
     network = _model(shape, device)
     weights = sum(p.numel() for n, p in network.named_parameters() if "lora_" not in n)
     flops = 4 * weights * steps.steps * steps.rows * steps.tokens
@@ -128,7 +130,8 @@ def measure(
         gc.collect()
     if compiled and largest:
         bank = LoraBank(network, ADAPTER, compiled=True)
-        add("compiled", largest, lambda: _cohort(bank, largest, steps))
+        for users in sorted({min(64, largest), largest}):
+            add("compiled", users, lambda users=users: _cohort(bank, users, steps))  # type: ignore[misc]
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
@@ -137,22 +140,25 @@ def measure(
         "type": "bfloat16 autocast" if device.type == "cuda" else "float32",
         "steps": asdict(steps),
         "ceiling_tflops": ceiling,
+        "products_tflops": products,
         "points": [asdict(point) for point in points],
     }
 
 
-def matrix_ceiling(device: torch.device) -> float:
-    """The fastest square matrix product, in TFLOP/s: bfloat16 on a GPU, float32 on a CPU.
+def matrix_products(device: torch.device) -> dict[str, float]:
+    """The speed of a large square matrix product in TFLOP/s, by who multiplies.
 
-    On a CPU both libraries that torch may use are tried.
+    In bfloat16 on a GPU, in float32 on a CPU, with as many threads as torch has.
     """
-    from homefire.simulations.frozen_linear import product
-
     size, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a = torch.randn((size, size), device=device, dtype=kind)
     b = torch.randn((size, size), device=device, dtype=kind)
-    seconds = min(_timed(lambda f=f: _again(f, a, b), device)[1] for f in (torch.matmul, product))  # type: ignore[misc]
-    return 10 * 2 * size**3 / seconds / 1e12
+    ways = {"torch": torch.matmul} | ({"oneDNN": product} if is_fast(a) else {})
+    seconds = {
+        name: _timed(lambda way=way: _again(way, a, b), device)[1]  # type: ignore[misc]
+        for name, way in ways.items()
+    }
+    return {name: 10 * 2 * size**3 / taken / 1e12 for name, taken in seconds.items()}
 
 
 def _again(multiply: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> None:

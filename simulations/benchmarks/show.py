@@ -108,7 +108,8 @@ def ceiling_table(found: Found) -> Sequence[RenderableType]:
     ]
     title = f"{found['device']}, {found['shape']}, {found['type']}"
     head = ("users at once", "ms a user", "TFLOP/s", "of ceiling", "ratio", "peak GiB", "first s")
-    ceiling = f"ceiling: {found['ceiling_tflops']:.3g} TFLOP/s, the fastest large matrix product"
+    products = ", ".join(f"{n} {speed:.3g}" for n, speed in found["products_tflops"].items())
+    ceiling = f"ceiling: {found['ceiling_tflops']:.3g} TFLOP/s, the fastest of: {products}"
     return [_table(title, head, rows), ceiling]
 
 

@@ -323,3 +323,15 @@ def test_users_who_stay_out_do_not_answer(tmp_path: Path, tiny_llama: Path) -> N
     assert open_device(device_context(home.folder, user=1)).user == home.user(1)
     with pytest.raises(ConfigError, match="user 2 does not take part"):
         open_device(device_context(home.folder, user=2))
+
+
+def test_a_contribution_names_its_own_node_whatever_the_envelope_says(
+    home: Home, plan: RoundPlan, message_maker: Make
+) -> None:
+    """Else who delivers a message could have this device sign as another one."""
+    message = message_maker(RecordDict({"plan": encode_plan(plan, SERVER)}))
+    context = device_context(home.folder)
+    own = Context(context.run_id, 7, context.node_config, context.state, context.run_config)
+    assert message.metadata.dst_node_id != 7
+    record = record_of(app(message, own).content, "contribution")
+    assert json.loads(bytes(record["header"]))["node"] == 7  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,39 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_settings_are_read_once(tmp_path: Path, tiny_llama: Path, loaded: list[str]) -> None:
+def test_settings_are_read_once(
+    tmp_path: Path, tiny_llama: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(home_module, "SETTLED", -1.0)
     home = make_home(tmp_path / "home", tiny_llama, make_users(1))
     for _ in range(3):
         assert home.policy is Home(home.folder).policy
         assert home.config is Home(home.folder).config
     assert loaded == ["policy.toml", "device.toml"]
+
+
+def test_what_has_just_changed_is_not_remembered(
+    tmp_path: Path, tiny_llama: Path, loaded: list[str]
+) -> None:
+    """A second change within one tick of the clock would leave no trace."""
+    home = make_home(tmp_path / "home", tiny_llama, make_users(1))
+    for _ in range(2):
+        assert home.policy.participations
+    assert loaded == ["policy.toml"] * 2
+
+
+def test_a_file_whose_time_was_set_back_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(home_module, "SETTLED", -1.0)
+    home, path = Home(tmp_path), tmp_path / "policy.toml"
+    path.write_text("lifetime_epsilon = 9.0\n")
+    before = path.stat().st_mtime_ns
+    assert home.policy.lifetime_epsilon == 9.0
+    time.sleep(0.05)
+    path.write_text("lifetime_epsilon = 1.0\n")
+    os.utime(path, ns=(before, before))
+    assert home.policy.lifetime_epsilon == 1.0
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:

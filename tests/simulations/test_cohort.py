@@ -251,4 +251,18 @@ def test_draws_have_the_models_probabilities(temperature: float) -> None:
         return float(stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue)
 
     assert p_value(temperature) > 1e-3
-    assert p_value(1.6 * temperature) < 1e-6
+    assert p_value(temperature / 2) < 1e-6
+
+
+def test_users_with_unequally_many_rows_are_scored_in_bounded_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bank stretches all users of a pass to the one who has most of it."""
+    monkeypatch.setitem(cohort.PASS_TOKENS, "cpu", 64)
+    users = [make_rows(*[8] * 60), *[make_rows(8)] * 15]
+    parts = list(cohort._by_length(users, 64))
+    for part in parts:
+        sizes = [sum(len(row.tokens) for row in rows) for rows in part if rows]
+        assert sum(sizes) <= 64
+        assert len(sizes) * max(sizes) <= cohort.STRETCH * 64
+    assert sum(len(rows) for part in parts for rows in part) == 75

@@ -27,6 +27,7 @@ from homefire.client import device as device_module
 from homefire.client.app import Admitted
 from homefire.client.home import Home
 from homefire.common.config import PrivacyConfig, RoundsConfig
+from homefire.common.errors import DeviceError
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import Clipped
 from homefire.server.federation import run_federation
@@ -281,7 +282,7 @@ def test_one_broken_device_takes_no_other_with_it(
     monkeypatch.setattr(device_module.Task, "batches", failing)
     broken = worker.train(entries)
     assert [type(entry.result) for entry in broken] == [
-        ValueError if user == 2 else Clipped for user in range(USERS)
+        DeviceError if user == 2 else Clipped for user in range(USERS)
     ]
     for user in (0, 1, 3, 4):
         one, other = whole[user].result, broken[user].result
@@ -289,7 +290,7 @@ def test_one_broken_device_takes_no_other_with_it(
         far = np.linalg.norm(one.values.astype(np.int64) - other.values)
         assert far < 1e-3 * np.linalg.norm(one.values)
     replies = [reply for reply, _ in worker.sign(broken)]
-    assert outcomes(replies)[2] == "error: ValueError"
+    assert outcomes(replies)[2] == "error: DeviceError"
     assert "secret" not in str(replies[2].error)
     values_of([replies[user] for user in (0, 1, 3, 4)], plan, home, USERS)
 
@@ -314,7 +315,7 @@ def test_a_device_that_cannot_sign_takes_no_other_with_it(
 def test_memory_that_runs_out_is_no_devices_fault(
     home: Home, messages: Sequence[Message], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several are tried again in halves; one alone has failed."""
+    """Several are tried again in halves; where one alone does not fit, the run says so."""
 
     def exhausted(task: device_module.Task) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -322,16 +323,15 @@ def test_memory_that_runs_out_is_no_devices_fault(
     worker = worker_with(home, AvailabilityConfig())
     entries = worker.admit(RUN, messages[:2])
     monkeypatch.setattr(device_module.Task, "batches", exhausted)
-    with pytest.raises(RuntimeError, match="allocate"):
-        worker.train(entries)
-    (alone,) = worker.train(entries[:1])
-    assert isinstance(alone.result, RuntimeError)
+    for some in (entries, entries[:1]):
+        with pytest.raises(RuntimeError, match="allocate"):
+            worker.train(some)
 
 
 def test_who_has_not_trained_sends_nothing(home: Home, messages: Sequence[Message]) -> None:
     worker = worker_with(home, AvailabilityConfig())
     replies = [reply for reply, _ in worker.sign(worker.admit(RUN, messages[:1]))]
-    assert outcomes(replies) == ["error: RuntimeError"]
+    assert outcomes(replies) == ["error: DeviceError"]
 
 
 def test_what_is_answered_already_is_left_alone(home: Home, plan: RoundPlan) -> None:

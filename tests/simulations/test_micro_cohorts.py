@@ -210,7 +210,7 @@ def test_other_errors_of_the_runtime_are_not_taken_for_memory() -> None:
     work = limited(1, RuntimeError("shapes do not fit"), sizes)
     with pytest.raises(RuntimeError, match="shapes"):
         list(Crew(["one"]).map(range(4), work, MicroCohort(4), total=4))  # type: ignore[arg-type]
-    assert sizes == [4]
+    assert sizes in ([1], [1, 3])  # the second may have begun; neither was tried again
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
 
 

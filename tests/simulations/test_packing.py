@@ -58,17 +58,19 @@ def test_targets_are_those_of_the_rows_and_of_their_users(users: Users, padded: 
     before = layout.tokens.flatten()[layout.predictors]
     found = zip(layout.owners.tolist(), before.tolist(), layout.targets.tolist(), strict=True)
     assert list(found) == wanted
-    assert (layout.users.groups, layout.tokens.numel() >= len(wanted)) == (len(users), True)
+    present = len(users) if padded else sum(map(bool, users))
+    assert (layout.users.groups, layout.everybody) == (present, len(users))
+    assert layout.tokens.numel() >= len(wanted)
 
 
 @given(users_of_any_size, st.booleans())
-def test_side_by_side_each_user_has_its_own_tokens_and_zeros_for_none(
-    users: Users, padded: bool
-) -> None:
+def test_side_by_side_each_user_who_has_tokens_has_its_own(users: Users, padded: bool) -> None:
     layout = lay_out(users, padded=padded)
     flat = layout.tokens.flatten() + 1
-    wide = side_by_side(flat, layout.users).view(len(users), -1)
-    for user, own in zip(users, wide, strict=True):
+    wide = side_by_side(flat, layout.users).view(layout.users.groups, -1)
+    chosen = range(len(users)) if layout.chosen is None else layout.chosen.tolist()
+    assert padded or list(chosen) == [n for n, user in enumerate(users) if user]
+    for user, own in zip([users[n] for n in chosen], wide, strict=True):
         real = [t + 1 for row in user for t in row.tokens]
         assert set(own.tolist()) <= {*real, 0 if not padded else 1}
         assert set(real) <= set(own.tolist())
@@ -105,8 +107,9 @@ def test_what_stands_beside_a_group_gives_no_gradient(bad: float) -> None:
     layout = lay_out(UNEVEN)
     assert layout.rows is not None
     values = torch.ones(10, 1, requires_grad=True)
-    factors = torch.full((24, 1), bad)
-    kept = in_a_list(torch.arange(24), layout.users)
+    places = layout.users.groups * layout.users.longest
+    factors = torch.full((places, 1), bad)
+    kept = in_a_list(torch.arange(places), layout.users)
     factors[kept] = 2.0
     in_a_list(side_by_side(values, layout.users) * factors, layout.users).sum().backward()  # type: ignore[no-untyped-call]
     assert values.grad is not None

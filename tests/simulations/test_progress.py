@@ -1,11 +1,13 @@
 """Progress: what people see on a terminal and elsewhere, and the kept times."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from homefire.simulations import progress
+from homefire.simulations.experiment import load_experiment
 from homefire.simulations.progress import Reporter
 
 
@@ -90,3 +92,26 @@ def test_a_phase_that_fails_passes_its_error_on_and_keeps_no_time() -> None:
     with pytest.raises(RuntimeError, match="no"), seen.phase("Rounds", 5):
         raise RuntimeError("no")
     assert seen.seconds == {}
+
+
+def test_a_large_population_is_prepared_with_a_bar(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LARGE", 6)
+    settings = load_experiment(
+        None,
+        [
+            f"base_model.name={tiny_llama}",
+            "population.users=4",
+            "population.unseen=2",
+            'privacy={mechanism="none", clip_norm=1.0}',
+        ],
+    )
+    said = io.StringIO()
+    run = progress.prepare_visibly(settings, tmp_path / "run", Console(file=said))
+    assert (run.training, run.unseen) == (4, 2)
+    assert "Devices: 6 to do" in said.getvalue()
+    monkeypatch.setattr(progress, "LARGE", 7)
+    said = io.StringIO()
+    progress.prepare_visibly(settings, tmp_path / "other", Console(file=said))
+    assert not said.getvalue()

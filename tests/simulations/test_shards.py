@@ -17,6 +17,7 @@ from tiny_runs import LOCAL, make_federation, make_home, make_plan, make_users, 
 from homefire.client.home import Home
 from homefire.client.personalize.private import PRIVATE, SHARED
 from homefire.common.config import PrivacyConfig, RoundsConfig
+from homefire.common.errors import ConfigError
 from homefire.common.records import UserFile
 from homefire.server.federation import run_federation
 from homefire.server.run_state import Federation
@@ -28,6 +29,9 @@ from homefire.simulations.experiment import EvaluationConfig
 ray = pytest.importorskip("ray")
 
 USERS = 5
+CORES = 6
+"""Of Ray's: engines that are not stopped yet keep theirs."""
+
 SGD = LOCAL.model_copy(update={"optimizer": "sgd", "learning_rate": 0.02, "steps": 3})
 SHARDS: dict[str, Any] = {"shards": 2, "workers": None, "micro_cohort": 2}
 LOCAL_WORKERS: dict[str, Any] = {"workers": 2, "micro_cohort": 2}
@@ -41,7 +45,7 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def _one_ray() -> Iterator[None]:
     """Started once; what shards find running they use."""
-    ray.init(num_cpus=6, log_to_driver=False, include_dashboard=False)
+    ray.init(num_cpus=CORES, log_to_driver=False, include_dashboard=False)
     yield
     ray.shutdown()
 
@@ -191,3 +195,12 @@ def test_refusals_and_missing_devices_come_back_as_replies(
             stop(engine)
     assert found[0] == found[1]
     assert ["contribution"] in found[0][0] and any(isinstance(s, int) for s in found[0][0])
+
+
+def test_more_shards_than_cores_are_an_error(homes: Callable[[str], Home]) -> None:
+    """They would wait for cores for ever."""
+    office = make_office(homes("home"), shards=CORES + 1, workers=None)
+    with pytest.raises(
+        ConfigError, match=rf"engine\.shards = {CORES + 1}, but Ray has {CORES} cores"
+    ):
+        CohortEngine(office, 2)

@@ -30,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest shape, smaller still, and a ceiling that takes no second."""
     tiny = {**SHAPES["tiny"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     monkeypatch.setitem(SHAPES, "tiny", {**tiny, "vocab_size": 1000})
-    monkeypatch.setattr(ceiling, "matrix_ceiling", lambda _: 10.0)
+    monkeypatch.setattr(ceiling, "matrix_products", lambda _: {"torch": 4.0, "oneDNN": 10.0})
 
 
 # A measurement
@@ -131,8 +131,9 @@ def test_the_ceiling_is_the_faster_of_two_products(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ceiling, "_timed", timed)
     monkeypatch.setattr(ceiling, "_again", lambda *_: None)
-    found = ceiling.matrix_ceiling(torch.device("cpu"))
-    assert found == pytest.approx(10 * 2 * 1024**3 / 2.0 / 1e12)
+    found = ceiling.matrix_products(torch.device("cpu"))
+    assert found["torch"] == pytest.approx(10 * 2 * 1024**3 / 4.0 / 1e12)
+    assert found["oneDNN"] == pytest.approx(10 * 2 * 1024**3 / 2.0 / 1e12)
 
 
 def test_a_cohort_does_as_many_steps_on_as_many_tokens_as_one_user_alone(

@@ -15,6 +15,7 @@ from tiny_simulations import NO_PRIVACY, prepare_small, quiet, store
 
 from homefire.common.config import ExampleDPConfig
 from homefire.common.errors import ConfigError, FederationError
+from homefire.common.privacy.clipping import STEPS
 from homefire.simulations.benchmarks import peers
 from homefire.simulations.benchmarks.measured import Measured
 from homefire.simulations.benchmarks.peers import run_one_by_one
@@ -47,7 +48,9 @@ def test_one_by_one_is_what_a_simulation_does(
     _, found = carried_out
     assert len(found.releases) == ROUNDS + 1
     for number, release in enumerate(found.releases):
-        np.testing.assert_allclose(release, store(simulated).read(number).vector, atol=1e-6)
+        same = store(simulated).read(number).vector
+        # Rounding may move a coordinate of a contribution by one step of the grid.
+        np.testing.assert_allclose(release, same, atol=number * 1.01 / STEPS)
     assert np.abs(found.releases[-1] - found.releases[0]).max() > 1e-3
 
 
