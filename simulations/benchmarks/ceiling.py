@@ -210,7 +210,7 @@ def _cohort(bank: LoraBank, users: int, steps: Steps) -> None:
     bank.open(users)
     with torch.no_grad():
         for leaf in bank.parameters:
-            leaf.zero_()
+            leaf.normal_(std=0.02)
     batch = [_rows(steps)] * users
     with torch.autocast(bank.device.type, torch.bfloat16, enabled=bank.device.type == "cuda"):
         train_cohort(bank, [batch] * steps.steps, steps)
