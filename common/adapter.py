@@ -134,6 +134,10 @@ class AdapterSpec:
 
     def initial(self) -> Vector:
         """The adapter that changes nothing: B is zero; a trained A starts at the public matrix."""
+        return self._initial.copy()
+
+    @cached_property
+    def _initial(self) -> Vector:
         vector = np.zeros(self.size, np.float32)
         for slot in self.slots:
             if slot.factor == "A":

@@ -206,8 +206,10 @@ class LoraBank:
         if users > len(store.tensors[0]):
             store.tensors = [t.new_empty((users, *t.shape[1:])) for t in store.tensors]
         store.leaves = [t[:users].detach().requires_grad_(train) for t in store.tensors]
-        for layer in {id(t.layer): t.layer for t in self._tensors}.values():
-            layer.own = self._own(layer)
+        for tensor, leaf in zip(self._tensors, store.leaves, strict=True):
+            layer = tensor.layer
+            a, b = layer.own or layer.shared[self.name]
+            layer.own = (leaf, b) if tensor.factor == "A" else (a, leaf)
         self.users = users
         self.seat.under, self.seat.banked = under, True
 
@@ -269,15 +271,6 @@ class LoraBank:
 
     def _leaf(self, slot: Slot) -> torch.Tensor:
         return self.parameters[self._by_name[slot.module, slot.factor]]
-
-    def _own(self, layer: BankLinear) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = layer.shared[self.name]
-        own = {
-            t.factor: leaf
-            for t, leaf in zip(self._tensors, self.parameters, strict=True)
-            if t.layer is layer
-        }
-        return own.get("A", a), own.get("B", b)
 
 
 def _lora_layers(network: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

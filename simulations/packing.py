@@ -44,14 +44,12 @@ class Spread:
             list; places past the end of a group repeat an entry. None: the groups are equally long
             and the two are the same.
         inward: For each entry of the list, shape (entries,), its place side by side.
-        empty: The places side by side of groups without entries, which hold zeros; None: no such.
     """
 
     groups: int
     longest: int
     outward: torch.Tensor | None
     inward: torch.Tensor | None
-    empty: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,21 +144,19 @@ def _ramps(lengths: Index) -> Index:
 
 
 def _spread(lengths: Index, device: torch.device | str) -> Spread:
+    """Of groups that all have entries."""
     groups, longest = len(lengths), int(lengths.max())
     if (lengths == longest).all():
         return Spread(groups, longest, None, None)
     starts = np.cumsum(lengths) - lengths
-    within = np.minimum(np.arange(longest), np.maximum(lengths, 1)[:, None] - 1)
-    # A group without entries would repeat somebody else's.
-    outward = np.minimum(starts[:, None] + within, int(lengths.sum()) - 1).ravel()
-    empty = np.flatnonzero(np.repeat(lengths == 0, longest))
+    within = np.minimum(np.arange(longest), lengths[:, None] - 1)
+    outward = (starts[:, None] + within).ravel()
     inward = np.repeat(np.arange(groups) * longest, lengths) + _ramps(lengths)
 
     def move(places: Index) -> torch.Tensor:
         return torch.from_numpy(places).to(device)
 
-    nobody = move(empty) if len(empty) else None
-    return Spread(groups, longest, move(outward), move(inward), nobody)
+    return Spread(groups, longest, move(outward), move(inward))
 
 
 class _Outward(torch.autograd.Function):
@@ -168,20 +164,15 @@ class _Outward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        values: torch.Tensor,
-        outward: torch.Tensor,
-        inward: torch.Tensor,
-        empty: torch.Tensor | None,
+        ctx: Any, values: torch.Tensor, outward: torch.Tensor, inward: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(inward)
-        lying = values.index_select(0, outward)
-        return lying if empty is None else lying.index_fill_(0, empty, 0)
+        return values.index_select(0, outward)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (inward,) = ctx.saved_tensors
-        return gradient.index_select(0, inward), None, None, None
+        return gradient.index_select(0, inward), None, None
 
 
 class _Inward(torch.autograd.Function):
@@ -205,7 +196,7 @@ def side_by_side(values: torch.Tensor, spread: Spread) -> torch.Tensor:
     if spread.outward is None or spread.inward is None:
         return values
     listed: torch.Tensor = _Outward.apply(  # type: ignore[no-untyped-call]
-        values, spread.outward, spread.inward, spread.empty
+        values, spread.outward, spread.inward
     )
     return listed
 
