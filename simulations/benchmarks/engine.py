@@ -166,17 +166,10 @@ def run_on_engine(run: Run) -> Measured:
         run: From `prepare`; afterwards it holds the releases and the private adapters.
     """
     with workshop(run) as (warm, stopwatch):
-        names = ("train_cohort", "train_private_cohort")
-        originals = {name: getattr(worker_module, name) for name in names}
-        try:
-            for name, original in originals.items():
-                setattr(worker_module, name, stopwatch.timed(original))
+        with stopwatch.on(worker_module, "train_cohort", "train_private_cohort"):
             _in_micro_cohorts(warm, cohort_engine(warm))
             engine = cohort_engine(run)
             laps = _in_micro_cohorts(run, engine)
-        finally:
-            for name, original in originals.items():
-                setattr(worker_module, name, original)
         workers = len(engine.crew.workers)
         threads = 1 if workers > 1 else run.experiment.threads or len(os.sched_getaffinity(0))
         return measured(ENGINE, run, laps, stopwatch, workers=workers, threads=threads)

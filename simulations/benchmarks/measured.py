@@ -7,10 +7,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
+from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 from homefire.client import device
@@ -74,17 +75,21 @@ class Stopwatch:
 
     folder: Path
 
-    @contextmanager
-    def on_devices(self) -> Iterator[None]:
+    def on_devices(self) -> AbstractContextManager[None]:
         """While this is open, whatever devices train in this process counts."""
-        originals = {name: getattr(device, name) for name in _TRAINING}
+        return self.on(device, *_TRAINING)
+
+    @contextmanager
+    def on(self, module: ModuleType, *names: str) -> Iterator[None]:
+        """While this is open, calls of a module's functions in this process count."""
+        originals = {name: getattr(module, name) for name in names}
         for name, original in originals.items():
-            setattr(device, name, self.timed(original))
+            setattr(module, name, self.timed(original))
         try:
             yield
         finally:
             for name, original in originals.items():
-                setattr(device, name, original)
+                setattr(module, name, original)
 
     def timed(self, train: Callable[P, R]) -> Callable[P, R]:
         """The same function, each call of which counts."""
