@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from homefire.options import AsJson, need
+from homefire.options import AsJson, need, write_page
 
 bench_app = typer.Typer(help="Measurements against peers, in one run.", no_args_is_help=True)
 Quick = Annotated[bool, typer.Option("--quick", help="About a minute on two cores, a tiny model.")]
@@ -143,6 +143,6 @@ def _show(
             console.print(part)
     if html is None:
         return
-    html.write_text(page(found), encoding="utf-8")  # last: whatever comes of it, nothing is lost
+    write_page(html, page(found))  # last: whatever comes of it, nothing is lost
     if not as_json:
         console.print(f"Page: {escape(str(html.resolve()))}", soft_wrap=True)

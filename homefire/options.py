@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from homefire.common.errors import HomefireError
+from homefire.common.errors import ConfigError, HomefireError
 
 ExperimentFile = Annotated[
     Path | None, typer.Argument(help="An experiment file; without it, the default experiment.")
@@ -36,3 +36,19 @@ def need(extra: str, *packages: str) -> None:
                 f"this command needs the package {package}",
                 hint=f"Install homefire[{extra}].",
             )
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write what `--html` asks for.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    from homefire.common.files import write_atomically
+
+    try:
+        write_atomically(path, page.encode())
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror})", hint="Give another file to --html."
+        ) from error

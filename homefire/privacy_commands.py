@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from homefire.common import claims
-from homefire.common.errors import ConfigError, HomefireError
+from homefire.common.errors import HomefireError
+from homefire.options import AsJson, write_page
 
 if TYPE_CHECKING:
     from homefire.server.budget import Alternative, Budget, Point, Question
@@ -62,7 +63,6 @@ Noise = Annotated[
 AccountantOption = Annotated[
     str, typer.Option(help="auto: exact Gaussian, or PLD for random cohorts. exact, pld: insist.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Html = Annotated[
     Path | None, typer.Option(help="Also write an interactive plot: one page, no network.")
 ]
@@ -317,16 +317,9 @@ def _write_page(path: Path, answer: "Budget", points: Sequence["Point"]) -> None
         HomefireError: Plotly is missing, or there is nothing to plot.
         ConfigError: The file cannot be written.
     """
-    from homefire.common.files import write_atomically
-
     if not points:
         raise HomefireError("without noise there is no epsilon to plot", hint="Leave --html out.")
-    try:
-        write_atomically(path, render_page(answer, points).encode())
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written ({error.strerror})", hint="Give another file to --html."
-        ) from error
+    write_page(path, render_page(answer, points))
 
 
 def render_page(answer: "Budget", points: Sequence["Point"]) -> str:

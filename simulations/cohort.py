@@ -143,12 +143,13 @@ def _by_length(users: UserRows, most: int) -> Iterable[list[list[Row]]]:
     tokens: Counter[int] = Counter()
     for length, owner, row in rows:
         # A bank stretches all who have rows in a part to the one who has most of it.
-        stretched = len({*tokens, owner}) * max(tokens[owner] + length, *tokens.values(), 0)
-        if tokens and (tokens.total() + length > most or stretched > STRETCH * most):
+        with_it = tokens + Counter({owner: length})
+        stretched = len(with_it) * max(with_it.values())
+        if tokens and (with_it.total() > most or stretched > STRETCH * most):
             yield part
-            part, tokens = [[] for _ in users], Counter()
+            part, with_it = [[] for _ in users], Counter({owner: length})
         part[owner].append(row)
-        tokens[owner] += length
+        tokens = with_it
     yield part
 
 

@@ -193,12 +193,9 @@ class CohortGrid(InProcessGrid):
 
     def _advance(self) -> None:
         """One reply more."""
-        try:
-            answered = next(self._stream, None)
-        except BaseException:
-            self._under_way.clear()  # nobody works on them any more
-            raise
+        answered = next(self._stream, None)
         if answered is None:
+            self._under_way.clear()  # of a stream that an error ended
             stages = Stages(self._admit, _train, self._finish)
             self._stream = self._crew.stream(
                 self._queue(), stages, self._size, total=len(self._pending)

@@ -24,7 +24,15 @@ from homefire.simulations.cohort import Sampling, mean_losses, reply
 from homefire.simulations.experiment import EvaluationConfig
 from homefire.simulations.metrics import compare, rouge_l
 
-VARIANTS = ("base", "shared", "private_only", "shared_private", "other_private")
+Active = tuple[tuple[str, ...], str | None]
+VARIANTS: dict[str, Active] = {
+    "base": ((), None),
+    "shared": ((SHARED,), None),
+    "private_only": ((), "alone"),
+    "shared_private": ((SHARED,), "own"),
+    "other_private": ((SHARED,), "other"),
+}
+"""What is active in each variant: the model's own adapters, and which of `PrivateVectors`."""
 COMPARISONS = {
     "shared_vs_base": ("shared", "base"),
     "shared_private_vs_base": ("shared_private", "base"),
@@ -85,14 +93,7 @@ def score_users(
     prompted = [records[: config.generated] for records in prompted]
     scores = [UserScores() for _ in users]
     spec = model.specs[PRIVATE]
-    variants: dict[str, tuple[tuple[str, ...], str | None]] = {
-        "base": ((), None),
-        "shared": ((SHARED,), None),
-        "private_only": ((), "alone"),
-        "shared_private": ((SHARED,), "own"),
-        "other_private": ((SHARED,), "other"),
-    }
-    for variant, (under, which) in variants.items():
+    for variant, (under, which) in VARIANTS.items():
         bank.close(under=under)
         if which is not None:
             bank.open(len(users), under=under, train=False)

@@ -13,7 +13,7 @@ from tiny_benchmarks import CEILING, ENGINE, SCALING
 from typer.testing import CliRunner
 
 from homefire.bench_commands import bench_app
-from homefire.common.errors import HomefireError
+from homefire.common.errors import ConfigError, HomefireError
 from homefire.simulations.benchmarks import ceiling as ceiling_module
 from homefire.simulations.benchmarks import engine as engine_module
 from homefire.simulations.benchmarks import overhead as overhead_module
@@ -114,8 +114,9 @@ def test_a_page_is_written_besides(
 def test_a_page_that_cannot_be_written_loses_no_measurement(
     asked: list[dict[str, Any]], tmp_path: Path, command: str, result: dict[str, Any]
 ) -> None:
-    done = bench(command, "--html", str(tmp_path / "absent" / "page.html"), "--json")
-    assert done.exit_code != 0
+    done = bench(command, "--html", str(tmp_path), "--json")  # a folder
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith(f"{tmp_path}: cannot be written")
     assert json.loads(done.stdout) == result
 
 

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from homefire.client import device as device_module
 from homefire.client.app import app as client_app
 from homefire.client.home import Home
 from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector, resolve_spec
@@ -230,3 +231,11 @@ def message_maker(tmp_path: Path) -> Iterator[Callable[[RecordDict], Message]]:
         return message
 
     yield make
+
+
+@pytest.fixture
+def no_model_is_kept() -> Iterator[None]:
+    """A device loads its base model anew, and leaves none to the next test."""
+    device_module._adapted_model.cache_clear()
+    yield
+    device_module._adapted_model.cache_clear()

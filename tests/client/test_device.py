@@ -1,6 +1,5 @@
 """One device: what it refuses before any work, and what its contribution holds."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +40,7 @@ OTHER_RUN = "f" * 32
 NO_LIMIT = PrivacyConfig(mechanism="none", clip_norm=1000.0)
 
 
-@pytest.fixture(autouse=True)
-def _no_model_is_kept() -> Iterator[None]:
-    device_module._adapted_model.cache_clear()
-    yield
-    device_module._adapted_model.cache_clear()
+pytestmark = pytest.mark.usefixtures("no_model_is_kept")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,7 @@ RUN = 7
 GONE, LATE = ErrorCode.NODE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE
 
 
-@pytest.fixture(autouse=True)
-def _no_model_is_kept() -> Iterator[None]:
-    device_module._adapted_model.cache_clear()
-    yield
-    device_module._adapted_model.cache_clear()
+pytestmark = pytest.mark.usefixtures("no_model_is_kept")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The cohort engine as a server sees it: a grid like any other, but quicker."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from homefire.common.privacy.clipping import STEPS
 from homefire.common.training import LocalTraining
 from homefire.server.federation import run_federation
 from homefire.server.run_state import Federation
+from homefire.simulations.cohort_worker import CohortWorker
 from homefire.simulations.engine import CohortGrid
 from homefire.simulations.grid import InProcessGrid
 from homefire.simulations.preparation import write_toml
@@ -47,11 +48,7 @@ SGD = LOCAL.model_copy(update={"optimizer": "sgd", "learning_rate": 0.02, "steps
 Grids = Callable[[], tuple[Home, InProcessGrid]]
 
 
-@pytest.fixture(autouse=True)
-def _no_model_is_kept() -> Iterator[None]:
-    device_module._adapted_model.cache_clear()
-    yield
-    device_module._adapted_model.cache_clear()
+pytestmark = pytest.mark.usefixtures("no_model_is_kept")
 
 
 @pytest.fixture
@@ -178,29 +175,6 @@ def test_the_same_bits_every_time(homes: Callable[[str], Home], federation: Fede
         replies = list(grid.send_and_receive(plans_for(all_nodes(), plan)))
         found.append(values_of(replies, plan, home, USERS).tobytes())
     assert found[0] == found[1]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.filterwarnings("ignore")  # of Ray's
-def test_shards_give_the_same_contributions(
-    homes: Callable[[str], Home], federation: Federation
-) -> None:
-    ray = pytest.importorskip("ray")
-    plan, found = plan_of(federation), []
-    try:
-        for name, changes in (
-            ("local", {"workers": 2}),
-            ("shards", {"workers": None, "shards": 2}),
-        ):
-            home = homes(name)
-            grid = make_engine_grid(home, USERS, SGD, micro_cohort=2, **changes)
-            replies = list(grid.send_and_receive(plans_for(all_nodes(), plan)))
-            found.append(values_of(replies, plan, home, USERS))
-            assert [charges(home, user) for user in range(USERS)] == [[1]] * USERS
-    finally:
-        ray.shutdown()
-    assert np.abs(found[0] - found[1]).max() <= 1
 
 
 # Isolation
@@ -476,6 +450,28 @@ def test_no_more_users_are_read_than_work(home: Home, federation: Federation) ->
     charged = [len(charges(home, user)) for user in range(USERS)]
     assert charged[0] == 1
     assert charged[3:] == [0, 0]  # of the others one trains at most, and one waits
+
+
+def test_an_error_ends_the_round_and_the_grid_goes_on(
+    home: Home, federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was under way is charged and lost, as after a crash; nobody waits for it."""
+    plan = plan_of(federation)
+    grid = make_engine_grid(home, USERS, SGD, micro_cohort=2)
+    identifiers = list(grid.push_messages(plans_for([1, 2], plan)))
+
+    def failing(*_: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(CohortWorker, "sign", failing)
+        with pytest.raises(OSError, match="disk full"):
+            grid.pull_messages(identifiers)
+    assert list(grid.pull_messages(identifiers)) == []
+    assert outcomes(grid.send_and_receive(plans_for([1, 3], plan))) == [
+        "replayed round",
+        "contribution",
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

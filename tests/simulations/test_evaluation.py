@@ -102,7 +102,7 @@ def test_each_variant_of_each_user_is_scored_with_its_own_adapters(
             "shared_private": (("shared", "private"), 1),
             "other_private": (("shared", "private"), 3),
         }
-        assert tuple(scores.loss) == VARIANTS == tuple(wanted)
+        assert [*scores.loss] == [*VARIANTS] == [*wanted]
         for variant, (active, seed) in wanted.items():
             model.load("private", private_vector(model, 3 * user + seed))
             model.activate(*active)
