@@ -17,7 +17,7 @@ from homefire.client.example_dp import (
     train_private_steps,
 )
 from homefire.client.example_gradients import import_opacus
-from homefire.client.home import Home, PrivateAdapter
+from homefire.client.home import DeviceHome, PrivateAdapter
 from homefire.client.participation import ParticipationLedger, open_participations
 from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult, train_private
 from homefire.common.adapted_model import AdaptedModel
@@ -51,7 +51,7 @@ class Device:
         user: The history.
     """
 
-    home: Home
+    home: DeviceHome
     user: User
 
     def answer(self, plan: RoundPlan) -> Clipped | Refusal:

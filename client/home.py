@@ -13,12 +13,13 @@ ledgers. Files are plain: this is the store of simulations and try-outs.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -27,9 +28,12 @@ from homefire.common.config import DeviceConfig, Model, load_config
 from homefire.common.errors import AdapterError, ConfigError
 from homefire.common.keystore import Keystore
 from homefire.common.policy import DevicePolicy
+from homefire.common.privacy.ledger import Ledger
 from homefire.common.privacy.randomness import derive_key
 from homefire.common.records import User, UserFile
 from homefire.common.vector_file import read_vector, write_vector
+
+KIND = "participations"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,56 @@ class PrivateAdapter:
     about: dict[str, Any]
 
 
+class EntryLog(Protocol):
+    """What participations are written to; open, and nobody else's meanwhile."""
+
+    @property
+    def entries(self) -> tuple[dict[str, Any], ...]:
+        """All entries, oldest first."""
+
+    def append(self, entry: dict[str, Any]) -> object:
+        """Add one; it is on the disk and anchored when this returns."""
+
+
+class DeviceHome(Protocol):
+    """What a device needs of the place where its person's data lie."""
+
+    @property
+    def config(self) -> DeviceConfig:
+        """The device's own settings."""
+
+    @property
+    def policy(self) -> DevicePolicy:
+        """What servers may ask of this device."""
+
+    def identity(self, user_id: str) -> Ed25519PrivateKey:
+        """The key that signs this user's contributions."""
+
+    def participations(self, user_id: str) -> AbstractContextManager[EntryLog]:
+        """The ledger of what this user took part in, locked while it is open."""
+
+    def save_private(self, user_id: str, adapter: PrivateAdapter) -> None:
+        """Store a user's private adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnchoredLedger:
+    """A ledger in a file, whose anchor lies in a keystore."""
+
+    ledger: Ledger
+    keystore: Keystore
+    name: str
+
+    @property
+    def entries(self) -> tuple[dict[str, Any], ...]:
+        """All entries, oldest first."""
+        return self.ledger.entries
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add one; it is on the disk and anchored when this returns."""
+        self.keystore.keep_anchor(self.name, self.ledger.append(entry))
+
+
 @dataclass(frozen=True, slots=True)
 class Home:
     """The folder of one device, or of many simulated ones."""
@@ -54,7 +108,7 @@ class Home:
     @property
     def config(self) -> DeviceConfig:
         """The device's own settings."""
-        return _read_once(DeviceConfig, self.folder / "device.toml")
+        return read_once(DeviceConfig, self.folder / "device.toml")
 
     @property
     def policy(self) -> DevicePolicy:
@@ -63,7 +117,7 @@ class Home:
         Raises:
             ConfigError: The file is missing or wrong: then nothing may be asked.
         """
-        return _read_once(DevicePolicy, self.folder / "policy.toml")
+        return read_once(DevicePolicy, self.folder / "policy.toml")
 
     @property
     def keystore(self) -> Keystore:
@@ -80,6 +134,19 @@ class Home:
         return lambda user_id: Ed25519PrivateKey.from_private_bytes(
             derive_key(root, "homefire/device-identity/v1", user_id.encode())
         )
+
+    @contextmanager
+    def participations(self, user_id: str) -> Iterator[AnchoredLedger]:
+        """One user's ledger, checked against the keystore and locked while it is open.
+
+        Raises:
+            LedgerError: Damaged, rolled back or in use.
+        """
+        # The name is the first thing that the chain of digests covers.
+        name = f"{KIND}-{file_name(user_id)}"
+        path = self.folder / KIND / f"{name}.jsonl"
+        with self.keystore.open_ledger(path, name) as ledger:
+            yield AnchoredLedger(ledger, self.keystore, name)
 
     @property
     def users(self) -> UserFile:
@@ -129,7 +196,7 @@ SETTLED = 2.0
 """Seconds after which a file's times tell whether it has changed since."""
 
 
-def _read_once(model: type[Model], path: Path) -> Model:
+def read_once(model: type[Model], path: Path) -> Model:
     """Settings, read again only when their file has changed."""
     try:
         now = path.stat()

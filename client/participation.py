@@ -7,24 +7,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from homefire.client.example_dp import ExampleDPStatement
-from homefire.client.home import Home, file_name
+from homefire.client.home import DeviceHome, EntryLog
 from homefire.common.errors import LedgerError
-from homefire.common.keystore import Keystore
 from homefire.common.plan import RoundPlan
 from homefire.common.policy import Participation
-from homefire.common.privacy.ledger import Ledger
 from homefire.common.privacy.mechanism import participation_charge
-
-KIND = "participations"
 
 
 @dataclass(frozen=True, slots=True)
 class ParticipationLedger:
     """An open ledger of one user's participations; see `open_participations`."""
 
-    ledger: Ledger
-    keystore: Keystore
-    name: str
+    log: EntryLog
 
     @property
     def history(self) -> tuple[Participation, ...]:
@@ -33,7 +27,7 @@ class ParticipationLedger:
         Raises:
             LedgerError: An entry is none of ours.
         """
-        return tuple(_read(entry) for entry in self.ledger.entries)
+        return tuple(_read(entry) for entry in self.log.entries)
 
     @property
     def example_costs(self) -> tuple[ExampleDPStatement, ...]:
@@ -42,7 +36,7 @@ class ParticipationLedger:
         Raises:
             LedgerError: An entry is none of ours.
         """
-        costs = [entry["example_dp"] for entry in self.ledger.entries if entry.get("example_dp")]
+        costs = [entry["example_dp"] for entry in self.log.entries if entry.get("example_dp")]
         try:
             return tuple(ExampleDPStatement(**cost) for cost in costs)
         except TypeError as error:
@@ -72,11 +66,11 @@ class ParticipationLedger:
             "plan_digest": plan.digest,
             "example_dp": None if example_dp is None else asdict(example_dp),
         }
-        self.keystore.keep_anchor(self.name, self.ledger.append(entry))
+        self.log.append(entry)
 
 
 @contextmanager
-def open_participations(home: Home, user_id: str) -> Iterator[ParticipationLedger]:
+def open_participations(home: DeviceHome, user_id: str) -> Iterator[ParticipationLedger]:
     """One user's ledger, checked against the keystore and locked while it is open.
 
     Guarantees:
@@ -87,11 +81,8 @@ def open_participations(home: Home, user_id: str) -> Iterator[ParticipationLedge
     Raises:
         LedgerError: Damaged, rolled back or in use.
     """
-    name = f"{KIND}-{file_name(user_id)}"
-    path = home.folder / KIND / f"{name}.jsonl"
-    # The kind is the first thing that the chain of digests covers.
-    with home.keystore.open_ledger(path, name) as ledger:
-        yield ParticipationLedger(ledger, home.keystore, name)
+    with home.participations(user_id) as log:
+        yield ParticipationLedger(log)
 
 
 def _read(entry: dict[str, Any]) -> Participation:

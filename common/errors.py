@@ -8,6 +8,13 @@ HomefireError
 ├── ProtocolError          a message between server and device is malformed
 │   ├── SignatureError   a message is not from the holder of the key that it names
 │   └── RejectedContributionError   one contribution failed the server's gate
+├── VaultError             a vault cannot be used; nothing in it was changed
+│   ├── WrongKeyError           the passphrase, or the secret in the keystore, is another vault's
+│   ├── DamagedVaultError       bytes of a vault have changed
+│   ├── ForeignVaultError       a file of another vault stands in the place of this one's
+│   ├── OldVaultError           a vault, or a part of it, is older than it was
+│   ├── VaultVersionError       this version of homefire does not know the format
+│   └── BusyVaultError          another process uses the vault
 ├── DeviceError            a device could not answer; says nothing else, for it leaves the device
 ├── PrivacyError           a privacy parameter or claim is invalid; nothing was released
 │   ├── DivergedError           training gave values that say nothing; a device then sends zeros
@@ -75,6 +82,34 @@ class RejectedContributionError(ProtocolError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class VaultError(HomefireError):
+    """A vault cannot be used; nothing in it was changed."""
+
+
+class WrongKeyError(VaultError):
+    """The passphrase, or the secret in the keystore, is another vault's."""
+
+
+class DamagedVaultError(VaultError):
+    """Bytes of a vault have changed."""
+
+
+class ForeignVaultError(VaultError):
+    """A file of another vault stands in the place of this one's."""
+
+
+class OldVaultError(VaultError):
+    """A vault, or a part of it, is older than it was."""
+
+
+class VaultVersionError(VaultError):
+    """This version of homefire does not know the format."""
+
+
+class BusyVaultError(VaultError):
+    """Another process uses the vault."""
 
 
 class DeviceError(HomefireError):

@@ -65,6 +65,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def open_plain(path: str, flags: int) -> int:
+    """An opener that follows no link and waits for no pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def wipe(path: Path) -> None:
+    """Overwrite a file with zeros, then delete it; of a link only the link.
+
+    Flash disks, file systems that copy on write, snapshots and backups may keep the old blocks.
+    """
+    if not path.is_symlink():
+        with open(path, "r+b", opener=open_plain) as file:
+            file.write(bytes(os.fstat(file.fileno()).st_size))
+            file.flush()
+            os.fsync(file.fileno())
+    path.unlink()
+
+
 def expand(path: str) -> str:
     """Put environment variables in place of `${NAME}`, and the home folder in place of `~`.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from homefire.common.errors import ConfigError
-from homefire.common.files import make_folder, sync_folder, write_atomically
+from homefire.common.files import make_folder, open_plain, sync_folder, wipe, write_atomically
 from homefire.common.secret_store import SecretStore, check_name
 
 
@@ -61,7 +61,7 @@ class Keystore(SecretStore):
             return None
         _check_private(self.folder, self.folder.lstat(), "700")
         try:
-            with open(path, "rb", opener=_open_plain) as file:
+            with open(path, "rb", opener=open_plain) as file:
                 _check_private(path, os.fstat(file.fileno()), "600")
                 return file.read()
         except FileNotFoundError:
@@ -86,13 +86,13 @@ class Keystore(SecretStore):
             return
         with self._locked(check=False):
             for leftover in sorted(self.folder.glob(f".{name}.*.tmp")):
-                _wipe(leftover)
+                wipe(leftover)
             # Under another name first: zeros that survive a crash must not be taken for a secret.
             doomed = path.with_name(f".{name}.destroyed.tmp")
             if os.path.lexists(path):
                 path.rename(doomed)
                 sync_folder(self.folder)
-                _wipe(doomed)
+                wipe(doomed)
             sync_folder(self.folder)
 
     def _path(self, name: str) -> Path:
@@ -129,17 +129,3 @@ def _check_private(path: Path, status: os.stat_result, mode: str) -> None:
             f"{path}: others can read or change it (mode {stat.S_IMODE(status.st_mode):o})",
             hint=f"chmod {mode} '{path}', and replace keys that others may have read.",
         )
-
-
-def _open_plain(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
-
-def _wipe(path: Path) -> None:
-    """Overwrite with zeros, then delete; of a link only the link."""
-    if not path.is_symlink():
-        with open(path, "r+b", opener=_open_plain) as file:
-            file.write(bytes(os.fstat(file.fileno()).st_size))
-            file.flush()
-            os.fsync(file.fileno())
-    path.unlink()

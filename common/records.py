@@ -94,7 +94,7 @@ def parse_record(value: object, *, where: str) -> Record:
     if not text or not text.strip():
         raise DataError(f"{where}: a record needs a non-empty 'text'", reason="empty text")
     if (date := value.get("created_at")) is not None:
-        _parse_date(date, where=where)
+        parse_date(date, where=where)
     return Record(text, value.get("prompt") or None, date, value.get("kind"))
 
 
@@ -136,7 +136,7 @@ def oldest_first(records: Iterable[Record]) -> tuple[Record, ...]:
     """
     listed = tuple(records)
     if all(record.created_at for record in listed):
-        return tuple(sorted(listed, key=lambda r: _parse_date(r.created_at or "", where="record")))
+        return tuple(sorted(listed, key=lambda r: parse_date(r.created_at or "", where="record")))
     return listed
 
 
@@ -259,7 +259,15 @@ def _check_text(name: str, text: str, *, where: str) -> None:
         ) from error
 
 
-def _parse_date(date: str, *, where: str) -> datetime:
+def parse_date(date: str, *, where: str) -> datetime:
+    """A date as UTC without a zone; a year or a month stands for its first day.
+
+    Raises:
+        DataError: It is not ISO 8601.
+
+    >>> parse_date("2025-02-03T01:00+02:00", where="here").isoformat()
+    '2025-02-02T23:00:00'
+    """
     padded = date + "-01" * (2 - date.count("-")) if _SHORT_DATE.fullmatch(date) else date
     try:
         moment = datetime.fromisoformat(padded)

@@ -25,7 +25,8 @@ class SecretStore(ABC):
 
     Guarantees:
         One secret: all processes and threads that ask for a secret get the same one.
-        Anchors grow: an anchor is never replaced by a shorter one, nor by another as long.
+        Anchors grow: an anchor is never replaced by a shorter one, nor by another as long, but
+            where `replace_anchor` says so.
     """
 
     @property
@@ -130,6 +131,14 @@ class SecretStore(ABC):
                     f"{self.place}, {name}: the anchor could not be written ({error})",
                     hint="Check the disk, its free room and the permissions.",
                 ) from error
+
+    def replace_anchor(self, name: str, anchor: Anchor) -> None:
+        """Store an anchor whatever is there: somebody has said that the ledger may be older.
+
+        Raises:
+            OSError: It could not be written; the old one stays.
+        """
+        self.put(name, _anchor_file(name, anchor))
 
     def catch_up(self, name: str, known: Anchor | None, opened: Anchor, *, where: str) -> None:
         """Bring an anchor up to date with a ledger that was checked against it.

@@ -15,10 +15,14 @@ from homefire.common.files import write_atomically
 
 
 def write_vector(path: Path, vector: Vector, about: dict[str, Any], *, kind: str) -> None:
-    """Store a vector; a crash leaves all of it or what was there before.
+    """Store a vector in a `.safetensors` file; a crash leaves all of it or what was before."""
+    write_atomically(path, pack_vector(vector, about, kind=kind))
+
+
+def pack_vector(vector: Vector, about: dict[str, Any], *, kind: str) -> bytes:
+    """A vector and what is known about it as the bytes of a safetensors file.
 
     Args:
-        path: A `.safetensors` file.
         vector: float32, shape (n,).
         about: JSON; kept in the file's header.
         kind: What the vector is, such as "release"; enters the digest.
@@ -26,29 +30,40 @@ def write_vector(path: Path, vector: Vector, about: dict[str, Any], *, kind: str
     text, stored = json.dumps(about), vector.astype(np.float32)
     # One entry, for safetensors writes several in no fixed order.
     metadata = {"homefire": f"{_file_digest(kind, text, stored)} {text}"}
-    write_atomically(path, save({"vector": stored}, metadata=metadata))
+    packed: bytes = save({"vector": stored}, metadata=metadata)
+    return packed
 
 
 def read_vector(path: Path, *, kind: str) -> tuple[Vector, dict[str, Any]]:
-    """Read a vector and what is known about it.
-
-    Guarantees:
-        Whole or refused: a file with a single changed bit, or of another kind, is not read.
+    """Read what `write_vector` stored; see `unpack_vector`.
 
     Raises:
         AdapterError: It is missing or damaged.
     """
     try:
         payload = path.read_bytes()
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path}: no such {kind}") from error
+    return unpack_vector(payload, where=str(path), kind=kind)
+
+
+def unpack_vector(payload: bytes, *, where: str, kind: str) -> tuple[Vector, dict[str, Any]]:
+    """What `pack_vector` was given.
+
+    Guarantees:
+        Whole or refused: bytes with a single changed bit, or of another kind, are not read.
+
+    Raises:
+        AdapterError: It is damaged.
+    """
+    try:
         vector = load(payload)["vector"]  # first, for it checks the header's form
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         named, _, text = header["__metadata__"]["homefire"].partition(" ")
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path}: no such {kind}") from error
     except (SafetensorError, ValueError, KeyError) as error:
-        raise AdapterError(f"{path}: damaged {kind} ({error})") from error
+        raise AdapterError(f"{where}: damaged {kind} ({error})") from error
     if vector.dtype != np.float32 or vector.ndim != 1 or named != _file_digest(kind, text, vector):
-        raise AdapterError(f"{path}: damaged {kind} (it does not have its digest)")
+        raise AdapterError(f"{where}: damaged {kind} (it does not have its digest)")
     about: dict[str, Any] = json.loads(text)
     return vector, about
 

@@ -31,8 +31,8 @@ from flwr.clientapp import ClientApp
 from homefire.client import app as client
 from homefire.client import device as device_module
 from homefire.client.device import Device
+from homefire.client.home import KIND as PARTICIPATIONS
 from homefire.client.home import Home
-from homefire.client.participation import KIND as PARTICIPATIONS
 from homefire.client.participation import open_participations
 from homefire.common.adapter import AdapterConfig, AdapterSpec, TargetModule
 from homefire.common.config import (

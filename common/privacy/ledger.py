@@ -93,15 +93,15 @@ class Ledger:
         Raises:
             LedgerError: It is damaged, rolled back, in use, or no file that can be written.
         """
-        start = Anchor(0, digest("homefire/ledger/v1", kind.encode("utf-8")))
+        start = empty(kind)
         with ExitStack() as undo, _io_errors(path, "cannot be opened"):
             descriptor = _open_file(path, start, anchor)
             undo.callback(os.close, descriptor)
             _lock(path, descriptor, wait)
             with open(descriptor, "rb", closefd=False) as file:
                 *lines, torn = file.read().split(b"\n")
-            entries, anchors = _check_lines(path, lines, start)
-            _check_anchor(path, anchors, anchor)
+            entries, anchors = check_lines(path, lines, start)
+            check_anchor(path, anchors, anchor)
             if torn:
                 _cut(path, descriptor, torn)
             # Also what a killed process has written but not forced to disk.
@@ -139,8 +139,8 @@ class Ledger:
                 hint="Open the ledger again, once the disk has room and is in order.",
             )
         try:
-            line, _ = _seal(self._anchor, entry)
-            stored, anchor = _unseal(self._anchor, line)
+            line, _ = seal(self._anchor, entry)
+            stored, anchor = unseal(self._anchor, line)
         except (TypeError, ValueError, RecursionError) as error:
             raise LedgerError(f"{self._path}: the entry is not JSON ({error})") from error
         # Until all is done: an interrupt too leaves it open how much of the line is in the file.
@@ -172,7 +172,12 @@ class Ledger:
         self.close()
 
 
-def _seal(previous: Anchor, entry: dict[str, Any]) -> tuple[bytes, Anchor]:
+def empty(kind: str) -> Anchor:
+    """The anchor of a ledger without entries."""
+    return Anchor(0, digest("homefire/ledger/v1", kind.encode("utf-8")))
+
+
+def seal(previous: Anchor, entry: dict[str, Any]) -> tuple[bytes, Anchor]:
     """The line of an entry, with its newline, and the anchor after it."""
     number = previous.length + 1
     head = digest(
@@ -185,7 +190,7 @@ def _seal(previous: Anchor, entry: dict[str, Any]) -> tuple[bytes, Anchor]:
     return canonical_json(line) + b"\n", Anchor(number, head)
 
 
-def _unseal(previous: Anchor, line: bytes) -> tuple[dict[str, Any], Anchor]:
+def unseal(previous: Anchor, line: bytes) -> tuple[dict[str, Any], Anchor]:
     """The entry of a line and the anchor after it.
 
     Raises:
@@ -196,23 +201,28 @@ def _unseal(previous: Anchor, line: bytes) -> tuple[dict[str, Any], Anchor]:
     entry = content.get("entry") if isinstance(content, dict) else None
     if not isinstance(entry, dict):
         raise ValueError("no entry")
-    expected, anchor = _seal(previous, entry)
+    expected, anchor = seal(previous, entry)
     if expected != line:
         raise ValueError("not what follows the line before")
     return entry, anchor
 
 
-def _check_lines(
-    path: Path, lines: list[bytes], start: Anchor
+def check_lines(
+    where: Path | str, lines: list[bytes], start: Anchor
 ) -> tuple[list[dict[str, Any]], list[Anchor]]:
-    """All entries, and the anchors before the first and after each."""
+    """All entries of a ledger, and the anchors before the first and after each.
+
+    Raises:
+        LedgerError: A line is not, byte by byte, what follows the one before.
+    """
     entries, anchors = list[dict[str, Any]](), [start]
     for line in lines:
         try:
-            entry, anchor = _unseal(anchors[-1], line + b"\n")
+            entry, anchor = unseal(anchors[-1], line + b"\n")
         except (ValueError, RecursionError) as error:
             raise LedgerError(
-                f"{path}, line {len(anchors)}: the ledger is damaged, or of another kind ({error})",
+                f"{where}, line {len(anchors)}: the ledger is damaged, or of another kind "
+                f"({error})",
                 hint="Put its newest undamaged copy in place, or start anew with another ledger.",
             ) from error
         entries.append(entry)
@@ -220,19 +230,24 @@ def _check_lines(
     return entries, anchors
 
 
-def _check_anchor(path: Path, anchors: list[Anchor], known: Anchor | None) -> None:
+def check_anchor(where: Path | str, anchors: list[Anchor], known: Anchor | None) -> None:
+    """Compare the anchors of a ledger's lines with the one that was kept.
+
+    Raises:
+        LedgerError: The ledger lacks what the anchor covers.
+    """
     if known is None:
         return
     length = len(anchors) - 1
     if known.length > length:
-        raise _rolled_back(path, f"holds {length} of the {known.length} entries that were written")
+        raise _rolled_back(where, f"holds {length} of the {known.length} entries that were written")
     if anchors[known.length] != known:
-        raise _rolled_back(path, f"has another entry {known.length} than the one that was written")
+        raise _rolled_back(where, f"has another entry {known.length} than the one that was written")
 
 
-def _rolled_back(path: Path, what: str) -> LedgerError:
+def _rolled_back(where: Path | str, what: str) -> LedgerError:
     return LedgerError(
-        f"{path}: the ledger {what}: it was rolled back or replaced",
+        f"{where}: the ledger {what}: it was rolled back or replaced",
         hint="Put its newest copy in place; from an older one the same privacy would be spent "
         "twice. If the newest is lost, start anew with another ledger.",
     )

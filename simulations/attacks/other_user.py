@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from homefire.client.home import Home, file_name
-from homefire.client.participation import KIND
+from homefire.client.home import KIND, Home, file_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 

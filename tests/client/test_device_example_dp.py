@@ -51,7 +51,7 @@ def test_noisy_throughout_the_loss_stays_at_home(home: Home, plan: RoundPlan) ->
 def test_the_ledger_names_the_cost_of_each_record(home: Home, plan: RoundPlan) -> None:
     answer(home, plan)
     with open_participations(home, home.user(0).user_id) as participations:
-        (entry,) = participations.ledger.entries
+        (entry,) = participations.log.entries
     cost = entry["example_dp"]
     assert cost["epsilon"] > 0 and cost["steps"] == plan.header.training.steps
     assert cost["unit"] == "one record of this user's history"
@@ -82,7 +82,7 @@ def test_nothing_where_the_steps_cost_a_record_too_much(
     assert not answer(home, RoundPlan(header, plan.release)).values.any()
     assert "too much" in caplog.text
     with open_participations(home, home.user(0).user_id) as participations:
-        (entry,) = participations.ledger.entries
+        (entry,) = participations.log.entries
         assert participations.example_costs == ()
     assert entry["round"] == 1 and entry["example_dp"] is None
     assert answer(home, later(plan, 2)).values.any()
@@ -123,7 +123,7 @@ def test_a_missing_opacus_costs_nothing(
     with pytest.raises(HomefireError, match="opacus"):
         Device(home, home.user(0)).answer(plan)
     with open_participations(home, home.user(0).user_id) as participations:
-        assert participations.ledger.entries == ()
+        assert participations.log.entries == ()
 
 
 def test_the_noise_is_not_repeated(home: Home, plan: RoundPlan, tmp_path: Path) -> None:

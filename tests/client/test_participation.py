@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny_runs import RUN, SERVER
 
-from homefire.client.home import Home
-from homefire.client.participation import open_participations
+from homefire.client.home import AnchoredLedger, Home
+from homefire.client.participation import ParticipationLedger, open_participations
 from homefire.common.adapter import AdapterConfig
 from homefire.common.errors import ConfigError, LedgerError
 from homefire.common.keystore import Keystore
@@ -61,6 +61,11 @@ def rounds(home: Home, user: str = "ann") -> list[int]:
 def path_of(home: Home) -> Path:
     (path,) = (home.folder / "participations").iterdir()
     return path
+
+
+def file_of(ledger: ParticipationLedger) -> Ledger:
+    assert isinstance(ledger.log, AnchoredLedger)
+    return ledger.log.ledger
 
 
 # What is written
@@ -144,8 +149,8 @@ def test_charged_first_on_the_disk_and_in_the_keystore(
         assert synced.count(inode) == 1
         assert synced[0] == inode  # before the anchor says that it is there
         assert len(synced) >= 2
-        assert home.keystore.anchor(path_of(home).stem) == ledger.ledger.anchor
-        assert ledger.ledger.anchor.length == 1
+        assert home.keystore.anchor(path_of(home).stem) == file_of(ledger).anchor
+        assert file_of(ledger).anchor.length == 1
 
 
 def test_charged_first_or_an_error_when_the_disk_is_full(
@@ -350,7 +355,7 @@ def test_own_or_refused_is_anothers_ledger_in_ones_place(home: Home) -> None:
     charge(home, plan_of(1))
     theirs = path_of(home)
     with open_participations(home, "bob") as ledger:
-        mine = Path(ledger.ledger._path)
+        mine = Path(file_of(ledger)._path)
     mine.write_bytes(theirs.read_bytes())
     with pytest.raises(LedgerError, match="of another kind"):
         rounds(home, "bob")  # though no anchor of bob's was ever kept

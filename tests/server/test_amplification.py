@@ -84,7 +84,7 @@ STEPS_OF_AN_EARLY_END = {
     "before the loss is recorded": (RunLedger, "lose_amplification", False),
     "loss recorded": (RunLedger, "lose_amplification", True),
     "before the key is destroyed": (Keystore, "destroy", False),
-    "the key is renamed and not wiped": (keystore_module, "_wipe", False),
+    "the key is renamed and not wiped": (keystore_module, "wipe", False),
     "key destroyed": (Keystore, "destroy", True),
     "before the end": (RunLedger, "end", False),
     "ended": (RunLedger, "end", True),

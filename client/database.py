@@ -1,0 +1,195 @@
+"""One encrypted SQLite database (SQLCipher), and what goes wrong with it in plain words."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+from sqlcipher3 import dbapi2 as sqlite
+
+from homefire.common.errors import (
+    BusyVaultError,
+    DamagedVaultError,
+    VaultError,
+    VaultVersionError,
+)
+
+APPLICATION = 0x686F6D65  # "home"
+WAIT_SECONDS = 30.0
+Value = str | int | float | bytes | None
+
+
+class Database:
+    """A connection that all threads of a process share, one at a time.
+
+    Args:
+        path: The file; made where it is absent, readable by its owner only.
+        key: 32 bytes; used as they are.
+        salt: 16 bytes, the file's first.
+
+    Guarantees:
+        Durable: a transaction that returned is there at every later opening.
+        All or nothing: a kill within a transaction leaves nothing of it.
+        Never in the clear: pages, journal and what is sorted are encrypted or in memory.
+        Deleted is overwritten: the pages of deleted rows are zeroed, those of the index too.
+
+    Raises:
+        DamagedVaultError: Its first page does not open with this key.
+        BusyVaultError: Another process kept it locked.
+        VaultError: It cannot be opened.
+    """
+
+    def __init__(self, path: Path, key: bytes, salt: bytes) -> None:
+        self.path, self._salt = path, salt
+        self._lock = RLock()
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise VaultError(f"{path}: cannot be opened ({error.strerror})") from error
+        with self._told():
+            self._connection = sqlite.connect(
+                path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._set_up(key)
+            except sqlite.Error:
+                self._connection.close()
+                raise
+
+    def _set_up(self, key: bytes) -> None:
+        run = self._connection.execute
+        run(f"PRAGMA key = \"x'{key.hex()}{self._salt.hex()}'\"")
+        run("PRAGMA cipher_log_level = NONE")  # it would write to stderr
+        run("PRAGMA temp_store = MEMORY")
+        run("SELECT count(*) FROM sqlite_master").fetchall()  # the key is tried here
+        run("PRAGMA journal_mode = WAL").fetchall()
+        run("PRAGMA synchronous = FULL")
+        run("PRAGMA secure_delete = ON").fetchall()
+        run("PRAGMA foreign_keys = ON")
+        run("PRAGMA cache_size = -32768")  # KiB
+
+    def read(self, statement: str, values: Sequence[Value] = ()) -> list[tuple[Any, ...]]:
+        """All rows that a query gives."""
+        with self._lock, self._told():
+            return list(self._connection.execute(statement, values))
+
+    def write(self, statement: str, values: Sequence[Value] = ()) -> int:
+        """Carry out one statement within a transaction; returns how many rows it changed."""
+        with self._lock, self._told():
+            return int(self._connection.execute(statement, values).rowcount)
+
+    @contextmanager
+    def transaction(self) -> Iterator["Database"]:
+        """All that is written in the block, or nothing; it is on the disk when this returns.
+
+        Raises:
+            VaultError: It could not be written; nothing was.
+        """
+        with self._lock:
+            with self._told():
+                self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self
+            except BaseException:
+                with self._told():
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
+                raise
+            with self._told():
+                try:
+                    self._connection.execute("COMMIT")
+                except sqlite.Error:
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
+                    raise
+
+    def migrate(self, steps: Sequence[str]) -> None:
+        """Bring the schema up to date, in one transaction.
+
+        Args:
+            steps: SQL scripts; the schema's version is the number of those carried out.
+
+        Raises:
+            VaultVersionError: The schema is newer than these, or no vault's.
+        """
+        ((version,),) = self.read("PRAGMA user_version")
+        ((application,),) = self.read("PRAGMA application_id")
+        if version > len(steps) or application not in (0, APPLICATION):
+            raise VaultVersionError(
+                f"{self.path}: its schema is {version}, and this homefire knows {len(steps)}",
+                hint="Use the version of homefire that wrote it last.",
+            )
+        if version == len(steps):
+            return
+        with self.transaction():
+            for step in steps[version:]:
+                for statement in _statements(step):
+                    self.write(statement)
+            self.write(f"PRAGMA user_version = {len(steps)}")
+            self.write(f"PRAGMA application_id = {APPLICATION}")
+
+    def rekey(self, key: bytes) -> None:
+        """Encrypt the whole file under another key, in one transaction."""
+        with self._lock, self._told():
+            self._connection.execute(f"PRAGMA rekey = \"x'{key.hex()}{self._salt.hex()}'\"")
+        self.compact_log()
+
+    def compact_log(self) -> None:
+        """Empty the write-ahead log, so that nothing deleted stays in it."""
+        self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def problems(self) -> list[str]:
+        """What a look at every page finds wrong; without words of the content."""
+        damaged = [str(row[0]) for row in self.read("PRAGMA cipher_integrity_check")]
+        whole = self.read("PRAGMA integrity_check") if not damaged else [("ok",)]
+        return damaged + [str(row[0]) for row in whole if row[0] != "ok"]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock, self._told():
+            self._connection.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite.Error as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> VaultError:
+        said = str(error)
+        match said:
+            case "file is not a database" | "database disk image is malformed":
+                return DamagedVaultError(
+                    f"{self.path}: the database is damaged ({said})",
+                    hint="`homefire device doctor` says how much of it; put a backup in place.",
+                )
+            case "database is locked":
+                return BusyVaultError(
+                    f"{self.path}: another process keeps it locked",
+                    hint="Wait until it has ended, or end it.",
+                )
+            case "database or disk is full":
+                return VaultError(
+                    f"{self.path}: the disk is full; nothing was changed",
+                    hint="Make room and try again.",
+                )
+            case "attempt to write a readonly database":
+                return VaultError(
+                    f"{self.path}: it cannot be written; nothing was changed",
+                    hint="Check the permissions, and whether the disk is read-only.",
+                )
+        return VaultError(f"{self.path}: {said}", hint="Check the disk and its free room.")
+
+
+def salt_of(vault: str) -> bytes:
+    """The first 16 bytes of a vault's database: tells whose it is, and is no secret."""
+    return sha256(b"homefire/vault-database/v1\0" + vault.encode()).digest()[:16]
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script, which end at blank lines (triggers hold semicolons)."""
+    return (part for part in script.split("\n\n") if part.strip())

@@ -1,0 +1,255 @@
+"""A vault's history: records, and an index of their words (FTS5)."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from homefire.client.database import Database, Value
+from homefire.common.encoding import canonical_json, digest
+from homefire.common.errors import DataError
+from homefire.common.records import Record, parse_date, parse_record
+
+SCHEMA = """
+CREATE TABLE records (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    text TEXT NOT NULL,
+    prompt TEXT,
+    created_at TEXT,
+    kind TEXT,
+    moment REAL,
+    source TEXT NOT NULL,
+    added_at TEXT NOT NULL,
+    digest TEXT NOT NULL UNIQUE
+) STRICT
+
+CREATE VIEW shown AS SELECT id, text, prompt, created_at, kind, source, added_at FROM records
+
+CREATE INDEX by_time ON records (moment, id)
+
+CREATE VIRTUAL TABLE words USING fts5(
+    text, prompt, content = 'records', content_rowid = 'id',
+    tokenize = "unicode61 remove_diacritics 2"
+)
+
+INSERT INTO words (words, rank) VALUES ('secure-delete', 1)
+
+CREATE VIRTUAL TABLE vocabulary USING fts5vocab(words, 'row')
+
+CREATE TRIGGER record_added AFTER INSERT ON records BEGIN
+    INSERT INTO words (rowid, text, prompt) VALUES (new.id, new.text, new.prompt);
+END
+
+CREATE TRIGGER record_deleted AFTER DELETE ON records BEGIN
+    INSERT INTO words (words, rowid, text, prompt)
+    VALUES ('delete', old.id, old.text, old.prompt);
+END
+
+CREATE TRIGGER record_changed AFTER UPDATE OF text, prompt ON records BEGIN
+    INSERT INTO words (words, rowid, text, prompt)
+    VALUES ('delete', old.id, old.text, old.prompt);
+    INSERT INTO words (rowid, text, prompt) VALUES (new.id, new.text, new.prompt);
+END
+"""
+
+LOOKED_AT = 20_000
+"""Records that a search ranks at most: common words beyond that say little and take long."""
+MOST_UNKNOWN = 16
+_NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """A record as it lies in a vault."""
+
+    id: int
+    record: Record
+    source: str
+    added_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The history in an open vault."""
+
+    database: Database
+
+    def add(self, records: Iterable[Record], source: str) -> int:
+        """Add records, all of them or none.
+
+        What comes a second time from the same source is left out, so that an export can be read
+        again when it has grown; a text that is there twice in one source stays twice.
+
+        Args:
+            records: In the order of the source.
+            source: Where they come from, such as a file's name.
+
+        Returns:
+            How many were new.
+
+        Raises:
+            DataError: One of them is none.
+            VaultError: They could not be written; nothing was.
+        """
+        seen: dict[str, int] = {}
+        added = 0
+        now = _now()
+        with self.database.transaction() as database:
+            for record in records:
+                content = _content(record, source)
+                seen[content] = seen.get(content, 0) + 1
+                key = digest("homefire/record/v1", content.encode(), str(seen[content]).encode())
+                added += _insert(database, record, source, now, key)
+        return added
+
+    def remember(self, record: Record) -> int:
+        """Add one record that a person says here and now; returns its id."""
+        now = _now()
+        parse_record(record.to_json(), where="what is to be remembered")
+        dated = Record(record.text, record.prompt, record.created_at or now, record.kind)
+        with self.database.transaction() as database:
+            ((number,),) = database.read("SELECT coalesce(max(id), 0) + 1 FROM records")
+            key = digest("homefire/record/v1", _content(dated, now).encode(), str(number).encode())
+            _insert(database, dated, "said", now, key)
+            ((identifier,),) = database.read("SELECT id FROM records WHERE digest = ?", (key,))
+        return int(identifier)
+
+    def __len__(self) -> int:
+        ((count,),) = self.database.read("SELECT count(*) FROM records")
+        return int(count)
+
+    def __getitem__(self, identifier: int) -> StoredRecord:
+        """One record.
+
+        Raises:
+            DataError: There is no such record.
+        """
+        rows = self.database.read("SELECT * FROM shown WHERE id = ?", (identifier,))
+        if not rows:
+            raise DataError(f"there is no record {identifier}", hint="List them to see their ids.")
+        return _stored(rows[0])
+
+    def history(self) -> list[StoredRecord]:
+        """All records, oldest first; those without a date come before, as they were added."""
+        rows = self.database.read(
+            "SELECT shown.* FROM records JOIN shown USING (id) "
+            "ORDER BY moment IS NOT NULL, moment, id"
+        )
+        return [_stored(row) for row in rows]
+
+    def newest(self, count: int, *, before: int = _NEVER) -> list[StoredRecord]:
+        """The records that came last, the last one first; `before` an id, for the next page."""
+        rows = self.database.read(
+            "SELECT * FROM shown WHERE id < ? ORDER BY id DESC LIMIT ?", (before, count)
+        )
+        return [_stored(row) for row in rows]
+
+    def search(self, question: str, count: int) -> list[StoredRecord]:
+        """The records that fit a question best, best first.
+
+        Ranked by BM25 (Robertson and Zaragoza 2009; k1 = 1.2, b = 0.75, as in FTS5), text and
+        prompt alike, by the question's words from the rarest on; see `LOOKED_AT`.
+
+        Args:
+            question: Anything a person says; nothing in it is an operator.
+            count: At most so many.
+        """
+        words = self._rarest(question)
+        if not words:
+            return []
+        wanted = " OR ".join(f'"{word}"' for word in words)
+        rows = self.database.read(
+            "SELECT shown.* FROM (SELECT rowid AS found, rank AS score FROM words "
+            "WHERE words MATCH ? ORDER BY rank LIMIT ?) "
+            "JOIN shown ON shown.id = found ORDER BY score, shown.id DESC",
+            (wanted, count),
+        )
+        return [_stored(row) for row in rows]
+
+    def matching(self, question: str) -> list[int]:
+        """The ids of all records that hold every word of a question."""
+        words = _words(question)
+        if not words:
+            return []
+        wanted = " ".join(f'"{word}"' for word in words)
+        rows = self.database.read("SELECT rowid FROM words WHERE words MATCH ?", (wanted,))
+        return [int(row[0]) for row in rows]
+
+    def before(self, date: str) -> list[int]:
+        """The ids of all records that are older than a date; what has no date is not."""
+        rows = self.database.read(
+            "SELECT id FROM records WHERE moment < ?", (_moment(date, where="before"),)
+        )
+        return [int(row[0]) for row in rows]
+
+    def change(self, identifier: int, text: str) -> None:
+        """Put another text in place of a record's.
+
+        Raises:
+            DataError: No such record, or no text.
+        """
+        record = self[identifier].record
+        changed = Record(text, record.prompt, record.created_at, record.kind)
+        parse_record(changed.to_json(), where=f"record {identifier}")
+        with self.database.transaction() as database:
+            database.write("UPDATE records SET text = ? WHERE id = ?", (text, identifier))
+
+    def delete(self, identifiers: Sequence[int]) -> int:
+        """Delete records within a transaction; returns how many there were."""
+        return sum(
+            self.database.write("DELETE FROM records WHERE id = ?", (identifier,))
+            for identifier in identifiers
+        )
+
+    def _rarest(self, question: str) -> list[str]:
+        words = _words(question)
+        counts = {
+            word: rows[0][0]
+            for word in words
+            if (rows := self.database.read("SELECT doc FROM vocabulary WHERE term = ?", (word,)))
+        }
+        # Those that are not found may be written in another way in the index.
+        chosen = [word for word in words if word not in counts][:MOST_UNKNOWN]
+        looked_at = 0
+        for word in sorted(counts, key=lambda word: counts[word]):
+            looked_at += counts[word]
+            if looked_at > LOOKED_AT and chosen:
+                break
+            chosen.append(word)
+        return chosen
+
+
+def _insert(database: Database, record: Record, source: str, now: str, key: str) -> int:
+    moment = None if record.created_at is None else _moment(record.created_at, where="record")
+    values: tuple[Value, ...] = (record.text, record.prompt, record.created_at, record.kind)
+    return database.write(
+        "INSERT OR IGNORE INTO records "
+        "(text, prompt, created_at, kind, moment, source, added_at, digest) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (*values, moment, source, now, key),
+    )
+
+
+def _stored(row: tuple[int, str, str | None, str | None, str | None, str, str]) -> StoredRecord:
+    identifier, text, prompt, created_at, kind, source, added_at = row
+    return StoredRecord(identifier, Record(text, prompt, created_at, kind), source, added_at)
+
+
+def _content(record: Record, source: str) -> str:
+    return canonical_json([record.to_json(), source]).decode()
+
+
+def _moment(date: str, *, where: str) -> float:
+    return (parse_date(date, where=where) - datetime(1970, 1, 1)).total_seconds()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _words(question: str) -> list[str]:
+    """A question's words as the index writes them: lower case, without accents, each once."""
+    parts = unicodedata.normalize("NFD", question.lower())
+    plain = "".join(part for part in parts if unicodedata.category(part) != "Mn")
+    return list(dict.fromkeys(re.findall(r"[^\W_]+", plain)))

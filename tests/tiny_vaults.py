@@ -1,0 +1,89 @@
+"""Vaults for tests: quick to open, and a keystore of the system that lives in memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import keyring
+import pytest
+from keyring.backend import KeyringBackend
+from keyring.errors import KeyringLocked, PasswordDeleteError
+
+from homefire.client import keys, os_keystore
+from homefire.client.vault import Vault, create, open_vault
+from homefire.common.records import Record
+
+PASSPHRASE = "correct horse battery"  # noqa: S105
+CANARY = "Xylophonquux-7731"
+"""A word that no program writes by itself."""
+
+RECORDS = (
+    Record("I moved to Lisbon last spring", None, "2024-03-01"),
+    Record("The train to Porto takes three hours", "How long is the trip?", "2024-05-02"),
+    Record(f"my secret is {CANARY}", None, "2025-01-03"),
+    Record("no date on this one"),
+)
+
+
+class MemoryKeyring(KeyringBackend):
+    """A keystore of the system; what it holds is gone with the test."""
+
+    priority = 1.0
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, str], str] = {}
+        self.locked = False
+
+    def _check(self) -> None:
+        if self.locked:
+            raise KeyringLocked("locked")
+
+    def get_password(self, service: str, username: str) -> str | None:
+        """What is held."""
+        self._check()
+        return self.held.get((service, username))
+
+    def set_password(self, service: str, username: str, password: str) -> None:
+        """Hold it."""
+        self._check()
+        self.held[service, username] = password
+
+    def delete_password(self, service: str, username: str) -> None:
+        """Hold it no more."""
+        self._check()
+        if (service, username) not in self.held:
+            raise PasswordDeleteError("absent")
+        del self.held[service, username]
+
+
+@pytest.fixture
+def system_keyring(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryKeyring]:
+    """A machine with a keystore that keeps secrets from others."""
+    backend = MemoryKeyring()
+    monkeypatch.setattr(keyring, "get_keyring", lambda: backend)
+    monkeypatch.setattr(os_keystore, "SECURE", (MemoryKeyring.__module__,))
+    yield backend
+
+
+@pytest.fixture
+def quick_passphrases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passphrases are as cheap to try as Argon2 allows."""
+    slow = keys._new_argon2
+
+    def quick(protection: keys.Protection) -> keys.Argon2 | None:
+        made = slow(protection)
+        return made and made.model_copy(update={"iterations": 1, "lanes": 1, "memory_kib": 8192})
+
+    monkeypatch.setattr(keys, "_new_argon2", quick)
+
+
+def make_vault(folder: Path, *records: Record) -> Vault:
+    """An open vault that a passphrase opens, with some records."""
+    vault = create(folder, passphrase=PASSPHRASE)
+    vault.records.add(records or RECORDS, "test")
+    return vault
+
+
+def reopen(vault: Vault) -> Vault:
+    """Close it, and open it again."""
+    vault.close()
+    return open_vault(vault.folder, passphrase=PASSPHRASE)
