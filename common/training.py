@@ -8,7 +8,7 @@ loss leaves padding out by position, never by token id (some tokenizers use one 
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal, overload
@@ -166,6 +166,10 @@ def collate(
     return tokens.to(device), labels.to(device)
 
 
+LossSum = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Network, token ids and labels in; the summed token loss out, in nats."""
+
+
 def loss_sum(network: nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The summed token loss of a batch, in nats, computed in float32."""
     logits = network(input_ids=tokens, use_cache=False).logits[:, :-1].float()
@@ -206,17 +210,37 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     batch: Sequence[Example],
     settings: LocalTraining,
+    *,
+    loss_of: LossSum = loss_sum,
+    rows: int | None = None,
 ) -> float:
-    """One optimizer step on one batch; returns the batch's mean token loss before it."""
+    """One optimizer step on one batch.
+
+    Args:
+        network: Token ids in, logits out.
+        optimizer: Of what is trained.
+        batch: The step is on all of it.
+        settings: Of the step.
+        loss_of: What computes the summed loss.
+        rows: So many rows go through the network at once, and their gradients add up: the same
+            step in less memory. All of them if absent.
+
+    Returns:
+        The batch's mean token loss before the step, in nats.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    tokens, labels = collate(batch, parameters[0].device)
-    loss = loss_sum(network, tokens, labels) / sum(example.targets for example in batch)
+    targets = sum(example.targets for example in batch)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    total = 0.0
+    for start in range(0, len(batch), rows or len(batch)):
+        part = batch[start : start + (rows or len(batch))]
+        loss = loss_of(network, *collate(part, parameters[0].device)) / targets
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
     if settings.max_gradient_norm > 0:
         nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
     optimizer.step()
-    return float(loss.detach())
+    return total
 
 
 def cycle_batches(
@@ -248,7 +272,11 @@ def batch_seed(*context: str | int) -> int:
 
 @torch.inference_mode()
 def mean_loss(
-    network: nn.Module, examples: Sequence[Example], *, batch_size: int = 8
+    network: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    loss_of: LossSum = loss_sum,
 ) -> tuple[float, int]:
     """The mean token loss over examples, and how many tokens were predicted.
 
@@ -264,7 +292,7 @@ def mean_loss(
     total = 0.0
     for start in range(0, len(ordered), batch_size):
         tokens, labels = collate(ordered[start : start + batch_size], device)
-        total += float(loss_sum(network, tokens, labels))
+        total += float(loss_of(network, tokens, labels))
     count = sum(example.targets for example in examples)
     return total / count, count
 

@@ -20,8 +20,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from homefire.common.errors import AdapterError
-from homefire.simulations.frozen_linear import use_frozen_layers
-from homefire.simulations.fused_loss import wide
+from homefire.common.frozen_linear import use_frozen_layers
+from homefire.common.fused_loss import wide
 from homefire.simulations.packing import Layout, UserRows, in_a_list, lay_out, side_by_side
 from homefire.simulations.passes import Passes, Seat
 

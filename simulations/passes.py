@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from homefire.common.errors import AdapterError
-from homefire.simulations.fused_loss import chunk_losses, token_losses, wide
+from homefire.common.fused_loss import body_of, chunk_losses, has_plain_head, token_losses, wide
 from homefire.simulations.packing import (
     Layout,
     Spread,
@@ -66,11 +66,11 @@ class Passes:
         self._attention = str(network.config._attn_implementation)  # type: ignore[union-attr]
         for module in network.modules():
             module.homefire_seat = seat  # type: ignore[assignment]
-        self._body: Callable[..., Any] = _body(network)
+        self._body: Callable[..., Any] = body_of(network)
         self._whole: Callable[..., Any] = network
         self._head = network.get_output_embeddings()  # type: ignore[operator]
         self._chunk = chunk_losses
-        self.packed, self.fused = True, _is_plain(self._head, network.config)
+        self.packed, self.fused = True, has_plain_head(self._head, network.config)
         self._choose()
         if compiled:
             self._body, self._whole = _compiled(self._body), _compiled(network)
@@ -216,17 +216,3 @@ def _compiled(module: Callable[..., Any]) -> Callable[..., Any]:
             return graph(**arguments)
 
     return call
-
-
-def _body(network: nn.Module) -> nn.Module:
-    """The decoder without its head."""
-    body: nn.Module = network.base_model  # type: ignore[assignment]
-    return body
-
-
-def _is_plain(head: nn.Module | None, config: Any) -> bool:
-    """Whether logits are the head's product and nothing more; a cap may hide from a few rows."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    cap = getattr(text, "final_logit_softcapping", None)
-    scales = [getattr(text, name, None) for name in ("logit_scale", "logits_scaling")]
-    return isinstance(head, nn.Linear) and not cap and all(s in (None, 1) for s in scales)

@@ -20,10 +20,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from homefire.common.frozen_linear import is_fast, product
 from homefire.common.optimizer import make_optimizer
 from homefire.simulations.bank import LoraBank
 from homefire.simulations.cohort import train_cohort
-from homefire.simulations.frozen_linear import is_fast, product
 from homefire.simulations.micro_cohorts import is_out_of_memory, release_memory
 
 ADAPTER = "private"

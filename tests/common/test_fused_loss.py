@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from homefire.simulations.fused_loss import chunk_losses, token_losses
+from homefire.common.fused_loss import chunk_losses, token_losses
 
 VOCABULARY, FEATURES = 50, 8
 

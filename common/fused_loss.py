@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from homefire.simulations.frozen_linear import product
+from homefire.common.frozen_linear import product
 
 LOGITS: Mapping[str, int] = MappingProxyType({"cpu": 1 << 22, "cuda": 1 << 26})
 """How many logits are held at a time, by kind of device."""
@@ -73,6 +73,20 @@ def chunk_losses(
     shares = logits.sub_(norm).exp_()
     shares.scatter_add_(-1, chosen, shares.new_full(chosen.shape, -1.0))
     return losses, product(shares.to(weight.dtype), weight.t())
+
+
+def body_of(network: nn.Module) -> nn.Module:
+    """The decoder of a causal language model without its output layer."""
+    body: nn.Module = network.base_model  # type: ignore[assignment]
+    return body
+
+
+def has_plain_head(head: nn.Module | None, config: Any) -> bool:
+    """Whether logits are the head's product and nothing more; a cap may hide from a few rows."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cap = getattr(text, "final_logit_softcapping", None)
+    scales = [getattr(text, name, None) for name in ("logit_scale", "logits_scaling")]
+    return isinstance(head, nn.Linear) and not cap and all(s in (None, 1) for s in scales)
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch
 from tiny_models import make_model
 from torch import nn
 
-from homefire.simulations import frozen_linear
-from homefire.simulations.frozen_linear import FrozenLinear, is_fast, product, use_frozen_layers
+from homefire.common import frozen_linear
+from homefire.common.frozen_linear import FrozenLinear, is_fast, product, use_frozen_layers
 
 IN, OUT = 24, 40
 needs_onednn = pytest.mark.skipif(not frozen_linear._HAS_ONEDNN, reason="torch without oneDNN")
