@@ -5,6 +5,7 @@ uses half of their vector width; `homefire bench ceiling` measures both. The res
 rounding alone.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,13 +77,15 @@ class FrozenLinear(nn.Module):
         return answer
 
 
-def use_frozen_layers(network: nn.Module, *, but: nn.Module | None) -> None:
+def use_frozen_layers(network: nn.Module, *, but: Iterable[nn.Module | None]) -> None:
     """Put a `FrozenLinear` in the place of every plain linear layer that is not trained.
 
     Args:
         network: Changed in place.
-        but: A layer that stays as it is.
+        but: Layers that stay as they are.
     """
+    spared = {id(module) for module in but}
     for path, module in list(network.named_modules()):
-        if type(module) is nn.Linear and module is not but and not module.weight.requires_grad:
-            network.set_submodule(path, FrozenLinear(module))
+        if type(module) is not nn.Linear or module.weight.requires_grad or id(module) in spared:
+            continue
+        network.set_submodule(path, FrozenLinear(module))

@@ -171,7 +171,7 @@ class LoraBank:
         self.network = _twin(network)
         layers = _replace(self.network, name, self.seat)
         head = self.network.get_output_embeddings()  # type: ignore[operator]
-        use_frozen_layers(self.network, but=head)
+        use_frozen_layers(self.network, but=[head])
         self._tensors = [
             _BankTensor(path, factor, layers[path], tuple(_weight(layer, name, factor).shape))
             for path, layer in self._original.items()

@@ -5,9 +5,11 @@ one instead of being merged, so that a newer release can be put under the privat
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
+from homefire.client.personalize.draft import Draft, moments_of, restore_moments
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
 from homefire.common.config import PrivateConfig
@@ -15,7 +17,9 @@ from homefire.common.errors import AdapterError
 from homefire.common.optimizer import make_optimizer
 from homefire.common.training import (
     Example,
+    LossSum,
     cycle_batches,
+    loss_sum,
     mean_loss,
     take_step,
 )
@@ -61,6 +65,30 @@ class PrivateResult:
         return self.validation_after < self.validation_before
 
 
+@dataclass(frozen=True, slots=True)
+class Conduct:
+    """How a private training is carried out; its result depends on it by rounding at most.
+
+    Attributes:
+        loss_of: What computes the loss.
+        rows: Rows through the network at once; whole batches if None.
+        of: What drafts are marked with: a digest of all that the result depends on.
+        draft: Where to go on from, if anywhere.
+        keep: Called with a draft at every look at the validation slice.
+        on_step: Called with the number of steps taken, after each.
+    """
+
+    loss_of: LossSum = loss_sum
+    rows: int | None = None
+    of: str = ""
+    draft: Draft | None = None
+    keep: Callable[[Draft], None] | None = None
+    on_step: Callable[[int], None] | None = None
+
+
+PLAIN = Conduct()
+
+
 def train_private(
     model: AdaptedModel,
     training: Sequence[Example],
@@ -69,6 +97,7 @@ def train_private(
     *,
     seed: int,
     on: tuple[str, ...] = (SHARED,),
+    conduct: Conduct = PLAIN,
 ) -> PrivateResult:
     """Train a user's private adapter from nothing, with early stopping.
 
@@ -79,34 +108,56 @@ def train_private(
         config: Steps, learning rate, how often to look.
         seed: Of the batch order.
         on: The frozen adapters underneath; () trains on the bare base model.
+        conduct: How it is carried out; a draft in it belongs to the same training.
 
     Guarantees:
         Shared untouched: the shared adapter's bytes are the same before and after.
         One user only: the result depends on the release, this user's examples and the seed.
+        Taken up where it was put down: with a draft, the result is that of an unbroken training.
 
     Raises:
         AdapterError: The shared adapter changed, or training diverged; the result is thrown away.
         DataError: No examples.
     """
     before = model.vector(SHARED).tobytes()
-    model.load(PRIVATE, model.specs[PRIVATE].initial())
-    model.activate(*on)
-    start, _ = mean_loss(model.network, validation)
-    best = (math.inf, 0, model.vector(PRIVATE))
+    here = conduct.draft or _start(model, validation, on, conduct)
+    model.load(PRIVATE, here.vector)
     settings = config.training
-    optimizer = make_optimizer(model.activate(*on, PRIVATE, train=PRIVATE), settings)
+    parameters = model.activate(*on, PRIVATE, train=PRIVATE)
+    optimizer = make_optimizer(parameters, settings)
+    restore_moments(optimizer, parameters, here)
     batches = cycle_batches(training, batch_size=settings.batch_size, seed=seed)
-    tokens = 0
-    for step in range(1, settings.steps + 1):
-        batch = next(batches)
-        take_step(model.network, optimizer, batch, settings)
+    tokens = here.tokens
+    for step, batch in enumerate(islice(batches, here.step, settings.steps), here.step + 1):
+        take_step(
+            model.network, optimizer, batch, settings, loss_of=conduct.loss_of, rows=conduct.rows
+        )
         tokens += sum(example.targets for example in batch)
         if step % config.validate_every == 0 or step == settings.steps:
-            loss, _ = mean_loss(model.network, validation)
-            if loss < best[0]:
-                best = (loss, step, model.vector(PRIVATE))
+            loss, _ = mean_loss(model.network, validation, loss_of=conduct.loss_of)
+            vector = model.vector(PRIVATE)
+            if loss < here.best_loss:
+                here = replace(here, best=vector, best_step=step, best_loss=loss)
+            if conduct.keep is not None:
+                moments = moments_of(optimizer)
+                conduct.keep(
+                    replace(here, step=step, vector=vector, moments=moments, tokens=tokens)
+                )
+        if conduct.on_step is not None:
+            conduct.on_step(step)
     optimizer.zero_grad(set_to_none=True)
     model.activate()
     if model.vector(SHARED).tobytes() != before:
         raise AdapterError("private training changed the shared adapter; the result is discarded")
-    return PrivateResult(best[2], best[1], start, best[0], tokens).checked()
+    return PrivateResult(
+        here.best, here.best_step, here.start_loss, here.best_loss, tokens
+    ).checked()
+
+
+def _start(
+    model: AdaptedModel, validation: Sequence[Example], on: tuple[str, ...], conduct: Conduct
+) -> Draft:
+    model.activate(*on)
+    loss, _ = mean_loss(model.network, validation, loss_of=conduct.loss_of)
+    vector = model.specs[PRIVATE].initial()
+    return Draft(conduct.of, 0, vector, {}, vector, 0, math.inf, loss, 0)

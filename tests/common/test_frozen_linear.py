@@ -211,7 +211,7 @@ def test_trained_layers_subclasses_and_the_head_stay() -> None:
     network = Network()
     before, x = copy.deepcopy(network), some(3, IN)
     trained, odd, head = network.inner[2], network.odd, network.head
-    use_frozen_layers(network, but=head)
+    use_frozen_layers(network, but=[head])
     assert isinstance(network.inner[0], FrozenLinear)
     assert isinstance(network.inner[1], nn.ReLU)
     assert network.inner[2] is trained and network.odd is odd and network.head is head
@@ -220,7 +220,7 @@ def test_trained_layers_subclasses_and_the_head_stay() -> None:
 
 def test_without_an_exception_the_head_is_frozen_too() -> None:
     network = Network()
-    use_frozen_layers(network, but=None)
+    use_frozen_layers(network, but=[])
     assert isinstance(network.head, FrozenLinear)
 
 
@@ -228,7 +228,7 @@ def test_a_language_model_says_the_same() -> None:
     model = make_model("qwen2").requires_grad_(False)  # with biases
     tokens = torch.tensor([[1, 2, 3, 4]])
     expected = model(input_ids=tokens).logits
-    use_frozen_layers(model, but=model.get_submodule("lm_head"))
+    use_frozen_layers(model, but=[model.get_submodule("lm_head")])
     frozen = [m for m in model.modules() if isinstance(m, FrozenLinear)]
     assert len(frozen) == 2 * 7
     torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-5)

@@ -139,8 +139,8 @@ def test_shared_untouched_or_the_result_is_thrown_away(
 ) -> None:
     model = make()
 
-    def leak(*arguments: Any) -> float:
-        loss = take_step(*arguments)
+    def leak(*arguments: Any, **more: Any) -> float:
+        loss = take_step(*arguments, **more)
         model.load("shared", model.vector("shared") + np.float32(1e-6))
         return loss
 
@@ -158,7 +158,7 @@ def looks(
     """Let the validation slice give these losses; returns the vectors at each look."""
     seen: list[Vector] = []
 
-    def look(*_: Any) -> tuple[float, int]:
+    def look(*_: Any, **__: Any) -> tuple[float, int]:
         seen.append(model.vector("private"))
         return losses[len(seen) - 1], 1
 
@@ -213,9 +213,11 @@ def test_the_validation_slice_is_not_trained_on(
     training, validation = split_newest(encoded(model, make_users(3)[0].records), 0.4)
     seen: list[Example] = []
 
-    def spy(network: Any, optimizer: Any, batch: Sequence[Example], settings: Any) -> float:
+    def spy(
+        network: Any, optimizer: Any, batch: Sequence[Example], settings: Any, **more: Any
+    ) -> float:
         seen.extend(batch)
-        return take_step(network, optimizer, batch, settings)
+        return take_step(network, optimizer, batch, settings, **more)
 
     monkeypatch.setattr(private_module, "take_step", spy)
     result = train_private(model, training, validation, with_training(steps=8), seed=0)
