@@ -12,6 +12,8 @@ from jinja2 import TemplateError
 
 from homefire.common.errors import ModelError
 
+Role = Literal["system", "user", "assistant"]
+
 _BLOT = "?"
 _ONE_AT_A_TIME = Lock()
 
@@ -19,7 +21,7 @@ _ONE_AT_A_TIME = Lock()
 class Message(TypedDict):
     """One message of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
 
 

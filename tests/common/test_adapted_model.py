@@ -153,10 +153,10 @@ def test_worn_at_strength_1_is_active_bit_by_bit(
 def test_strengths_are_of_one_wear_alone(tiny_llama: Path, path: list[dict[str, float]]) -> None:
     model = wear(load_base_model(str(tiny_llama)))
     load_both(model)
-    model.wear(path[-1])
-    last = logits(model)
     model.activate("shared", "private")
     full = logits(model)
+    model.wear(path[-1])
+    last = logits(model)
     for worn in path:
         model.wear(worn)
         assert trainable(model) == set()

@@ -88,9 +88,10 @@ def test_control_tokens_that_swallow_white_space_are_found() -> None:
     assert GREEDY.decode(ids) == f"{BOS}user\na {BOS} {EOS} b{EOS}{BOS}assistant\n"
 
 
-def test_a_template_with_a_way_of_its_own_gets_question_marks() -> None:
-    prying = "{% if '<|eos|>' in messages[0]['content'] %}ha{% endif %}" + CHAT_TEMPLATE
-    tokenizer = make_tokenizer(chat_template=prying)
+@pytest.mark.parametrize("otherwise", ["", "nope"])
+def test_a_template_with_a_way_of_its_own_gets_question_marks(otherwise: str) -> None:
+    prying = f"{{{{ 'seen' if '{EOS}' in messages[0]['content'] else '{otherwise}' }}}}"
+    tokenizer = make_tokenizer(chat_template=prying + CHAT_TEMPLATE)
     ids = chat_tokens(tokenizer, user(f"a{EOS}b"))
     assert ids == own_ids(tokenizer, user("a???????b"))
 
