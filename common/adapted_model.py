@@ -1,12 +1,12 @@
 """A base model that wears adapters, over PEFT."""
 
+import math
 from collections.abc import Mapping
-from typing import cast
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from homefire.common.adapter import AdapterSpec, Vector, quiet_peft
@@ -24,6 +24,7 @@ class AdaptedModel:
         tensors of that adapter require gradients. PEFT turns them on for every active adapter;
         they are turned off again here.
         Adapters are added, never merged.
+        Strengths are of one `wear` alone: they never multiply, and `activate` goes without.
 
     Args:
         base: The frozen base model.
@@ -43,6 +44,9 @@ class AdaptedModel:
             for name in names[1:]:
                 self._peft.add_adapter(name, self._peft_config(name))
         self._parameters: dict[str, nn.Parameter] = dict(self._peft.named_parameters())
+        # PEFT walks through all modules to find them, several times: a third of a token's time.
+        self._layers = [m for m in self._peft.modules() if isinstance(m, LoraLayer)]
+        self._strengths = dict.fromkeys(self.specs, 1.0)
         self._active: tuple[tuple[str, ...], str | None] | None = None
         for name, spec in self.specs.items():
             if spec.config.method == "ffa":
@@ -102,23 +106,59 @@ class AdaptedModel:
             self._spec(name)  # PEFT overlooks a name that it does not know
         if train is not None and train not in names:
             raise AdapterError(f"adapter {train!r} cannot be trained while it is not active")
+        self._scale({})
+        return self._switch(names, train)
+
+    def wear(self, strengths: Mapping[str, float]) -> None:
+        """Activate adapters, each with its effect multiplied by a strength; none is trained.
+
+        Wearing again what is worn costs next to nothing.
+
+        Args:
+            strengths: By adapter; none at all means the bare base model.
+
+        Guarantees:
+            At strength 1 the logits are those after `activate`, bit by bit.
+
+        Raises:
+            AdapterError: There is no such adapter, or a strength is not positive and finite.
+        """
+        for name, strength in strengths.items():
+            self._spec(name)
+            if not 0 < strength < math.inf:
+                raise AdapterError(
+                    f"adapter {name!r} cannot be worn at strength {strength}",
+                    hint="A strength is above 0; leave the adapter out instead of 0.",
+                )
+        self._scale(strengths)
+        self._switch(tuple(strengths))
+
+    def _switch(self, names: tuple[str, ...], train: str | None = None) -> list[nn.Parameter]:
+        """Let these adapters alone take part, all but one of them frozen; returns its tensors."""
         slots = self._spec(train).slots if train is not None else ()
         trained = [self._parameter(str(train), slot.module, slot.factor) for slot in slots]
         if self._active == (names, train):
-            return trained  # PEFT walks through all modules several times: a tenth of a step
-        tuner = cast(LoraModel, self._peft.base_model)
+            return trained
         self._active = None
-        if names:
-            tuner.enable_adapter_layers()
-            tuner.set_adapter(list(names))
-        else:
-            tuner.disable_adapter_layers()
+        for layer in self._layers:
+            if names:
+                layer.set_adapter(list(names), inference_mode=True)
+            if layer.disable_adapters == bool(names):
+                layer.enable_adapters(bool(names))
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
         self._active = (names, train)
         return trained
+
+    def _scale(self, strengths: Mapping[str, float]) -> None:
+        """Set every adapter's strength: 1 for those that are not named."""
+        for name, current in self._strengths.items():
+            if (strength := strengths.get(name, 1.0)) != current:
+                for layer in self._layers:
+                    layer.set_scale(name, strength)
+                self._strengths[name] = strength
 
     def _spec(self, name: str) -> AdapterSpec:
         if (spec := self.specs.get(name)) is None:

@@ -89,7 +89,7 @@ def parse_record(value: object, *, where: str) -> Record:
     for name, entry in value.items():
         if entry is not None and not isinstance(entry, str):
             raise DataError(f"{where}: {name!r} must be a string, not {type(entry).__name__}")
-        _check_text(name, entry or "", where=where)
+        check_text(name, entry or "", where=where)
     text = value.get("text")
     if not text or not text.strip():
         raise DataError(f"{where}: a record needs a non-empty 'text'", reason="empty text")
@@ -119,13 +119,28 @@ def parse_user(value: object, *, where: str, skipped: Skipped | None = None) -> 
     user_id, records = value.get("user_id"), value.get("records")
     if not isinstance(user_id, str) or not user_id:
         raise DataError(f"{where}: a user needs a non-empty string 'user_id'")
-    _check_text("user_id", user_id, where=where)
+    check_text("user_id", user_id, where=where)
     if not isinstance(records, list):
         raise DataError(f"{where}: 'records' must be a list")
     parsed = list(_parse_records(records, where=where, skipped=skipped))
     if not parsed:
         raise DataError(f"{where}: empty history", reason="empty history")
     return User(user_id, oldest_first(parsed))
+
+
+def check_text(name: str, text: str, *, where: str) -> None:
+    """Check that a text is Unicode: half a surrogate pair is legal JSON, but no tokenizer takes it.
+
+    Raises:
+        DataError: It is not.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {name!r} is not Unicode text (character {error.start})",
+            reason="not Unicode text",
+        ) from error
 
 
 def oldest_first(records: Iterable[Record]) -> tuple[Record, ...]:
@@ -246,17 +261,6 @@ def _parse_records(
             if skipped is None:
                 raise
             skipped.count(error.reason)
-
-
-def _check_text(name: str, text: str, *, where: str) -> None:
-    """Half a surrogate pair is legal JSON, but no file and no tokenizer takes it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {name!r} is not Unicode text (character {error.start})",
-            reason="not Unicode text",
-        ) from error
 
 
 def parse_date(date: str, *, where: str) -> datetime:

@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -19,13 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from homefire.common.base_model import bos_id
+from homefire.common.chat import chat_tokens, text_tokens
 from homefire.common.encoding import digest
 from homefire.common.errors import DataError
 from homefire.common.optimizer import make_optimizer
 from homefire.common.records import Record
 
 IGNORED = -100
-_ONE_AT_A_TIME = Lock()
 
 
 class LocalTraining(BaseModel):
@@ -85,7 +84,7 @@ def encode(tokenizer: Any, record: Record, max_tokens: int) -> Example:
         head = [bos_id(tokenizer)]
     else:
         head = _encode_prompt(tokenizer, record.prompt)[-(max_tokens // 2) :]
-    text = _ids(tokenizer, record.text)
+    text = text_tokens(tokenizer, record.text)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = [*head, *text, *end][:max_tokens]
     if len(tokens) <= len(head):
@@ -129,22 +128,8 @@ def prompt_tokens(tokenizer: Any, prompt: str, max_tokens: int) -> list[int]:
 
 def _encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     if tokenizer.chat_template is None:
-        return [bos_id(tokenizer), *_ids(tokenizer, prompt + "\n")]
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    return _ids(tokenizer, rendered, control=True)
-
-
-def _ids(tokenizer: Any, text: str, *, control: bool = False) -> list[int]:
-    """Token ids; what looks like a control token in a person's text is plain text."""
-    # A tokenizer keeps the setting for control tokens in itself, where threads would mix it up.
-    # Not verbose: what is too long for the model is cut afterwards, so nobody need be warned.
-    with _ONE_AT_A_TIME:
-        ids: list[int] = tokenizer(
-            text, add_special_tokens=False, split_special_tokens=not control, verbose=False
-        ).input_ids
-    return ids
+        return [bos_id(tokenizer), *text_tokens(tokenizer, prompt + "\n")]
+    return chat_tokens(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def collate(

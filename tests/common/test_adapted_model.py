@@ -1,6 +1,6 @@
 """A base model that wears adapters: what is active, what is trained, what never changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,11 @@ def logits(model: AdaptedModel) -> torch.Tensor:
     return found
 
 
+def load_both(model: AdaptedModel) -> None:
+    for name, spec in model.specs.items():
+        model.load(name, some_vector(spec, seed=len(name)))
+
+
 def trainable(model: AdaptedModel) -> set[str]:
     return {name for name, p in model.network.named_parameters() if p.requires_grad}
 
@@ -80,21 +85,27 @@ def test_initial_adapters_change_nothing(model: AdaptedModel, active: tuple[str,
     assert torch.equal(logits(model), bare)
 
 
-def test_active_adapters_add_up_on_the_frozen_weights(model: AdaptedModel) -> None:
-    """Against weights with both products added in by hand."""
+def logits_by_hand(model: AdaptedModel, strengths: Mapping[str, float]) -> torch.Tensor:
+    """Of weights with the products added in."""
     plain = make_model()
     weights = dict(plain.named_parameters())
-    for name, spec in model.specs.items():
-        vector = some_vector(spec, seed=len(name))
-        model.load(name, vector)
-        tensors, scale = spec.tensors(vector), spec.config.alpha / spec.config.rank
+    for name, strength in strengths.items():
+        spec = model.specs[name]
+        tensors = spec.tensors(model.vector(name))
+        scale = strength * spec.config.alpha / spec.config.rank
         with torch.no_grad():
             for module in spec.modules:
                 product = scale * tensors[module.name, "B"] @ tensors[module.name, "A"]
                 weights[f"{module.name}.weight"].add_(torch.from_numpy(product))
-    model.activate("shared", "private")
     with torch.inference_mode():
-        expected = plain(input_ids=TOKENS).logits
+        found: torch.Tensor = plain(input_ids=TOKENS).logits
+    return found
+
+
+def test_active_adapters_add_up_on_the_frozen_weights(model: AdaptedModel) -> None:
+    load_both(model)
+    model.activate("shared", "private")
+    expected = logits_by_hand(model, {"shared": 1, "private": 1})
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
 
 
@@ -105,6 +116,66 @@ def test_order_of_names_does_not_matter(model: AdaptedModel) -> None:
     one = logits(model)
     model.activate("private", "shared")
     torch.testing.assert_close(logits(model), one, rtol=0, atol=1e-5)
+
+
+# Strengths
+
+strengths = st.dictionaries(st.sampled_from(["shared", "private"]), st.floats(0.1, 2))
+
+
+@given(worn=strengths)
+@settings(max_examples=10)
+def test_a_strength_multiplies_what_an_adapter_adds(
+    tiny_llama: Path, worn: dict[str, float]
+) -> None:
+    model = wear(load_base_model(str(tiny_llama)))
+    load_both(model)
+    model.wear(worn)
+    expected = logits_by_hand(model, worn)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("names", [("shared",), ("private", "shared"), ()])
+def test_worn_at_strength_1_is_active_bit_by_bit(
+    model: AdaptedModel, names: tuple[str, ...]
+) -> None:
+    load_both(model)
+    model.activate(*names)
+    expected = logits(model)
+    model.wear(dict.fromkeys(names, 0.5))
+    assert torch.equal(logits(model), expected) == (not names)
+    model.wear(dict.fromkeys(names, 1.0))
+    assert torch.equal(logits(model), expected)
+
+
+@given(path=st.lists(strengths, min_size=1, max_size=4))
+@settings(max_examples=10)
+def test_strengths_are_of_one_wear_alone(tiny_llama: Path, path: list[dict[str, float]]) -> None:
+    model = wear(load_base_model(str(tiny_llama)))
+    load_both(model)
+    model.activate("shared", "private")
+    full = logits(model)
+    model.wear(path[-1])
+    last = logits(model)
+    for worn in path:
+        model.wear(worn)
+        assert trainable(model) == set()
+    assert torch.equal(logits(model), last)
+    model.activate("shared", "private", train="private")
+    assert torch.equal(logits(model), full)
+    assert trainable(model) == trained_names(model, "private")
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, np.inf, np.nan])
+def test_strength_that_is_not_positive_is_refused(model: AdaptedModel, strength: float) -> None:
+    load_both(model)
+    model.wear({"shared": 0.5})
+    before = logits(model)
+    with pytest.raises(AdapterError, match="'private' cannot be worn at strength"):
+        model.wear({"shared": 1.0, "private": strength})
+    assert torch.equal(logits(model), before)
+    with pytest.raises(AdapterError, match="'other'"):
+        model.wear({"other": 1.0})
 
 
 # Vectors
