@@ -1,8 +1,9 @@
 """The Flower ClientApp: decode, call the device, encode.
 
 A device takes nothing from the server's run configuration. Its home folder is named by the node's
-own configuration (`--node-config 'home="…"'`) or by the environment variable `HOMEFIRE_HOME`; where
-one folder holds many simulated users, the node's `partition-id` says which one this is.
+own configuration (`--node-config 'home="…"'`) or by the environment variable `HOMEFIRE_HOME`. It is
+a person's vault, opened by the system's keystore or by `HOMEFIRE_PASSPHRASE`; or the folder of a
+simulation, which may hold many users: then the node's `partition-id` says which one this is.
 """
 
 import logging
@@ -10,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from traceback import format_tb
 
@@ -18,6 +20,9 @@ from flwr.clientapp import ClientApp
 
 from homefire.client.device import Device, Task
 from homefire.client.home import Home
+from homefire.client.vault import Vault, open_vault
+from homefire.client.vault_files import KEYS
+from homefire.client.vault_home import VaultHome
 from homefire.common.errors import (
     ConfigError,
     DataError,
@@ -157,8 +162,18 @@ def open_device(context: Context) -> Device:
             "this device has no home folder",
             hint="Start the node with --node-config 'home=\"/path\"', or set HOMEFIRE_HOME.",
         )
-    home = Home(Path(str(folder)).expanduser())
+    place = Path(str(folder)).expanduser()
+    if (place / KEYS).exists():
+        vault_home = VaultHome(_vault(place))
+        return Device(vault_home, vault_home.user)
+    home = Home(place)
     number, participants = int(context.node_config.get("partition-id", 0)), home.config.participants
     if participants is not None and number >= participants:
         raise ConfigError(f"{home.folder}: user {number} does not take part in the federation")
     return Device(home, home.user(number))
+
+
+@lru_cache(maxsize=1)
+def _vault(folder: Path) -> Vault:
+    """A person's vault, opened once and kept open for the messages that follow."""
+    return open_vault(folder, passphrase=os.environ.get("HOMEFIRE_PASSPHRASE"))

@@ -61,8 +61,7 @@ class Database:
 
     def _set_up(self, key: bytes) -> None:
         run = self._connection.execute
-        run(f"PRAGMA key = \"x'{key.hex()}{self._salt.hex()}'\"")
-        run("PRAGMA cipher_log_level = NONE")  # it would write to stderr
+        self._unlock(key)
         run("PRAGMA temp_store = MEMORY")
         run("SELECT count(*) FROM sqlite_master").fetchall()  # the key is tried here
         run("PRAGMA journal_mode = WAL").fetchall()
@@ -70,6 +69,10 @@ class Database:
         run("PRAGMA secure_delete = ON").fetchall()
         run("PRAGMA foreign_keys = ON")
         run("PRAGMA cache_size = -32768")  # KiB
+
+    def _unlock(self, key: bytes) -> None:
+        self._connection.execute(f"PRAGMA key = \"x'{key.hex()}{self._salt.hex()}'\"")
+        self._connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to stderr
 
     def read(self, statement: str, values: Sequence[Value] = ()) -> list[tuple[Any, ...]]:
         """All rows that a query gives."""

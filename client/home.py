@@ -27,6 +27,7 @@ from homefire.common.adapter import Vector
 from homefire.common.config import DeviceConfig, Model, load_config
 from homefire.common.errors import AdapterError, ConfigError
 from homefire.common.keystore import Keystore
+from homefire.common.plan import RoundPlan
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.ledger import Ledger
 from homefire.common.privacy.randomness import derive_key
@@ -79,6 +80,9 @@ class DeviceHome(Protocol):
 
     def save_private(self, user_id: str, adapter: PrivateAdapter) -> None:
         """Store a user's private adapter."""
+
+    def keep_release(self, plan: RoundPlan, *, base_model: str) -> None:
+        """Keep the shared adapter that a plan brought, for replies between rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +170,9 @@ class Home:
                 f"{self.folder}: no history for user {number}",
                 hint="Make the folder with `homefire prepare`.",
             ) from error
+
+    def keep_release(self, plan: RoundPlan, *, base_model: str) -> None:
+        """Nothing is kept: here nobody asks between rounds."""
 
     def save_private(self, user_id: str, adapter: PrivateAdapter) -> None:
         """Store a user's private adapter; a crash leaves the old one or the new one."""

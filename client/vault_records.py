@@ -145,6 +145,17 @@ class Records:
         )
         return [_stored(row) for row in rows]
 
+    def dates(self) -> tuple[str | None, str | None]:
+        """Of the oldest and the newest record that have one."""
+        oldest = self.database.read(
+            "SELECT created_at FROM records WHERE moment IS NOT NULL ORDER BY moment, id LIMIT 1"
+        )
+        newest = self.database.read(
+            "SELECT created_at FROM records WHERE moment IS NOT NULL "
+            "ORDER BY moment DESC, id DESC LIMIT 1"
+        )
+        return (oldest[0][0], newest[0][0]) if oldest else (None, None)
+
     def search(self, question: str, count: int) -> list[StoredRecord]:
         """The records that fit a question best, best first.
 

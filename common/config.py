@@ -235,6 +235,9 @@ class DeviceConfig(Frozen):
 
     base_model: BaseModelConfig = BaseModelConfig()
     private: PrivateConfig = PrivateConfig()
+    encoder: str | None = Field(
+        None, description="A sentence encoder for embeddings: a folder or a hub id."
+    )
     example_dp: ExampleDPConfig | None = Field(
         None, description="Protect single records in contributions too, by DP-SGD."
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 from homefire import __version__
 from homefire.bench_commands import bench_app
 from homefire.common.errors import ConfigError, HomefireError, PrivacyError
+from homefire.device_commands import device_app, exit_code
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
 from homefire.privacy_experiments import clip, compare
@@ -40,6 +41,7 @@ app = typer.Typer(
 models_app = typer.Typer(help="Base models: fetch and list.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
+app.add_typer(device_app, name="device")
 privacy_app.command()(clip)
 privacy_app.command()(compare)
 app.add_typer(privacy_app, name="privacy")
@@ -82,9 +84,10 @@ def simulate(
       homefire simulate --resume runs/default
     """
     need("simulation", "ray", "plotly", "dp_accounting")
+    from homefire.client.progress import Reporter
     from homefire.simulations.experiment import load_experiment
     from homefire.simulations.preparation import free_folder, reopen
-    from homefire.simulations.progress import Reporter, prepare_visibly
+    from homefire.simulations.progress import prepare_visibly
     from homefire.simulations.simulate import simulate as run_simulation
 
     console = Console()
@@ -158,7 +161,7 @@ def tune(
         --grid local.learning_rate=0.003,0.01
     """
     need("simulation", "ray", "plotly", "dp_accounting")
-    from homefire.simulations.progress import Reporter
+    from homefire.client.progress import Reporter
     from homefire.simulations.tuning import tune as run_tuning
 
     console = Console()
@@ -212,9 +215,9 @@ def audit(
       homefire audit runs/default
     """
     need("simulation", "plotly", "scipy")
+    from homefire.client.progress import Reporter
     from homefire.simulations.audit import CHANCE
     from homefire.simulations.audit.of_run import audit_run
-    from homefire.simulations.progress import Reporter
     from homefire.simulations.report_text import audit_table
 
     found = audit_run(run, Reporter(Console(stderr=True)), users=users)
@@ -270,7 +273,7 @@ def _show_summary(console: Console, report: dict[str, object]) -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line; an error of ours is two lines and exit code 1."""
+    """Run the command line; an error of ours is two lines and an exit code that is not 0."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
@@ -280,7 +283,7 @@ def main() -> NoReturn:
         typer.echo(f"Error: {error}", err=True)
         if error.hint:
             typer.echo(f"Hint: {error.hint}", err=True)
-        sys.exit(1)
+        sys.exit(exit_code(error))
     sys.exit(0)
 
 

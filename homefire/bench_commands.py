@@ -58,8 +58,8 @@ def scaling(quick: Quick = False, html: Html = None, as_json: AsJson = False) ->
 
     Time and peak memory, each point in a process of its own, with real devices
     (homes on disk, ledgers, signed plans) on a tiny model. The whole of it
-    takes about a quarter of an hour and 2 GB of disk; --quick stops at a cohort
-    of 256 and 5,000 users.
+    takes some minutes and 2 GB of disk; --quick stops at a cohort of 256 and
+    5,000 users.
     """
     need("simulation", "ray", "plotly", "dp_accounting", "tomli_w")
     from homefire.simulations.benchmarks import scaling as benchmark
@@ -105,6 +105,58 @@ def ceiling(
     _show(found, as_json, ceiling_table(found), html, ceiling_page)
 
 
+@bench_app.command()
+def vault(
+    quick: Quick = False,
+    records: Annotated[int | None, typer.Option(min=100, help="100,000 if absent.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a vault costs: import, search and opening, against plain SQLite.
+
+    The same records and questions (made-up words with the frequencies of a
+    language) in both; the median from a question to a finished prompt; opening
+    by a passphrase.
+    """
+    need("simulation", "plotly")
+    from homefire.simulations.benchmarks import vault as benchmark
+    from homefire.simulations.benchmarks.show import vault_table
+
+    count = records or (benchmark.QUICK_RECORDS if quick else benchmark.RECORDS)
+    found = benchmark.measure(count, _teller(as_json))
+    _show(found, as_json, vault_table(found))
+
+
+@bench_app.command()
+def training(
+    quick: Quick = False,
+    model: Annotated[
+        str | None, typer.Option(help="A base model; a tiny random one if absent.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="After two that are a warm-up.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Of a row.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """A device's private training against transformers.Trainer with PEFT.
+
+    Same model, rows, adapter, optimizer and steps, each in a process of its
+    own: tokens a second, and peak memory.
+
+    Example:
+      homefire bench training --model smollm2-135m
+    """
+    need("simulation", "plotly")
+    from homefire.simulations.benchmarks import private_training as benchmark
+    from homefire.simulations.benchmarks.show import training_table
+
+    if quick:
+        steps, model = min(steps, 10), None
+    found = benchmark.measure(
+        model, steps=steps, batch_size=batch_size, max_tokens=max_tokens, say=_teller(as_json)
+    )
+    _show(found, as_json, training_table(found))
+
+
 @bench_app.command("overhead")
 def bench_overhead(
     users: Annotated[
@@ -132,8 +184,8 @@ def _show(
     found: dict[str, Any],
     as_json: bool,
     table: Any,
-    html: Path | None,
-    page: Callable[[dict[str, Any]], str],
+    html: Path | None = None,
+    page: Callable[[dict[str, Any]], str] = str,
 ) -> None:
     console = Console()
     if as_json:

@@ -34,9 +34,9 @@ def clip(
       homefire privacy clip experiment.toml --set population.path=public.jsonl
     """
     need("simulation", "datasets", "scipy")
+    from homefire.client.progress import Reporter
     from homefire.simulations.clip_norm import estimate_clip_norm
     from homefire.simulations.experiment import load_experiment
-    from homefire.simulations.progress import Reporter
 
     settings = load_experiment(experiment, overrides or [])
     reporter = Reporter(Console(stderr=True))
@@ -70,10 +70,10 @@ def compare(
       homefire privacy compare simulations/experiments/mechanisms/experiment.toml
     """
     need("simulation", "ray", "plotly", "dp_accounting")
+    from homefire.client.progress import Reporter
     from homefire.simulations.experiment import load_experiment
     from homefire.simulations.mechanisms import compare_mechanisms
     from homefire.simulations.preparation import free_folder
-    from homefire.simulations.progress import Reporter
 
     settings, console = load_experiment(experiment, overrides or []), Console()
     folder = free_folder(runs, name or settings.name)

@@ -11,12 +11,12 @@ import numpy as np
 
 from homefire.client.device import adapted_model, local_update
 from homefire.client.personalize.private import SHARED
+from homefire.client.progress import Reporter
 from homefire.common.privacy.clipping import l2_norm, update_bound
 from homefire.common.protocol import STATISTICS
 from homefire.common.training import encode
 from homefire.simulations.experiment import Experiment
 from homefire.simulations.populations import load_population
-from homefire.simulations.progress import Reporter
 
 PHASE = "Public updates"
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from homefire.client.progress import Advance, Reporter
 from homefire.common.config import PrivacyConfig
 from homefire.common.errors import ConfigError
 from homefire.common.files import write_atomically
@@ -15,7 +16,6 @@ from homefire.simulations.engine import CohortEngine
 from homefire.simulations.experiment import Experiment
 from homefire.simulations.metrics import PairedComparison, compare
 from homefire.simulations.preparation import Run, prepare
-from homefire.simulations.progress import Advance, Reporter
 from homefire.simulations.rounds import ROUNDS, releases, train_shared
 
 SCORING = "Held-out records"

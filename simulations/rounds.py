@@ -11,6 +11,7 @@ import torch
 from flwr.app import Context, RecordDict
 
 from homefire.client.device import adapted_model
+from homefire.client.progress import Reporter
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.errors import ConfigError, FederationError
 from homefire.server.app import app as server_app
@@ -20,7 +21,6 @@ from homefire.simulations.cohort_worker import Office
 from homefire.simulations.engine import CohortEngine
 from homefire.simulations.grid import Traffic
 from homefire.simulations.preparation import Run
-from homefire.simulations.progress import Reporter
 
 ROUNDS = "Shared adapter"
 """The name of this phase."""

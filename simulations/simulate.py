@@ -9,6 +9,7 @@ from typing import Any
 
 from homefire import __version__
 from homefire.client.personalize.private import SHARED
+from homefire.client.progress import Reporter
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.errors import DataError
 from homefire.simulations.cohort_worker import CohortWorker
@@ -16,7 +17,6 @@ from homefire.simulations.engine import CohortEngine
 from homefire.simulations.evaluation import UserScores, summarize
 from homefire.simulations.grid import Traffic
 from homefire.simulations.preparation import Run, write_toml
-from homefire.simulations.progress import Reporter
 from homefire.simulations.report import load_report, write_report
 from homefire.simulations.rounds import releases, train_shared
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from homefire.client.progress import Reporter
 from homefire.common.errors import ConfigError
 from homefire.simulations.experiment import Experiment, load_experiment
 from homefire.simulations.preparation import prepare
-from homefire.simulations.progress import Reporter
 from homefire.simulations.rounds import train_shared
 
 

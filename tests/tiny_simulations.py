@@ -6,10 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
+from homefire.client.progress import Reporter
 from homefire.server.releases import ReleaseStore
 from homefire.simulations.experiment import load_experiment
 from homefire.simulations.preparation import Run, prepare
-from homefire.simulations.progress import Reporter
 
 SMALL = (
     "population.users=4",

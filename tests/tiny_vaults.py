@@ -1,18 +1,24 @@
 """Vaults for tests: quick to open, and a keystore of the system that lives in memory."""
 
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import keyring
 import pytest
+import uvicorn
 from keyring.backend import KeyringBackend
 from keyring.errors import KeyringLocked, PasswordDeleteError
+from starlette.applications import Starlette
 
 from homefire.client import keys, os_keystore
 from homefire.client.vault import Vault, create, open_vault
 from homefire.common.records import Record
 
-PASSPHRASE = "correct horse battery"  # noqa: S105
+PASSPHRASE = "correct horse battery"
 CANARY = "Xylophonquux-7731"
 """A word that no program writes by itself."""
 
@@ -87,3 +93,20 @@ def reopen(vault: Vault) -> Vault:
     """Close it, and open it again."""
     vault.close()
     return open_vault(vault.folder, passphrase=PASSPHRASE)
+
+
+@contextmanager
+def served_on_a_port(app: Starlette) -> Iterator[str]:
+    """Serve an app on this machine while the block runs; gives its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()

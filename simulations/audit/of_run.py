@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from homefire.client.progress import Advance, Reporter
 from homefire.common.claims import contradicts
 from homefire.common.config import FederationConfig, load_config
 from homefire.common.privacy.mechanism import NoPrivacy
@@ -12,7 +13,6 @@ from homefire.simulations.audit import canary, membership, statistics
 from homefire.simulations.engine import CohortEngine
 from homefire.simulations.experiment import EvaluationConfig
 from homefire.simulations.preparation import Run, reopen
-from homefire.simulations.progress import Advance, Reporter
 from homefire.simulations.report import load_report, write_report
 from homefire.simulations.rounds import cohort_engine, releases
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from rich.console import Console
 
+from homefire.client.progress import Reporter
 from homefire.simulations.benchmarks.tiny_model import make_model
 from homefire.simulations.experiment import Experiment, load_experiment
 from homefire.simulations.preparation import prepare, reopen
-from homefire.simulations.progress import Reporter
 from homefire.simulations.rounds import ROUNDS, train_shared
 
 COHORTS, POPULATIONS = (8, 100, 1_000, 10_000), (100, 1_000, 10_000, 100_000, 1_000_000)

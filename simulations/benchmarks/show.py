@@ -122,6 +122,53 @@ def ceiling_page(found: Found) -> str:
     return _page("Share of the ceiling", ceiling_table(found)[1:], [figure])
 
 
+def vault_table(found: Found) -> Sequence[RenderableType]:
+    """Encrypted against plain, and the whole vault."""
+    rows = [
+        (
+            name,
+            f"{store['import_seconds']:.2f}",
+            f"{store['search_ms']:.1f}",
+            f"{store['search_p95_ms']:.1f}",
+            f"{store['mib']:.0f}",
+        )
+        for name, store in found["stores"].items()
+    ]
+    head = ("store", "import s", "search ms", "slowest 5 %", "MiB")
+    ratios = (
+        f"encrypted over plain: import {found['ratio_import']:.2f}, "
+        f"search {found['ratio_search']:.2f}"
+    )
+    vault = (
+        f"from a question to a prompt: {found['prompt_ms']:.1f} ms (slowest 5 %: "
+        f"{found['prompt_p95_ms']:.1f}); opening: {found['open_seconds']:.2f} s"
+    )
+    return [_table(f"{found['records']:,} records", head, rows), ratios, vault]
+
+
+def training_table(found: Found) -> Sequence[RenderableType]:
+    """A device against Trainer."""
+    rows = [
+        (
+            name,
+            f"{each['tokens_per_second']:.0f}",
+            f"{each['peak_mib']:.0f}",
+            f"{each['peak_mib'] - each['model_mib']:.0f}",
+            f"{each['loss']:.4f}",
+        )
+        for name, each in found["contenders"].items()
+    ]
+    title = (
+        f"{found['model']}, {found['steps']} steps of {found['batch_size']} × {found['max_tokens']}"
+    )
+    head = ("private training", "tokens/s", "peak MiB", "beyond the model", "last loss")
+    ratios = (
+        f"throughput {found['ratio_throughput']:.2f} of Trainer's, peak memory "
+        f"{found['ratio_peak']:.2f}, beyond the model {found['ratio_training_memory']:.2f}"
+    )
+    return [_table(title, head, rows), ratios]
+
+
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(title=markup.escape(title), box=None, title_justify="left")
     for number, name in enumerate(head):

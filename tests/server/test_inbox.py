@@ -163,7 +163,7 @@ class SuperLink:
 
 def connect(link: SuperLink) -> HttpGrid:
     """Flower's own grid, the network replaced."""
-    grid = HttpGrid("superlink:1", insecure=True, token="token")  # noqa: S106 - no secret
+    grid = HttpGrid("superlink:1", insecure=True, token="token")
     grid.set_run(Run.create_empty(RUN))
     grid._runtime_client._client.close()
     grid._runtime_client._client = httpx.Client(transport=httpx.MockTransport(link.handle))

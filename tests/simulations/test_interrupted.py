@@ -20,6 +20,7 @@ from tiny_simulations import NO_PRIVACY, SMALL, lasting, prepare_small, quiet, s
 
 from homefire.client.app import Admitted, admit
 from homefire.client.participation import open_participations
+from homefire.client.progress import Reporter
 from homefire.common.errors import ConfigError, FederationError
 from homefire.common.keystore import Keystore
 from homefire.server.run_ledger import RunLedger
@@ -28,7 +29,6 @@ from homefire.simulations import cohort_worker, preparation
 from homefire.simulations import rounds as rounds_module
 from homefire.simulations import simulate as simulate_module
 from homefire.simulations.preparation import Run, prepare, reopen, write_toml
-from homefire.simulations.progress import Reporter
 from homefire.simulations.report import load_report, write_report
 from homefire.simulations.simulate import simulate
 

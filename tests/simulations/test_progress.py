@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from homefire.client.progress import Reporter
 from homefire.simulations import progress
 from homefire.simulations.experiment import load_experiment
-from homefire.simulations.progress import Reporter
 
 
 class Clock:

@@ -1,0 +1,197 @@
+"""Learning on the device: a private adapter is trained from the vault, and used if it helps."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+from homefire.client.personalize.draft import Draft
+from homefire.client.personalize.private import (
+    PRIVATE,
+    SHARED,
+    Conduct,
+    PrivateResult,
+    train_private,
+)
+from homefire.client.personalize.quick import fit_memory, quick_loss, recomputing
+from homefire.client.vault import Vault
+from homefire.client.vault_records import StoredRecord
+from homefire.common.adapted_model import AdaptedModel
+from homefire.common.config import PrivateConfig
+from homefire.common.encoding import canonical_json, digest
+from homefire.common.errors import AdapterError, DataError
+from homefire.common.plan import release_digest
+from homefire.common.records import split_newest
+from homefire.common.training import Encoded, LossSum, batch_seed, mean_loss
+
+FEWEST_RECORDS = 4
+Progress = Callable[[int, int], None]
+"""Called with the steps taken and the steps there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a private training came to.
+
+    Attributes:
+        version: Of the private adapter in use now; None if none is.
+        kept: Whether that is the one just trained.
+        loss_without: On the person's newest records, without a private adapter, in nats a token.
+        loss_before: With the one that was in use; None if there was none that fits.
+        loss_trained: With the one just trained.
+        records: How many were learned from.
+        tokens: Predicted tokens that were trained on.
+    """
+
+    version: int | None
+    kept: bool
+    loss_without: float
+    loss_before: float | None
+    loss_trained: float
+    records: int
+    tokens: int
+
+
+def learn(
+    vault: Vault,
+    model: AdaptedModel,
+    config: PrivateConfig,
+    *,
+    seed: int = 0,
+    memory_limit: int | None = None,
+    progress: Progress = lambda step, steps: None,
+) -> Learned:
+    """Train the private adapter on top of the shared one that the model wears.
+
+    The newest part of the history is not trained on; by its loss the best step is chosen, and
+    whether the new adapter takes the place of the old one.
+
+    Args:
+        vault: Whose history is learned from.
+        model: Its shared adapter is in place.
+        config: Steps, learning rate, how often to look.
+        seed: Of the batch order.
+        memory_limit: MiB that training may take besides the model.
+        progress: Called after each step.
+
+    Guarantees:
+        Never worse: the adapter in use afterwards does at least as well on the newest records as
+            the one before; one that does not beat the shared adapter alone is not used.
+        Taken up again: a training that was killed goes on from its last look.
+
+    Raises:
+        DataError: Too few records.
+        AdapterError: Training diverged; what was in use stays.
+        ConfigError: The limit is too low for a single record.
+    """
+    history = vault.records.history()
+    if len(history) < FEWEST_RECORDS:
+        raise DataError(
+            f"{len(history)} records are too few to learn from",
+            hint=f"At least {FEWEST_RECORDS}: `homefire device import` or `remember` some.",
+        )
+    older, newest = split_newest(tuple(history), config.validation_share)
+    longest, tokenizer = config.training.max_tokens, model.base.tokenizer
+    training = Encoded(tokenizer, [stored.record for stored in older], longest)
+    validation = Encoded(tokenizer, [stored.record for stored in newest], longest)
+    seen = [stored.id for stored in history]
+    loss_of = quick_loss(model)
+    model.activate(SHARED, PRIVATE, train=PRIVATE)
+    rows, again = fit_memory(model.network, training, loss_of, limit_mib=memory_limit)
+    of = _training_of(vault, model, config, history, seed)
+    conduct = Conduct(
+        loss_of=loss_of,
+        rows=rows,
+        of=of,
+        draft=_draft(vault, of),
+        keep=lambda draft: vault.adapters.keep_draft(PRIVATE, draft.pack(), seen),
+        on_step=lambda step: progress(step, config.training.steps),
+    )
+    order = batch_seed("private", vault.header.vault, seed)
+    with recomputing(model.network) if again else nullcontext():
+        result = train_private(model, training, validation, config, seed=order, conduct=conduct)
+    before = _loss_in_use(vault, model, validation, loss_of)
+    return _settle(vault, model, result, before, seen)
+
+
+def _settle(
+    vault: Vault,
+    model: AdaptedModel,
+    result: PrivateResult,
+    before: float | None,
+    seen: Sequence[int],
+) -> Learned:
+    """Use the better of the new and the old adapter, and neither if none helps."""
+    kept = result.helps and (before is None or result.validation_after < before)
+    if kept:
+        about = {
+            "base_model": model.base.fingerprint,
+            "adapter_digest": model.specs[PRIVATE].digest,
+            "release_digest": release_digest(model.vector(SHARED)),
+            "best_step": result.best_step,
+            "validation_before": result.validation_before,
+            "validation_after": result.validation_after,
+        }
+        vault.adapters.keep(PRIVATE, result.vector, about, seen)
+    else:
+        with vault.database.transaction():
+            vault.adapters.drop_draft(PRIVATE)
+    worn = vault.adapters.worn(PRIVATE)
+    return Learned(
+        version=None if worn is None else worn.version,
+        kept=kept,
+        loss_without=result.validation_before,
+        loss_before=before,
+        loss_trained=result.validation_after,
+        records=len(seen),
+        tokens=result.tokens,
+    )
+
+
+def _loss_in_use(
+    vault: Vault, model: AdaptedModel, validation: Encoded, loss_of: LossSum
+) -> float | None:
+    worn = vault.adapters.worn(PRIVATE)
+    if worn is None or not fits(model, worn.about):
+        return None
+    model.load(PRIVATE, vault.adapters.vector(PRIVATE, worn.version))
+    model.activate(SHARED, PRIVATE)
+    loss, _ = mean_loss(model.network, validation, loss_of=loss_of)
+    return loss
+
+
+def fits(model: AdaptedModel, about: dict[str, object]) -> bool:
+    """Whether a private adapter was made for this base model and adapter."""
+    return (
+        about.get("base_model") == model.base.fingerprint
+        and about.get("adapter_digest") == model.specs[PRIVATE].digest
+    )
+
+
+def _draft(vault: Vault, of: str) -> Draft | None:
+    packed = vault.adapters.draft(PRIVATE)
+    if packed is None:
+        return None
+    try:
+        draft = Draft.unpack(packed)
+    except AdapterError:
+        return None  # of another version; training begins anew
+    return draft if draft.of == of else None
+
+
+def _training_of(
+    vault: Vault,
+    model: AdaptedModel,
+    config: PrivateConfig,
+    history: Sequence[StoredRecord],
+    seed: int,
+) -> str:
+    """Names all that the result of a training depends on."""
+    records = [asdict(stored) for stored in history]
+    parts = (
+        canonical_json(records),
+        config.model_dump_json().encode(),
+        model.base.fingerprint.encode(),
+        model.vector(SHARED).tobytes(),
+        str(seed).encode(),
+    )
+    return digest("homefire/private-training/v1", vault.header.vault.encode(), *parts)

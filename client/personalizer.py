@@ -1,0 +1,466 @@
+"""The SDK: a person's language model on the person's device.
+
+>>> from homefire.client import Personalizer                      # doctest: +SKIP
+>>> me = Personalizer.open("~/.homefire")                         # doctest: +SKIP
+>>> me.remember("I prefer concise, technical explanations.")      # doctest: +SKIP
+>>> print(me.ask("What is overfitting?"))                         # doctest: +SKIP
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from homefire.client.assistant import AUTO, Assistant, Reply
+from homefire.client.erasure import Receipt, erase
+from homefire.client.importers import Format, read_history
+from homefire.client.joining import Condition, Link, Membership, Preview, preview
+from homefire.client.keys import Protection
+from homefire.client.learning import Learned, Progress, learn
+from homefire.client.participation import open_participations
+from homefire.client.personalize.decoding import Sampling
+from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.client.personalize.recipe import Recipe
+from homefire.client.profile import Profile, describe
+from homefire.client.takeout import write_takeout
+from homefire.client.vault import Vault, create, open_vault
+from homefire.client.vault_adapters import StoredAdapter
+from homefire.client.vault_files import KEYS
+from homefire.client.vault_home import VaultHome, write_settings
+from homefire.client.vault_records import StoredRecord
+from homefire.common.chat import Message
+from homefire.common.config import BaseModelConfig
+from homefire.common.errors import ConfigError, DataError
+from homefire.common.policy import Participation, lifetime_epsilon
+from homefire.common.records import Record, Skipped
+
+FACTS = "facts"
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What came of an import.
+
+    Attributes:
+        added: New records.
+        known: Records that were there already.
+        skipped: What was left out, by reason.
+    """
+
+    added: int
+    known: int
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What was forgotten.
+
+    Attributes:
+        records: Records that were deleted.
+        adapters: Versions of the private adapter that had seen them, deleted too.
+        learned: The training without them; None where there was none.
+        shared: Rounds that were taken part in before: what they contributed stays in the shared
+            adapter, within the epsilon that its releases state.
+    """
+
+    records: int
+    adapters: tuple[int, ...]
+    learned: Learned | None
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is stored, and what was shared.
+
+    Attributes:
+        folder: Where the vault lies.
+        base_model: Its name.
+        protection: What opens the vault.
+        records: How many.
+        oldest: The date of the oldest record that has one.
+        newest: Likewise.
+        private: All versions of the private adapter, the newest first.
+        shared: The shared adapter in use.
+        participations: Rounds that were taken part in.
+        epsilon: What they cost together; None without bound.
+        lifetime_epsilon: What the policy allows.
+        delta: The policy's.
+        bytes: Of the vault on the disk.
+    """
+
+    folder: Path
+    base_model: str
+    protection: Protection
+    records: int
+    oldest: str | None
+    newest: str | None
+    private: tuple[StoredAdapter, ...]
+    shared: StoredAdapter | None
+    participations: int
+    epsilon: float | None
+    lifetime_epsilon: float
+    delta: float
+    bytes: int
+
+
+@dataclass(slots=True)
+class Personalizer:
+    """One person's vault and language model; made by `Personalizer.open`.
+
+    Guarantees:
+        Nothing leaves: but for `join`, nothing here uses the network.
+
+    Attributes:
+        vault: Where all of it is kept.
+        passphrase: What opened it, for the process that takes part in federations.
+        assistant: What replies.
+    """
+
+    vault: Vault
+    passphrase: str | None = field(repr=False, default=None)
+    assistant: Assistant = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.assistant = Assistant(self.vault)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | os.PathLike[str] = "~/.homefire",
+        *,
+        base_model: str | None = None,
+        passphrase: str | None = None,
+        protection: Protection | None = None,
+        accept_backup: bool = False,
+    ) -> "Personalizer":
+        """Open a vault, or make one where there is none.
+
+        Args:
+            folder: Where it lies.
+            base_model: An alias, a folder, a GGUF file or a hub id; kept in `device.toml` when the
+                vault is made.
+            passphrase: What opens it; by default the environment variable HOMEFIRE_PASSPHRASE, or
+                else the system's keystore.
+            protection: "passphrase", "keystore" or "both", when it is made.
+            accept_backup: Take a vault that was put back from a backup; see `open_vault`.
+
+        Raises:
+            ConfigError: Another base model than the vault's; or neither keystore nor passphrase.
+            VaultError: It cannot be opened; its subclasses say why.
+        """
+        place = Path(folder).expanduser()
+        phrase = passphrase if passphrase is not None else os.environ.get("HOMEFIRE_PASSPHRASE")
+        if (place / KEYS).exists():
+            vault = open_vault(place, passphrase=phrase, accept_backup=accept_backup)
+        else:
+            vault = create(place, passphrase=phrase, protection=protection)
+        me = cls(vault, phrase)
+        write_settings(place, base_model or BaseModelConfig().name)
+        kept = me._home.config.base_model.name
+        if base_model is not None and base_model != kept:
+            me.close()
+            raise ConfigError(
+                f"this vault's base model is {kept!r}, not {base_model!r}",
+                hint=f"Change it in {place / 'device.toml'}, and personalize again.",
+            )
+        return me
+
+    # What it knows
+
+    def remember(
+        self, text: str, *, prompt: str | None = None, created_at: str | None = None
+    ) -> int:
+        """Keep something the person says or wrote; returns the record's id.
+
+        Args:
+            text: The person's own words.
+            prompt: What they answer, if anything.
+            created_at: ISO 8601; now if absent.
+
+        Raises:
+            DataError: No text, or no date.
+        """
+        return self.vault.records.remember(Record(text, prompt, created_at))
+
+    def import_records(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: Format | None = None,
+        me: str | None = None,
+        on_bad: str = "error",
+    ) -> Imported:
+        """Read a history from what people have; what was imported before is left out.
+
+        Args:
+            path: A file or folder; see `homefire.client.importers.read_history`.
+            format: Found out if absent.
+            me: The person's e-mail addresses, for mailboxes.
+            on_bad: "error" stops at the first bad record, and nothing is imported; "skip" leaves
+                bad ones out and counts them.
+
+        Raises:
+            DataError: It cannot be read, or a record is bad.
+        """
+        if on_bad not in ("error", "skip"):
+            raise ConfigError(f"on_bad is {on_bad!r}", hint='Use "error" or "skip".')
+        skipped = Skipped() if on_bad == "skip" else None
+        place = Path(path).expanduser()
+        records = list(read_history(place, format=format, me=me, skipped=skipped))
+        added = self.vault.records.add(records, place.name)
+        return Imported(added, len(records) - added, dict(skipped.reasons) if skipped else {})
+
+    def search(self, question: str, count: int = 10) -> list[StoredRecord]:
+        """The records that fit a question best, best first."""
+        return self.vault.records.search(question, count)
+
+    def profile(self) -> Profile:
+        """What the person said to be true, and what the history shows."""
+        facts: dict[str, str] = self.vault.setting(FACTS, {})
+        return describe(facts, self.vault.records.history())
+
+    def set_fact(self, name: str, value: str | None) -> None:
+        """Say something about oneself, such as `set_fact("name", "Ann")`; None takes it back."""
+        facts: dict[str, str] = self.vault.setting(FACTS, {})
+        facts.pop(name, None)
+        self.vault.set(FACTS, facts if value is None else {**facts, name: value})
+
+    # What it does
+
+    def personalize(
+        self, *, progress: Progress | None = None, memory_limit: int | None = None, seed: int = 0
+    ) -> Learned:
+        """Train the private adapter; the better of the old and the new one is used.
+
+        Args:
+            progress: Called with the steps taken and the steps there are.
+            memory_limit: MiB that training may take besides the model.
+            seed: Of the batch order.
+
+        Raises:
+            DataError: Too few records.
+            AdapterError: Training diverged; what was in use stays.
+        """
+        with self.assistant.lock:
+            try:
+                return learn(
+                    self.vault,
+                    self.assistant.model,
+                    self._home.config.private,
+                    seed=seed,
+                    memory_limit=memory_limit,
+                    progress=progress or (lambda step, steps: None),
+                )
+            finally:
+                self.assistant.forget_loaded()
+
+    def ask(
+        self,
+        question: str,
+        *,
+        recipe: str | Recipe = AUTO,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Reply:
+        """Ask one question; `print` the reply, or iterate over it as it is made.
+
+        Args:
+            question: Anything.
+            recipe: A name ("auto", "plain", "shared", "private", "retrieval", "both") or a recipe.
+            max_tokens: Of the reply.
+            temperature: 0 takes the likeliest token.
+            seed: Of the draws.
+
+        Raises:
+            ConfigError: No such recipe, or no private adapter for it.
+            ModelError: The base model is missing.
+        """
+        messages: list[Message] = [{"role": "user", "content": question}]
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        return self.chat(messages, recipe=recipe, sampling=sampling)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        recipe: str | Recipe = AUTO,
+        sampling: Sampling | None = None,
+    ) -> Reply:
+        """Go on with a conversation.
+
+        Args:
+            messages: With `role` and `content`, the last one the person's.
+            recipe: As in `ask`.
+            sampling: How tokens are picked.
+
+        Raises:
+            DataError: There is no question at its end.
+            ConfigError: As `ask`.
+        """
+        chosen = recipe if isinstance(recipe, Recipe) else self.assistant.recipe(recipe)
+        return self.assistant.reply(messages, chosen, sampling or Sampling())
+
+    def status(self) -> Status:
+        """What is stored, and what was shared."""
+        adapters, home = self.vault.adapters, self._home
+        policy = home.policy
+        with open_participations(home, "") as ledger:
+            charges = [each.charge for each in ledger.history]
+        dates = self.vault.records.dates()
+        files = [path for path in self.vault.folder.iterdir() if path.is_file()]
+        return Status(
+            folder=self.vault.folder,
+            base_model=home.config.base_model.name,
+            protection=self.vault.header.protection,
+            records=len(self.vault.records),
+            oldest=dates[0],
+            newest=dates[1],
+            private=tuple(adapters.versions(PRIVATE)),
+            shared=adapters.worn(SHARED),
+            participations=len(charges),
+            epsilon=lifetime_epsilon(charges, delta=policy.delta),
+            lifetime_epsilon=policy.lifetime_epsilon,
+            delta=policy.delta,
+            bytes=sum(path.stat().st_size for path in files),
+        )
+
+    def preview(self) -> Preview:
+        """What taking part in a federation would send, before anything is."""
+        return preview(self.vault, self.assistant.model.specs[SHARED])
+
+    def join(
+        self,
+        link: Link | str,
+        *,
+        conditions: Sequence[Condition] = (),
+        stop: Event | None = None,
+        on_change: Callable[[bool], None] = lambda listening: None,
+    ) -> tuple[Participation, ...]:
+        """Take part in a federation, until `stop` is set.
+
+        What `policy.toml` and the ledger in the vault allow is answered, nothing else.
+
+        Args:
+            link: The SuperLink; host:port alone means TLS with the system's authorities.
+            conditions: All must hold while the device listens, such as those of
+                `homefire.client.conditions`.
+            stop: Set by another thread, or by a signal's handler.
+            on_change: Called when the device begins to listen, and when it ends.
+
+        Returns:
+            What was taken part in meanwhile.
+
+        Raises:
+            ConfigError: The policy trusts no server, or there is no TLS to another machine.
+        """
+        where = Link(link) if isinstance(link, str) else link
+        member = Membership(self.vault, where, self.passphrase, conditions, on_change)
+        try:
+            return member.run(stop or Event())
+        finally:
+            self.assistant.forget_loaded()
+
+    def restore(self, version: int) -> None:
+        """Use an earlier version of the private adapter.
+
+        Raises:
+            AdapterError: There is no such version.
+        """
+        self.vault.adapters.wear(PRIVATE, version)
+
+    # What it forgets
+
+    def forget(
+        self,
+        *,
+        ids: Sequence[int] = (),
+        query: str | None = None,
+        before: str | None = None,
+        retrain: bool = True,
+        progress: Progress | None = None,
+    ) -> Forgotten:
+        """Forget records: text, index and every version of the private adapter that saw them.
+
+        Args:
+            ids: These records.
+            query: Those that hold all of these words.
+            before: Those that are older than this date.
+            retrain: Train the private adapter again without them, if one of them was in use.
+            progress: Of that training.
+
+        Guarantees:
+            Forgotten is gone: neither vault nor adapters hold it afterwards; what was contributed
+                before stays in the shared adapter, within its epsilon.
+
+        Raises:
+            ConfigError: Nothing says what to forget.
+            DataError: A date that is none.
+        """
+        if not ids and query is None and before is None:
+            raise ConfigError("nothing says what to forget", hint="Give ids, a query or a date.")
+        doomed = set(ids)
+        doomed |= set(self.vault.records.matching(query)) if query is not None else set()
+        doomed |= set(self.vault.records.before(before)) if before is not None else set()
+        adapters = self.vault.adapters
+        worn = adapters.worn(PRIVATE)
+        seen = tuple(
+            each.version
+            for each in adapters.versions(PRIVATE)
+            if adapters.trained_on(each.version) & doomed
+        )
+        with self.vault.log.transaction("forgot", records=len(doomed), adapters=len(seen)):
+            count = self.vault.records.delete(sorted(doomed))
+            adapters.drop(seen)
+            if adapters.draft_trained_on(PRIVATE) & doomed:
+                adapters.drop_draft(PRIVATE)
+        self.vault.database.compact_log()
+        self.assistant.forget_loaded()
+        learned = None
+        if retrain and worn is not None and worn.version in seen:
+            learned = self._learn_again(progress)
+        with open_participations(self._home, "") as ledger:
+            return Forgotten(count, seen, learned, len(ledger.history))
+
+    def _learn_again(self, progress: Progress | None) -> Learned | None:
+        try:
+            return self.personalize(progress=progress)
+        except DataError:
+            return None  # too little is left: the adapter is dropped
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything that is kept about the person into one ZIP file, in the clear.
+
+        Returns:
+            The file.
+
+        Raises:
+            ConfigError: It cannot be written, or is there already.
+        """
+        return write_takeout(self.vault, self.profile(), Path(path).expanduser())
+
+    def erase(self) -> Receipt:
+        """Destroy the vault and its keys; there is no way back.
+
+        Raises:
+            BusyVaultError: Another process has it open.
+        """
+        return erase(self.vault.folder, vault=self.vault)
+
+    def close(self) -> None:
+        """Let go of the vault."""
+        self.vault.close()
+
+    def __enter__(self) -> "Personalizer":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    @property
+    def _home(self) -> VaultHome:
+        return VaultHome(self.vault)

@@ -1,0 +1,60 @@
+"""Everything that a vault holds, as files that other programs read."""
+
+import json
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+from homefire.client.personalize.private import PRIVATE
+from homefire.client.profile import Profile
+from homefire.client.vault import Vault
+from homefire.common.errors import ConfigError
+from homefire.common.files import replacing
+from homefire.common.vector_file import pack_vector
+
+README = """Exported by homefire, in the clear.
+
+history.jsonl       records, one a line: text, prompt, created_at, kind, and where they came from
+profile.json        what was said to be true, and what the history shows
+participations.json rounds of federations that were taken part in, and what each cost (mu squared)
+adapters/*.safetensors
+                    versions of the private adapter: one flat vector each; what it stands on is in
+                    the header of the file
+"""
+
+
+def write_takeout(vault: Vault, profile: Profile, path: Path) -> Path:
+    """Write one ZIP file, readable by its owner only.
+
+    Raises:
+        ConfigError: It is there already, or cannot be written.
+    """
+    if path.exists():
+        raise ConfigError(f"{path}: there is a file already", hint="Name another one.")
+    try:
+        with replacing(path, mode=0o600) as file, zipfile.ZipFile(file, "w") as archive:
+            for name, content in _files(vault, profile).items():
+                archive.writestr(name, content, zipfile.ZIP_DEFLATED)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror})", hint="Name a file on a disk with room."
+        ) from error
+    return path
+
+
+def _files(vault: Vault, profile: Profile) -> dict[str, bytes]:
+    lines = [
+        json.dumps({**stored.record.to_json(), "source": stored.source}, ensure_ascii=False)
+        for stored in vault.records.history()
+    ]
+    files = {
+        "README.txt": README.encode(),
+        "history.jsonl": "".join(line + "\n" for line in lines).encode(),
+        "profile.json": json.dumps(asdict(profile), indent=2, ensure_ascii=False).encode(),
+        "participations.json": json.dumps(vault.log.participations, indent=2).encode(),
+    }
+    for each in vault.adapters.versions(PRIVATE):
+        vector = vault.adapters.vector(PRIVATE, each.version)
+        name = f"adapters/private-{each.version}.safetensors"
+        files[name] = pack_vector(vector, each.about, kind=PRIVATE)
+    return files

@@ -1,0 +1,536 @@
+"""`homefire device`: one person's vault and language model, on the person's machine."""
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from homefire.common.errors import (
+    BusyVaultError,
+    ConfigError,
+    DamagedVaultError,
+    ForeignVaultError,
+    HomefireError,
+    OldVaultError,
+    VaultVersionError,
+    WrongKeyError,
+)
+from homefire.options import AsJson
+
+if TYPE_CHECKING:
+    from homefire.client.learning import Learned
+    from homefire.client.personalizer import Personalizer
+
+device_app = typer.Typer(
+    help="""Your own language model, on this machine.
+
+    Everything lies in one encrypted vault (--home, or HOMEFIRE_HOME). It is
+    opened by the system's keystore, or by a passphrase: you are asked for it,
+    or it is taken from HOMEFIRE_PASSPHRASE.
+
+    Exit codes: 0 done, 1 refused or failed (why is on stderr), 2 wrong use,
+    3 wrong passphrase or no key, 4 damaged, older or another's vault, 5 in use
+    by another process.
+    """,
+    no_args_is_help=True,
+)
+
+HomeFolder = Annotated[
+    Path, typer.Option("--home", envvar="HOMEFIRE_HOME", help="Folder of the vault.")
+]
+HOME = Path("~/.homefire")
+RecipeName = Annotated[str, typer.Option(help="auto, plain, shared, private, retrieval or both.")]
+MostTokens = Annotated[int, typer.Option(min=1, help="Tokens of a reply at most.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the draws.")]
+
+
+@device_app.command()
+def init(
+    home: HomeFolder = HOME,
+    base_model: Annotated[
+        str | None, typer.Option(help="Alias, folder, GGUF file or hub id.")
+    ] = None,
+    protection: Annotated[
+        Literal["passphrase", "keystore", "both"] | None,
+        typer.Option(help="What opens the vault; by default the keystore if there is one."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a vault.
+
+    Example:
+      homefire device init --base-model smollm2-135m
+    """
+    from homefire.client.os_keystore import secure_backend
+    from homefire.client.personalizer import Personalizer
+    from homefire.client.vault_files import KEYS
+
+    place = home.expanduser()
+    if (place / KEYS).exists():
+        raise ConfigError(f"{place}: there is a vault already", hint="Name another --home.")
+    _no_core_dumps()
+    phrase = os.environ.get("HOMEFIRE_PASSPHRASE")
+    needed = protection in ("passphrase", "both") or (protection is None and not secure_backend())
+    if phrase is None and needed:
+        phrase = _ask_passphrase(confirm=True)
+    with Personalizer.open(
+        place, base_model=base_model, passphrase=phrase, protection=protection
+    ) as me:
+        status = me.status()
+        _show(as_json, status, f"A vault in {place}, opened by {_opener(status.protection)}.")
+
+
+@device_app.command()
+def remember(
+    text: Annotated[str, typer.Argument(help="Your own words; - reads standard input.")],
+    prompt: Annotated[str | None, typer.Option(help="What they answer, if anything.")] = None,
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Keep something you say."""
+    words = sys.stdin.read() if text == "-" else text
+    with _vault(home) as me:
+        number = me.remember(words, prompt=prompt)
+        _show(as_json, {"id": number}, f"Record {number}.")
+
+
+@device_app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="A file or a folder.")],
+    format: Annotated[
+        Literal["jsonl", "text", "mbox", "chatgpt", "claude"] | None,
+        typer.Option(help="Found out if absent."),
+    ] = None,
+    me: Annotated[str | None, typer.Option(help="Your e-mail addresses, for mailboxes.")] = None,
+    on_bad: Annotated[
+        Literal["error", "skip"], typer.Option(help="What to do about a bad record.")
+    ] = "error",
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Read your history: JSON Lines, text files, a mailbox, a ChatGPT or Claude export.
+
+    What was imported from the same file before is left out.
+    """
+    with _vault(home) as own:
+        found = own.import_records(path, format=format, me=me, on_bad=on_bad)
+        left = sum(found.skipped.values())
+        more = f", {left} left out" if left else ""
+        _show(as_json, found, f"{found.added} new records, {found.known} known{more}.")
+
+
+@device_app.command()
+def personalize(
+    memory_limit: Annotated[
+        int | None, typer.Option(min=1, help="MiB that training may take besides the model.")
+    ] = None,
+    seed: Seed = 0,
+    restore: Annotated[
+        int | None, typer.Option(help="Use this earlier version instead of training.")
+    ] = None,
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Train your private adapter from your history.
+
+    The better of the old one and the new one is used, by your newest records.
+    A training that was interrupted goes on where it was.
+    """
+    with _vault(home) as me:
+        if restore is not None:
+            me.restore(restore)
+            _show(as_json, {"version": restore}, f"Version {restore} is in use.")
+            return
+        with _progress(as_json) as advance:
+            found = me.personalize(memory_limit=memory_limit, seed=seed, progress=advance)
+        _show(as_json, found, _learned(found))
+
+
+@device_app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="Anything; - reads standard input.")],
+    recipe: RecipeName = "auto",
+    max_tokens: MostTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Ask one question."""
+    words = sys.stdin.read() if question == "-" else question
+    with _vault(home) as me:
+        reply = me.ask(
+            words, recipe=recipe, max_tokens=max_tokens, temperature=temperature, seed=seed
+        )
+        if as_json:
+            text = str(reply)
+            about = {"records": reply.records, "finish_reason": reply.finish_reason}
+            typer.echo(json.dumps({"text": text, "recipe": reply.recipe.model_dump(), **about}))
+            return
+        for piece in reply:
+            typer.echo(piece, nl=False)
+        typer.echo()
+
+
+@device_app.command()
+def chat(
+    recipe: RecipeName = "auto",
+    max_tokens: MostTokens = 256,
+    temperature: Temperature = 0.0,
+    learn: Annotated[bool, typer.Option(help="Remember what you say.")] = False,
+    home: HomeFolder = HOME,
+) -> None:
+    """Talk; an empty line or end of input ends it."""
+    from homefire.client.personalize.decoding import Sampling
+
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
+    messages: list[Any] = []
+    with _vault(home) as me:
+        while question := _line("> "):
+            messages.append({"role": "user", "content": question})
+            reply = me.chat(messages, recipe=recipe, sampling=sampling)
+            for piece in reply:
+                typer.echo(piece, nl=False)
+            typer.echo()
+            messages.append({"role": "assistant", "content": reply.text})
+            if learn:
+                me.remember(question)
+
+
+@device_app.command()
+def status(home: HomeFolder = HOME, as_json: AsJson = False) -> None:
+    """What is stored, and what was shared."""
+    with _vault(home) as me:
+        found = me.status()
+    if as_json:
+        _show(True, found, "")
+        return
+    table = Table(box=None, show_header=False)
+    worn = next((each for each in found.private if each.worn), None)
+    size, dates = f"{found.bytes / 1e6:.1f} MB", f", {found.oldest} to {found.newest}"
+    rows = {
+        "vault": f"{found.folder}, {size}, opened by {_opener(found.protection)}",
+        "base model": found.base_model,
+        "records": str(found.records) + (dates if found.oldest else ""),
+        "private adapter": "none in use"
+        if worn is None
+        else f"version {worn.version} of {len(found.private)}, {worn.created_at}",
+        "shared adapter": "none"
+        if found.shared is None
+        else f"round {found.shared.about['round']} of run {found.shared.about['run'][:8]}",
+        "taken part in": f"{found.participations} rounds",
+        "ε spent": _spent(found.epsilon, found.lifetime_epsilon, found.delta),
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    Console().print(table)
+
+
+@device_app.command()
+def profile(
+    fact: Annotated[
+        str | None, typer.Option("--set", metavar="NAME=VALUE", help="Say something; NAME= unsays.")
+    ] = None,
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """What you said about yourself, and what your history shows by counting."""
+    with _vault(home) as me:
+        if fact is not None:
+            name, mark, value = fact.partition("=")
+            if not mark or not name.strip():
+                raise ConfigError(f"{fact!r} is no fact", hint="Write --set name=Ann.")
+            me.set_fact(name.strip(), value.strip() or None)
+        found = me.profile()
+    if as_json:
+        _show(True, found, "")
+        return
+    for name, value in found.facts.items():
+        typer.echo(f"{name}: {value}")
+    typer.echo(
+        f"{found.records} records of {found.mean_words:.0f} words on average; "
+        f"{found.questions:.0%} ask something, {found.lower_case:.0%} begin in lower case."
+    )
+    if found.words:
+        typer.echo("Frequent: " + ", ".join(word for word, _ in found.words))
+
+
+@device_app.command()
+def forget(
+    ids: Annotated[list[int] | None, typer.Option("--id", help="This record. Repeatable.")] = None,
+    query: Annotated[str | None, typer.Option(help="Records that hold all these words.")] = None,
+    before: Annotated[str | None, typer.Option(help="Records older than this date.")] = None,
+    retrain: Annotated[bool, typer.Option(help="Train again without them.")] = True,
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Forget records, and every private adapter that has seen them.
+
+    What was contributed to a shared adapter before stays in it, within the
+    epsilon that its releases state.
+    """
+    with _vault(home) as me, _progress(as_json) as advance:
+        found = me.forget(
+            ids=ids or (), query=query, before=before, retrain=retrain, progress=advance
+        )
+    said = f"{found.records} records forgotten, {len(found.adapters)} private adapters deleted."
+    if found.learned is not None:
+        said += " " + _learned(found.learned)
+    if found.shared:
+        said += (
+            f" {found.shared} rounds were taken part in before: what they contributed stays in "
+            "the shared adapter, within its epsilon."
+        )
+    _show(as_json, found, said)
+
+
+@device_app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="A ZIP file that is made.")],
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Write all that is kept about you into one file, in the clear."""
+    with _vault(home) as me:
+        made = me.export(path)
+    _show(as_json, {"path": str(made)}, f"{made}: not encrypted; keep it where you keep letters.")
+
+
+@device_app.command()
+def erase(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Destroy the vault and its keys; copies of it become unreadable too.
+
+    Works without the passphrase. What privacy was spent is remembered, so that
+    joining again does not spend it twice.
+    """
+    from homefire.client import erasure
+
+    place = home.expanduser()
+    if not yes and not typer.confirm(f"Destroy everything in {place}? There is no way back."):
+        raise typer.Exit(1)
+    try:
+        with _vault(home, ask=False) as me:
+            receipt = me.erase()
+    except WrongKeyError:
+        receipt = erasure.erase(place)
+    _show(as_json, receipt, f"{receipt.statement}\nReceipt: {place / erasure.RECEIPT}")
+
+
+@device_app.command()
+def join(
+    superlink: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the federation.")],
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="The authority behind its certificate.")
+    ] = None,
+    node_key: Annotated[
+        Path | None, typer.Option(help="The key that the operator registered, if it is asked for.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="Without TLS, on this machine alone.")] = False,
+    on_mains: Annotated[bool, typer.Option(help="Only while not on the battery.")] = False,
+    when_idle: Annotated[bool, typer.Option(help="Only while there is little to do.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: HomeFolder = HOME,
+) -> None:
+    """Take part in a federation until you stop it (Ctrl-C).
+
+    Shows beforehand what would be sent, and afterwards what was. The code that
+    trains is the one installed here, whatever the server sends.
+    """
+    from homefire.client.conditions import is_idle, on_mains_power
+    from homefire.client.joining import Link
+
+    link = Link(superlink, root_certificates, insecure, node_key)
+    conditions = [on_mains_power] * on_mains + [is_idle] * when_idle
+    with _vault(home) as me:
+        shown = me.preview()
+        typer.echo(
+            f"Each contribution: {shown.parameters} numbers, {shown.bytes_up / 1e3:.1f} kB up, "
+            f"{shown.bytes_down / 1e3:.1f} kB down; at most ε = {_epsilon(shown.largest_epsilon)} "
+            "each.\nε spent so far: "
+            f"{_spent(shown.spent_epsilon, shown.lifetime_epsilon, shown.delta)}. "
+            "Your texts stay here."
+        )
+        if not yes and not typer.confirm(f"Take part at {superlink}?"):
+            raise typer.Exit(1)
+        stop = Event()
+        signal.signal(signal.SIGINT, lambda *_: stop.set())
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        done = me.join(link, conditions=conditions, stop=stop)
+        after = me.status()
+        spent = _spent(after.epsilon, after.lifetime_epsilon, after.delta)
+        typer.echo(f"Took part in {len(done)} rounds; ε spent: {spent}.")
+
+
+@device_app.command()
+def serve(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
+    host: Annotated[
+        str, typer.Option(help="Another than this machine needs --expose.")
+    ] = "127.0.0.1",
+    expose: Annotated[
+        bool, typer.Option(help="Let other machines ask; put TLS in front of it yourself.")
+    ] = False,
+    learn: Annotated[bool, typer.Option(help="Remember what you say in conversations.")] = False,
+    new_token: Annotated[bool, typer.Option(help="Draw another token; old ones end.")] = False,
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Serve any app on this machine, OpenAI-compatible, and a page for you.
+
+    Models: homefire (what works best for you), homefire/plain, homefire/shared,
+    homefire/private, homefire/retrieval, homefire/both.
+
+    Example:
+      OPENAI_BASE_URL=http://127.0.0.1:8765/v1 OPENAI_API_KEY=<token> some-app
+    """
+    from homefire.client.serving import serve as serve_vault
+
+    with _vault(home) as me:
+        serve_vault(
+            me,
+            host=host,
+            port=port,
+            expose=expose,
+            learn=learn,
+            new_token=new_token,
+            say=lambda url, token: _show(
+                as_json,
+                {"url": url, "token": token},
+                f"Page: {url}/#token={token}\nFor apps: base URL {url}/v1, API key {token}",
+            ),
+        )
+
+
+@device_app.command()
+def doctor(
+    accept_backup: Annotated[
+        bool,
+        typer.Option(
+            help="Go on with a vault from a backup: what was forgotten since is there again; what "
+            "privacy was spent since stays spent."
+        ),
+    ] = False,
+    rotate: Annotated[bool, typer.Option(help="Encrypt everything under new keys.")] = False,
+    change_passphrase: Annotated[bool, typer.Option(help="Ask for a new passphrase.")] = False,
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Look at every page of the vault, and mend what can be mended."""
+    with _vault(home, accept_backup=accept_backup) as me:
+        if change_passphrase:
+            me.vault.change_protection(passphrase=_ask_passphrase(confirm=True))
+        if rotate:
+            me.vault.rotate(passphrase=me.passphrase)
+        problems = me.vault.database.problems()
+    _show(as_json, {"problems": problems}, "\n".join(problems) or "The vault is whole.")
+    if problems:
+        raise typer.Exit(4)
+
+
+@contextmanager
+def _vault(
+    home: Path, *, ask: bool = True, accept_backup: bool = False
+) -> Iterator["Personalizer"]:
+    """An existing vault, open; asks for the passphrase where one is needed."""
+    from homefire.client.keys import KeyFile
+    from homefire.client.personalizer import Personalizer
+    from homefire.client.vault_files import KEYS
+
+    _no_core_dumps()
+    place = home.expanduser()
+    phrase = os.environ.get("HOMEFIRE_PASSPHRASE")
+    protection = KeyFile.read(place / KEYS).header.protection
+    if phrase is None and protection != "keystore" and ask and sys.stdin.isatty():
+        phrase = _ask_passphrase(confirm=False)
+    with Personalizer.open(place, passphrase=phrase, accept_backup=accept_backup) as me:
+        yield me
+
+
+def _ask_passphrase(*, confirm: bool) -> str:
+    if not sys.stdin.isatty():
+        raise ConfigError("a passphrase is needed", hint="Set HOMEFIRE_PASSPHRASE.")
+    return str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm))
+
+
+def _line(mark: str) -> str:
+    try:
+        return input(mark).strip()
+    except EOFError:
+        return ""
+
+
+def _no_core_dumps() -> None:
+    """A crash must not write keys and texts to the disk."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+@contextmanager
+def _progress(as_json: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a training; none where a machine reads."""
+    if as_json:
+        yield lambda step, steps: None
+        return
+    from homefire.client.progress import step_bar
+
+    with step_bar(Console(stderr=True), "Private adapter") as advance:
+        yield advance
+
+
+def _show(as_json: bool, found: Any, said: str) -> None:
+    if as_json:
+        plain = asdict(found) if is_dataclass(found) and not isinstance(found, type) else found
+        typer.echo(json.dumps(plain, default=str, ensure_ascii=False))
+    else:
+        typer.echo(said)
+
+
+def _learned(found: "Learned") -> str:
+    numbers = f"{found.loss_without:.3f} without, {found.loss_trained:.3f} with the new one"
+    if found.loss_before is not None:
+        numbers += f", {found.loss_before:.3f} with the one before"
+    outcome = f"Version {found.version} is in use" if found.version else "None is in use"
+    if not found.kept:
+        outcome += ": the new one is not better"
+    return f"{outcome} (loss on your newest records: {numbers})."
+
+
+def _opener(protection: str) -> str:
+    return {
+        "passphrase": "a passphrase",
+        "keystore": "the system's keystore",
+        "both": "a passphrase and the system's keystore",
+    }[protection]
+
+
+def _spent(epsilon: float | None, allowed: float, delta: float) -> str:
+    return f"{_epsilon(epsilon)} of {allowed:g} at δ = {delta:g}"
+
+
+def _epsilon(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.2f}"
+
+
+def exit_code(error: HomefireError) -> int:
+    """What a command ends with."""
+    if isinstance(error, WrongKeyError):
+        return 3
+    if isinstance(error, DamagedVaultError | ForeignVaultError | OldVaultError | VaultVersionError):
+        return 4
+    return 5 if isinstance(error, BusyVaultError) else 1

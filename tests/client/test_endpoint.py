@@ -1,0 +1,300 @@
+"""The endpoint: OpenAI's client against it, and who may ask."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from starlette.testclient import TestClient
+from tiny_vaults import PASSPHRASE, served_on_a_port
+
+from homefire.client import Personalizer
+from homefire.client.completions import read_request
+from homefire.client.endpoint import HEADERS, MOST_BYTES, make_app, token_of
+from homefire.client.personalize.recipe import RECIPES
+from homefire.common.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
+QUESTION = [{"role": "user", "content": "the quick"}]
+
+
+@pytest.fixture
+def me(tmp_path: Path, tiny_llama: Path) -> Iterator[Personalizer]:
+    home = tmp_path / "home"
+    with Personalizer.open(home, base_model=str(tiny_llama), passphrase=PASSPHRASE) as opened:
+        opened.remember("my cat is called Mauzi")
+        yield opened
+
+
+@pytest.fixture
+def client(me: Personalizer) -> TestClient:
+    """Asks with the token, in this process."""
+    app = make_app(me, token_of(me))
+    headers = {"Authorization": f"Bearer {token_of(me)}"}
+    return TestClient(app, base_url="http://127.0.0.1:8765", headers=headers)
+
+
+def ask(client: TestClient, **fields: Any) -> dict[str, Any]:
+    asked = {"model": "homefire/plain", "messages": QUESTION, "max_tokens": 4, **fields}
+    answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+# OpenAI's own client, over a real socket
+
+
+@pytest.fixture
+def served(me: Personalizer) -> Iterator[openai.OpenAI]:
+    with served_on_a_port(make_app(me, token_of(me))) as url:
+        base, key = f"{url}/v1", token_of(me)
+        with openai.OpenAI(base_url=base, api_key=key, max_retries=0) as client:
+            yield client
+
+
+def test_openais_client_gets_completions(served: openai.OpenAI, me: Personalizer) -> None:
+    expected = str(me.ask("the quick", recipe="plain", max_tokens=6))
+    answer = served.chat.completions.create(
+        model="homefire/plain",
+        messages=[{"role": "user", "content": "the quick"}],
+        max_completion_tokens=6,
+    )
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert 0 < answer.usage.completion_tokens <= 6
+
+
+def test_openais_client_gets_streams(served: openai.OpenAI, me: Personalizer) -> None:
+    expected = str(me.ask("the quick", recipe="plain", max_tokens=6))
+    stream = served.chat.completions.create(
+        model="homefire/plain",
+        messages=[{"role": "user", "content": "the quick"}],
+        max_tokens=6,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == expected
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage is not None
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+
+
+def test_openais_client_lists_the_recipes(served: openai.OpenAI) -> None:
+    names = [model.id for model in served.models.list()]
+    assert names == ["homefire", *(f"homefire/{recipe}" for recipe in RECIPES)]
+
+
+def test_openais_client_sees_errors_as_its_own(served: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="no model 'gpt-9'"):
+        served.chat.completions.create(
+            model="gpt-9", messages=[{"role": "user", "content": "the quick"}]
+        )
+    with pytest.raises(openai.AuthenticationError):
+        served.with_options(api_key="wrong").models.list()
+
+
+# What may be asked
+
+
+def test_drawn_replies_follow_the_seed(client: TestClient) -> None:
+    drawn = [ask(client, temperature=1.0, seed=s, max_tokens=12) for s in (1, 1, 2)]
+    texts = [each["choices"][0]["message"]["content"] for each in drawn]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_what_is_not_done_here_is_an_error(client: TestClient) -> None:
+    refused: list[dict[str, Any]] = [
+        {"n": 2},
+        {"tools": []},
+        {"logprobs": True},
+        {"messages": []},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {"messages": [{"role": "assistant", "content": "no question"}]},
+        {"temperature": -1},
+        {"max_tokens": 0},
+    ]
+    for wrong in refused:
+        asked = {"model": "homefire", "messages": QUESTION, **wrong}
+        answer = client.post("/v1/chat/completions", json=asked)
+        assert answer.status_code == 400, wrong
+        assert answer.json()["error"]["message"]
+    for raw in (b"", b"[]", b"{", b"\xff"):
+        assert client.post("/v1/chat/completions", content=raw).status_code == 400
+
+
+def test_what_changes_nothing_is_read_past(client: TestClient) -> None:
+    assert ask(client, user="me", metadata={}, stop=None, temperature=None)["choices"]
+
+
+def test_text_in_parts_is_text() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    asked = read_request({"model": "homefire", "messages": [{"role": "user", "content": parts}]})
+    assert asked.messages == [{"role": "user", "content": "one two"}]
+    assert asked.recipe == "auto"
+
+
+@pytest.mark.parametrize("model", ["homefire/", "homefire/auto", "gpt-4", ""])
+def test_a_model_that_is_none_is_named(model: str) -> None:
+    with pytest.raises(ConfigError, match="there is no model"):
+        read_request({"model": model, "messages": QUESTION})
+
+
+def test_without_an_encoder_there_are_no_embeddings(client: TestClient) -> None:
+    answer = client.post("/v1/embeddings", json={"model": "homefire/encoder", "input": "a"})
+    assert answer.status_code == 400
+    assert "encoder" in answer.json()["error"]["message"]
+
+
+def test_learning_is_asked_for(me: Personalizer) -> None:
+    headers = {"Authorization": f"Bearer {token_of(me)}"}
+    turns = [
+        {"role": "assistant", "content": "Who is it?"},
+        {"role": "user", "content": "It is Ann"},
+    ]
+    for learn, expected in ((False, 1), (True, 2)):
+        app = make_app(me, token_of(me), learn=learn)
+        client = TestClient(app, base_url="http://localhost", headers=headers)
+        ask(client, messages=turns)
+        assert len(me.vault.records) == expected
+    newest = me.vault.records.newest(1)[0].record
+    assert (newest.text, newest.prompt) == ("It is Ann", "Who is it?")
+
+
+# Who may ask
+
+
+def test_nobody_asks_without_the_token(client: TestClient) -> None:
+    for path in ("/v1/models", "/api/status", "/api/records", "/v1/chat/completions", "/nothing"):
+        for given in ("", "Bearer", "Bearer wrong", token_of_client(client) + "x"):
+            answer = client.get(path, headers={"Authorization": given})
+            assert answer.status_code == 401, (path, given)
+            assert "Mauzi" not in answer.text
+
+
+def token_of_client(client: TestClient) -> str:
+    return client.headers["Authorization"]
+
+
+def test_the_page_itself_is_open_and_holds_nothing(client: TestClient) -> None:
+    for path in ("/", "/page.js", "/page.css"):
+        answer = client.get(path, headers={"Authorization": ""})
+        assert answer.status_code == 200
+        assert "Mauzi" not in answer.text
+        for name, value in HEADERS.items():
+            assert answer.headers[name] == value
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "", "[::2]:8765"]
+)
+def test_a_name_that_points_here_opens_nothing(client: TestClient, host: str) -> None:
+    """DNS rebinding: the browser believes that this is the attacker's own page."""
+    answer = client.get("/api/status", headers={"Host": host})
+    assert answer.status_code == 421
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:9999"])
+def test_pages_of_other_origins_may_not_ask(client: TestClient, origin: str) -> None:
+    answer = client.get("/api/status", headers={"Origin": origin})
+    assert answer.status_code == 403
+    assert "access-control-allow-origin" not in answer.headers
+    own = client.get("/api/status", headers={"Origin": "http://127.0.0.1:8765"})
+    assert own.status_code == 200
+
+
+def test_a_request_that_is_too_long_is_refused(client: TestClient) -> None:
+    answer = client.post("/v1/chat/completions", content=b" " * (MOST_BYTES + 1))
+    assert answer.status_code == 413
+
+
+def test_a_new_token_ends_the_old_one(me: Personalizer) -> None:
+    old = token_of(me)
+    assert token_of(me) == old
+    new = token_of(me, new=True)
+    assert new != old
+    assert token_of(me) == new
+    assert len(new) >= 40
+
+
+# The person's desk
+
+
+def test_what_is_stored_can_be_seen_changed_and_forgotten(
+    client: TestClient, me: Personalizer
+) -> None:
+    number = client.post("/api/records", json={"text": "I moved to Porto"}).json()["id"]
+    shown = client.get("/api/records").json()
+    assert [each["text"] for each in shown["records"]] == [
+        "I moved to Porto",
+        "my cat is called Mauzi",
+    ]
+    found = client.get("/api/records", params={"q": "where is my cat"}).json()["records"]
+    assert found[0]["text"] == "my cat is called Mauzi"
+    changed = client.patch(f"/api/records?id={number}", json={"text": "I moved to Lisbon"})
+    assert changed.status_code == 200
+    assert me.vault.records[number].record.text == "I moved to Lisbon"
+    gone = client.post("/api/forget", json={"ids": [number]}).json()
+    assert gone["records"] == 1
+    assert len(me.vault.records) == 1
+
+
+def test_pages_of_records_follow_each_other(client: TestClient, me: Personalizer) -> None:
+    for n in range(60):
+        me.remember(f"number {n}")
+    first = client.get("/api/records").json()
+    second = client.get("/api/records", params={"before": first["next"]}).json()
+    assert len(first["records"]) == 50
+    assert len(second["records"]) == 11
+    assert second["next"] is None
+
+
+def test_what_is_wrong_is_said(client: TestClient) -> None:
+    assert client.post("/api/records", json={"text": " "}).status_code == 400
+    assert client.patch("/api/records?id=999", json={"text": "a"}).status_code == 400
+    assert client.patch("/api/records?id=x", json={"text": "a"}).status_code == 400
+    assert client.patch("/api/records", json={"text": "a"}).status_code == 400
+    assert client.post("/api/forget", json={}).status_code == 400
+    assert client.post("/api/forget", json={"ids": "1"}).status_code == 400
+    assert client.post("/api/erase", json={"word": "yes"}).status_code == 400
+    assert client.get("/api/records", params={"before": "x"}).status_code == 400
+
+
+def test_facts_status_and_what_was_shared(client: TestClient, me: Personalizer) -> None:
+    client.post("/api/profile", json={"name": "name", "value": "Ann"})
+    assert client.get("/api/profile").json()["facts"] == {"name": "Ann"}
+    assert client.get("/api/status").json()["records"] == 1
+    assert client.get("/api/shared").json() == {"participations": []}
+    me.vault.log.append(
+        "participation",
+        run="a" * 32,
+        round=1,
+        adapter_digest="b" * 64,
+        rule="gaussian",
+        charge=0.25,
+        plan_digest="c" * 64,
+    )
+    (entry,) = client.get("/api/shared").json()["participations"]
+    assert entry == {"run": "a" * 32, "round": 1, "rule": "gaussian", "charge": 0.25}
+
+
+def test_the_word_erases(client: TestClient, me: Personalizer) -> None:
+    receipt = client.post("/api/erase", json={"word": "erase"}).json()
+    assert receipt["records"] == 1
+    assert not (me.vault.folder / "keys.json").exists()
+    answer = client.get("/api/status")
+    assert answer.status_code == 503
+    assert json.loads(answer.text)["error"]["message"]
+
+
+def test_reading_a_request_names_the_field() -> None:
+    with pytest.raises(DataError, match="tools is not done here"):
+        read_request({"model": "homefire", "messages": QUESTION, "tools": []})
+    with pytest.raises(DataError, match=r"messages\.0\.role"):
+        read_request({"model": "homefire", "messages": [{"role": "tool", "content": ""}]})

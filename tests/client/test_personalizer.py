@@ -1,0 +1,359 @@
+"""The SDK, on a tiny model and a real vault."""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_vaults import PASSPHRASE
+
+from homefire.client import Personalizer
+from homefire.client import learning as learning_module
+from homefire.client.personalize.private import PRIVATE
+from homefire.client.personalize.quick import fit_memory
+from homefire.client.vault_files import KEYS
+from homefire.common.errors import ConfigError, DataError, VaultError, WrongKeyError
+from homefire.common.records import Record
+
+WORDS = "the quick brown fox jumps over the lazy dog again and again".split()
+SETTINGS = """
+[private.adapter]
+method = "lora"
+rank = 4
+alpha = 8
+targets = "all-linear"
+seed = 1
+
+[private]
+validate_every = 2
+
+[private.training]
+steps = 6
+batch_size = 2
+max_tokens = 48
+learning_rate = 0.02
+"""
+
+pytestmark = pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def me(home: Path, tiny_llama: Path) -> Iterator[Personalizer]:
+    """A person with a tiny model and twelve records."""
+    home.mkdir()
+    (home / "device.toml").write_text(f'[base_model]\nname = "{tiny_llama}"\n{SETTINGS}')
+    with Personalizer.open(home, passphrase=PASSPHRASE) as opened:
+        opened.vault.records.add(
+            [
+                Record(f"{' '.join(WORDS)} number {n}", None, f"2025-01-{n + 1:02}")
+                for n in range(12)
+            ],
+            "test",
+        )
+        yield opened
+
+
+# Opening
+
+
+def test_three_lines_are_enough(home: Path, tiny_llama: Path) -> None:
+    me = Personalizer.open(home, base_model=str(tiny_llama), passphrase=PASSPHRASE)
+    me.remember("I prefer short answers.")
+    assert str(me.ask("What is it?", max_tokens=3)) is not None
+    me.close()
+    with Personalizer.open(home, passphrase=PASSPHRASE) as again:
+        assert again.status().base_model == str(tiny_llama)
+        assert again.status().records == 1
+
+
+def test_the_passphrase_may_stand_in_the_environment(
+    home: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", PASSPHRASE)
+    Personalizer.open(home, base_model=str(tiny_llama)).close()
+    monkeypatch.delenv("HOMEFIRE_PASSPHRASE")
+    with pytest.raises(WrongKeyError, match="opened by a passphrase"):
+        Personalizer.open(home)
+
+
+def test_another_base_model_is_refused_and_the_vault_let_go(me: Personalizer) -> None:
+    with pytest.raises(ConfigError, match="base model is"):
+        Personalizer.open(me.vault.folder, base_model="another", passphrase=PASSPHRASE)
+    me.vault.change_protection(passphrase="another passphrase")  # nobody else has it open
+
+
+# Replies
+
+
+def test_a_reply_is_whole_piecewise_and_the_same_every_time(me: Personalizer) -> None:
+    whole = me.ask("the quick", max_tokens=12)
+    text = str(whole)
+    assert str(whole) == text == whole.text
+    assert "".join(me.ask("the quick", max_tokens=12)) == text
+    assert whole.finish_reason in ("stop", "length")
+    assert 0 < whole.reply_tokens <= 12
+    drawn = [str(me.ask("the quick", max_tokens=12, temperature=1.0, seed=s)) for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_reply_can_be_stopped(me: Personalizer) -> None:
+    reply = me.ask("the quick", max_tokens=50)
+    next(iter(reply))
+    reply.close()
+    assert reply.finish_reason == "stop"
+    assert str(reply) == reply.text
+    assert str(me.ask("the quick", max_tokens=2)) is not None
+
+
+def test_records_that_fit_stand_in_the_prompt(me: Personalizer) -> None:
+    me.remember("my cat is called Mauzi")
+    plain = me.ask("what is my cat called?", recipe="plain", max_tokens=1)
+    noted = me.ask("what is my cat called?", recipe="retrieval", max_tokens=1)
+    assert plain.records == ()
+    assert me.vault.records[noted.records[0]].record.text == "my cat is called Mauzi"
+    assert noted.prompt_tokens > plain.prompt_tokens
+
+
+def test_a_recipe_without_its_adapter_is_refused(me: Personalizer) -> None:
+    with pytest.raises(ConfigError, match="needs a private adapter"):
+        me.ask("anything", recipe="private")
+    with pytest.raises(ConfigError, match="no recipe 'best'"):
+        me.ask("anything", recipe="best")
+
+
+def test_auto_takes_what_there_is(me: Personalizer) -> None:
+    assert me.assistant.recipe().context == "retrieval"
+    assert set(me.assistant.recipe().weights) == {"shared"}
+    assert me.personalize().kept
+    assert set(me.assistant.recipe().weights) == {"shared", "private"}
+
+
+# Learning
+
+
+def test_what_was_learned_changes_replies_and_outlives_the_process(
+    me: Personalizer, home: Path
+) -> None:
+    before = str(me.ask("the quick", recipe="plain", max_tokens=8))
+    steps: list[tuple[int, int]] = []
+    found = me.personalize(progress=lambda step, all_: steps.append((step, all_)))
+    assert steps == [(n, 6) for n in range(1, 7)]
+    assert found.kept
+    assert found.version == 1
+    assert found.loss_trained < found.loss_without
+    assert found.records == 12
+    after = str(me.ask("the quick", recipe="private", max_tokens=8))
+    assert after != before
+    assert str(me.ask("the quick", recipe="plain", max_tokens=8)) == before
+    me.close()
+    with Personalizer.open(home, passphrase=PASSPHRASE) as again:
+        assert str(again.ask("the quick", recipe="private", max_tokens=8)) == after
+
+
+def test_never_worse(me: Personalizer) -> None:
+    """The same training once more is no better, so the first one stays; earlier ones come back."""
+    first = me.personalize()
+    again = me.personalize()
+    assert not again.kept
+    assert again.version == first.version == 1
+    assert again.loss_before == pytest.approx(again.loss_trained)
+    me.vault.records.add([Record("quite other words", None, "2025-02-01")] * 3, "more")
+    third = me.personalize(seed=3)
+    if third.kept:
+        me.restore(1)
+    worn = me.vault.adapters.worn(PRIVATE)
+    assert worn is not None
+    assert worn.version == 1
+
+
+def test_taken_up_again(me: Personalizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class KilledError(Exception):
+        pass
+
+    def dying(step: int, steps: int) -> None:
+        if step == 5:
+            raise KilledError
+
+    whole = me.personalize()
+    with me.vault.database.transaction():
+        me.vault.adapters.drop([1])
+    with pytest.raises(KilledError):
+        me.personalize(progress=dying)
+    steps: list[int] = []
+    found = me.personalize(progress=lambda step, _: steps.append(step))
+    assert steps == [5, 6]  # the last look was after 4
+    assert found.loss_trained == whole.loss_trained
+    assert me.vault.adapters.draft(PRIVATE) is None
+
+
+def test_a_draft_of_another_training_is_not_taken_up(me: Personalizer) -> None:
+    class KilledError(Exception):
+        pass
+
+    def dying(step: int, steps: int) -> None:
+        if step == 5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        me.personalize(progress=dying)
+    me.remember("one more record")
+    steps: list[int] = []
+    me.personalize(progress=lambda step, _: steps.append(step))
+    assert steps[0] == 1
+
+
+def test_too_few_records_are_not_learned_from(home: Path, tiny_llama: Path) -> None:
+    with Personalizer.open(home, base_model=str(tiny_llama), passphrase=PASSPHRASE) as me:
+        me.remember("one")
+        with pytest.raises(DataError, match="too few"):
+            me.personalize()
+
+
+def test_within_a_memory_limit(me: Personalizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+    real = fit_memory
+
+    def spy(*given: object, limit_mib: int | None) -> tuple[int | None, bool]:
+        asked.append(limit_mib)
+        return real(*given, limit_mib=limit_mib)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(learning_module, "fit_memory", spy)
+    me.personalize(memory_limit=64)
+    assert asked == [64]
+
+
+# Forgetting
+
+
+def test_forgotten_is_gone(me: Personalizer, home: Path) -> None:
+    canary = "zyzzyva-4711"
+    number = me.remember(f"the word is {canary}")
+    me.personalize()
+    found = me.forget(ids=[number])
+    assert found.records == 1
+    assert found.adapters == (1,)
+    assert found.learned is not None
+    assert found.learned.version == 2
+    assert me.search(canary) == []
+    assert canary not in json.dumps([r.record.text for r in me.vault.records.history()])
+    assert [each.version for each in me.vault.adapters.versions(PRIVATE)] == [2]
+    assert number not in me.vault.adapters.trained_on(2)
+
+
+def test_forgetting_by_time_and_by_words(me: Personalizer) -> None:
+    assert me.forget(before="2025-01-04", retrain=False).records == 3
+    assert me.forget(query="number 7", retrain=False).records == 1
+    assert me.status().records == 8
+    with pytest.raises(ConfigError, match="what to forget"):
+        me.forget()
+
+
+def test_without_training_again_the_adapter_is_dropped(me: Personalizer) -> None:
+    me.personalize()
+    found = me.forget(ids=[1], retrain=False)
+    assert found.adapters == (1,)
+    assert found.learned is None
+    assert me.status().private == ()
+    with pytest.raises(ConfigError, match="private adapter"):
+        me.ask("anything", recipe="private")
+
+
+def test_adapters_that_have_not_seen_it_stay(me: Personalizer) -> None:
+    me.personalize()
+    number = me.remember("said afterwards")
+    assert me.forget(ids=[number]).adapters == ()
+    assert [each.version for each in me.status().private] == [1]
+
+
+def test_a_training_that_was_put_down_forgets_too(me: Personalizer) -> None:
+    class KilledError(Exception):
+        pass
+
+    def dying(step: int, steps: int) -> None:
+        if step == 5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        me.personalize(progress=dying)
+    me.forget(ids=[1])
+    assert me.vault.adapters.draft(PRIVATE) is None
+
+
+# The rest
+
+
+def test_a_profile_is_what_was_said_and_what_can_be_counted(me: Personalizer) -> None:
+    me.set_fact("name", "Ann")
+    me.set_fact("mood", "fine")
+    me.set_fact("mood", None)
+    found = me.profile()
+    assert found.facts == {"name": "Ann"}
+    assert found.records == 12
+    assert found.lower_case == 1.0
+    assert "again" in dict(found.words)
+
+
+def test_an_export_holds_everything_once(me: Personalizer, tmp_path: Path) -> None:
+    me.personalize()
+    path = me.export(tmp_path / "out.zip")
+    assert path.stat().st_mode & 0o077 == 0
+    with zipfile.ZipFile(path) as archive:
+        lines = archive.read("history.jsonl").decode().splitlines()
+        names = archive.namelist()
+    assert [json.loads(line)["text"] for line in lines] == [
+        each.record.text for each in me.vault.records.history()
+    ]
+    assert "adapters/private-1.safetensors" in names
+    with pytest.raises(ConfigError, match="already"):
+        me.export(path)
+
+
+def test_an_export_can_be_imported_again(
+    me: Personalizer, tmp_path: Path, tiny_llama: Path
+) -> None:
+    with zipfile.ZipFile(me.export(tmp_path / "out.zip")) as archive:
+        archive.extract("history.jsonl", tmp_path)
+    lines = [json.loads(each) for each in (tmp_path / "history.jsonl").read_text().splitlines()]
+    plain = "".join(
+        json.dumps({k: v for k, v in line.items() if k != "source"}) + "\n" for line in lines
+    )
+    (tmp_path / "again.jsonl").write_text(plain)
+    other = tmp_path / "other"
+    with Personalizer.open(other, base_model=str(tiny_llama), passphrase=PASSPHRASE) as again:
+        assert again.import_records(tmp_path / "again.jsonl").added == 12
+        assert again.import_records(tmp_path / "again.jsonl").known == 12
+
+
+def test_bad_records_stop_an_import_or_are_left_out(me: Personalizer, tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+    with pytest.raises(DataError, match="line 2"):
+        me.import_records(path)
+    assert me.status().records == 12
+    found = me.import_records(path, on_bad="skip")
+    assert (found.added, found.skipped) == (2, {"empty text": 1})
+
+
+def test_status_says_what_is_there(me: Personalizer) -> None:
+    me.personalize()
+    found = me.status()
+    assert (found.records, found.oldest, found.newest) == (12, "2025-01-01", "2025-01-12")
+    assert [each.worn for each in found.private] == [True]
+    assert found.shared is None
+    assert (found.participations, found.epsilon) == (0, 0.0)
+    assert found.bytes > 0
+    assert found.protection == "passphrase"
+
+
+def test_erased_is_gone(me: Personalizer, home: Path) -> None:
+    receipt = me.erase()
+    assert receipt.records == 12
+    assert not (home / KEYS).exists()
+    with pytest.raises(VaultError):
+        me.status()

@@ -1,0 +1,204 @@
+"""`homefire device`: the verbs, their JSON, and what they end with."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from tiny_vaults import CANARY, PASSPHRASE
+from typer.testing import CliRunner
+
+from homefire import device_commands
+from homefire.common.errors import (
+    BusyVaultError,
+    ConfigError,
+    DamagedVaultError,
+    ForeignVaultError,
+    OldVaultError,
+    VaultVersionError,
+    WrongKeyError,
+)
+from homefire.device_commands import device_app, exit_code
+
+pytestmark = pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
+SETTINGS = """
+[private]
+validate_every = 1
+
+[private.training]
+steps = 2
+batch_size = 2
+max_tokens = 32
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A vault with four records, in the folder that HOMEFIRE_HOME names."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("HOMEFIRE_HOME", str(folder))
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", PASSPHRASE)
+    run("init", "--base-model", str(tiny_llama))
+    settings = folder / "device.toml"
+    settings.write_text(settings.read_text() + SETTINGS)
+    for text in ("the first", "the second", "the third", f"the fourth, {CANARY}"):
+        run("remember", text)
+    return folder
+
+
+def device(*arguments: str, stdin: str | None = None) -> Result:
+    environment = {"COLUMNS": "120", "NO_COLOR": "1"}
+    return CliRunner().invoke(device_app, arguments, input=stdin, env=environment)
+
+
+def run(*arguments: str, stdin: str | None = None) -> str:
+    done = device(*arguments, stdin=stdin)
+    assert done.exit_code == 0, f"{done.output}{done.exception!r}"
+    return done.stdout
+
+
+def as_json(*arguments: str) -> Any:
+    said = run(*arguments, "--json")
+    assert said.count("\n") == 1
+    return json.loads(said)
+
+
+def test_every_verb_says_json(home: Path, tmp_path: Path) -> None:
+    assert as_json("remember", "one more")["id"] == 5
+    (tmp_path / "more.jsonl").write_text('{"text": "imported"}\n')
+    assert as_json("import", str(tmp_path / "more.jsonl"))["added"] == 1
+    learned = as_json("personalize")
+    assert learned["records"] == 6
+    asked = as_json("ask", "the first", "--recipe", "plain", "--max-tokens", "3")
+    assert set(asked) == {"text", "recipe", "records", "finish_reason"}
+    status = as_json("status")
+    assert (status["records"], status["participations"]) == (6, 0)
+    assert as_json("profile", "--set", "name=Ann")["facts"] == {"name": "Ann"}
+    assert as_json("forget", "--id", "5", "--no-retrain")["records"] == 1
+    assert as_json("export", str(tmp_path / "out.zip"))["path"].endswith("out.zip")
+    assert as_json("doctor") == {"problems": []}
+    assert as_json("erase", "--yes")["records"] == 5
+
+
+def test_plain_output_is_for_people(home: Path) -> None:
+    said = run("status")
+    for word in ("4, 20", "none in use", "0 rounds", "0.00 of 10 at δ = 1e-06", "a passphrase"):
+        assert word in said, said
+    assert "records of" in run("profile")
+    assert "Version 1" in run("personalize") or "None is in use" in run("personalize")
+    assert run("ask", "the first", "--max-tokens", "2").endswith("\n")
+    assert "1 records forgotten" in run("forget", "--query", "fourth", "--no-retrain")
+    assert run("doctor") == "The vault is whole.\n"
+
+
+def test_standard_input_is_read(home: Path) -> None:
+    run("remember", "-", stdin="said through a pipe")
+    assert as_json("status")["records"] == 5
+    assert run("ask", "-", "--max-tokens", "2", stdin="what did I say?")
+
+
+def test_a_chat_ends_with_an_empty_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["the first", "and then?", ""])
+    monkeypatch.setattr("builtins.input", lambda mark: next(lines))
+    run("chat", "--max-tokens", "2", "--learn")
+    assert as_json("status")["records"] == 6
+
+
+def test_the_passphrase_changes_and_the_old_one_ends(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_commands, "_ask_passphrase", lambda **_: "another passphrase")
+    run("doctor", "--change-passphrase")
+    assert isinstance(device("status").exception, WrongKeyError)
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", "another passphrase")
+    run("doctor", "--rotate")
+    assert as_json("status")["records"] == 4
+
+
+def test_a_vault_is_made_once_and_erased_without_its_passphrase(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(device("init").exception, ConfigError)
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", "wrong passphrase")
+    assert as_json("erase", "--yes")["records"] is None
+    assert not (home / "keys.json").exists()
+    refused = device("erase", stdin="n\n")
+    assert refused.exit_code == 1
+
+
+def test_without_a_passphrase_there_is_no_vault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HOMEFIRE_PASSPHRASE", raising=False)
+    done = device("init", "--home", str(tmp_path / "home"))
+    assert isinstance(done.exception, ConfigError)
+    assert "HOMEFIRE_PASSPHRASE" in done.exception.hint
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("a"), 1),
+        (WrongKeyError("a"), 3),
+        (DamagedVaultError("a"), 4),
+        (ForeignVaultError("a"), 4),
+        (OldVaultError("a"), 4),
+        (VaultVersionError("a"), 4),
+        (BusyVaultError("a"), 5),
+    ],
+)
+def test_exit_codes_are_those_of_the_help(error: ConfigError, code: int) -> None:
+    assert exit_code(error) == code
+    assert f"{code} " in device("--help").stdout
+
+
+def test_joining_needs_a_server_that_is_trusted_and_tls(home: Path) -> None:
+    done = device("join", "superlink.example:9092", "--yes")
+    assert isinstance(done.exception, ConfigError)
+    assert "trusts no server" in str(done.exception)
+    done = device("join", "superlink.example:9092", "--insecure", "--yes")
+    assert "without TLS" in str(done.exception)
+    done = device("join", "nowhere", "--yes")
+    assert "no address" in str(done.exception)
+
+
+def test_serving_elsewhere_must_be_asked_for(home: Path) -> None:
+    done = device("serve", "--host", "0.0.0.0")  # noqa: S104 - it is refused
+    assert isinstance(done.exception, ConfigError)
+    assert "--expose" in done.exception.hint
+
+
+@pytest.mark.slow
+def test_serve_answers_until_it_is_told_to_end(home: Path, tmp_path: Path) -> None:
+    """A process of its own: what it prints is all that an app needs, and nothing is left open."""
+    command = [sys.executable, "-m", "homefire", "device", "serve", "--port", "0", "--json"]
+    with (tmp_path / "errors").open("wb") as errors:
+        process = subprocess.Popen(  # noqa: S603 - our own command
+            command, stdout=subprocess.PIPE, stderr=errors
+        )
+    try:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        request = urllib.request.Request(  # noqa: S310 - this machine
+            f"{told['url']}/v1/models", headers={"Authorization": f"Bearer {told['token']}"}
+        )
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+                    names = [each["id"] for each in json.load(answer)["data"]]
+                break
+            except ConnectionError:
+                assert time.monotonic() < deadline
+        assert "homefire" in names
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+    assert CANARY.encode() not in (tmp_path / "errors").read_bytes()
+    assert as_json("status")["records"] == 4
