@@ -69,6 +69,18 @@ class Skipped:
         self.reasons[reason] += 1
 
 
+@contextmanager
+def skipping(skipped: Skipped | None) -> Iterator[None]:
+    """Leave out what is wrong within the block and count it; without `skipped`, it is an error."""
+    try:
+        yield
+    except DataError as error:
+        if skipped is None:
+            error.hint = error.hint or "Mend it, or ask to skip what is wrong."
+            raise
+        skipped.count(error.reason)
+
+
 def parse_record(value: object, *, where: str) -> Record:
     """Check one record.
 
@@ -152,24 +164,51 @@ def read_users(path: Path, *, skipped: Skipped | None = None) -> Iterator[User]:
         DataError: The file is missing or damaged, or a line is bad; names file and line.
     """
     seen: set[str] = set()
-    for number, line in _read_lines(path):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            user = parse_user(_decode(line, where=where), where=where, skipped=skipped)
+    for where, line in read_lines(path):
+        with skipping(skipped):
+            user = parse_user(parse_json(line, where=where), where=where, skipped=skipped)
             if user.user_id in seen:
                 raise DataError(
                     f"{where}: duplicate user {user.user_id!r}", reason="duplicate user"
                 )
-        except DataError as error:
-            if skipped is None:
-                error.hint = error.hint or "Mend the line, or ask to skip bad ones."
-                raise
-            skipped.count(error.reason)
-            continue
-        seen.add(user.user_id)
-        yield user
+            seen.add(user.user_id)
+            yield user
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The lines of a plain or gzip file that are not blank: the place, for errors, and the bytes.
+
+    Raises:
+        DataError: The file is missing or damaged.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file", hint="Give the path of a .jsonl or .jsonl.gz file."
+        )
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    number = 0
+    try:
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}, after line {number}: damaged gzip file ({error})") from error
+
+
+def parse_json(data: bytes, *, where: str) -> object:
+    """Decode a line, or a file, of JSON.
+
+    Raises:
+        DataError: It is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start})", reason="not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})", reason="not JSON") from error
 
 
 @contextmanager
@@ -211,7 +250,7 @@ class UserFile:
         with self.path.open("rb") as lines:
             lines.seek(offset)
             where = f"{self.path}, user {number}"
-            return parse_user(_decode(lines.readline(), where=where), where=where)
+            return parse_user(parse_json(lines.readline(), where=where), where=where)
 
     def __iter__(self) -> Iterator[User]:
         return (self[number] for number in range(len(self)))
@@ -240,12 +279,8 @@ def _parse_records(
     values: list[object], *, where: str, skipped: Skipped | None
 ) -> Iterator[Record]:
     for number, value in enumerate(values):
-        try:
+        with skipping(skipped):
             yield parse_record(value, where=f"{where}, record {number}")
-        except DataError as error:
-            if skipped is None:
-                raise
-            skipped.count(error.reason)
 
 
 def _check_text(name: str, text: str, *, where: str) -> None:
@@ -268,28 +303,3 @@ def _parse_date(date: str, *, where: str) -> datetime:
         raise DataError(
             f"{where}: created_at {date!r} is not an ISO 8601 date", reason="bad date"
         ) from error
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file", hint="Give the path of a .jsonl or .jsonl.gz file."
-        )
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    number = 0
-    try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}, after line {number}: damaged gzip file ({error})") from error
-
-
-def _decode(line: bytes, *, where: str) -> object:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start})", reason="not UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})", reason="not JSON") from error
