@@ -18,13 +18,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from homefire.common.errors import DataError
 
 T = TypeVar("T")
+
+MOST_BYTES = 2 << 30
+"""The longest line, or unpacked file, that is taken into memory as a whole."""
 
 _RECORD_KEYS = {"text", "prompt", "created_at", "kind"}
 _OFFSET = struct.Struct("<Q")
@@ -190,7 +194,9 @@ def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     number = 0
     try:
         with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(partial(file.readline, MOST_BYTES), b""), start=1):
+                if len(line) == MOST_BYTES:
+                    raise DataError(f"{path}, line {number}: {MOST_BYTES} bytes and no end")
                 if line.strip():
                     yield f"{path}, line {number}", line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -254,6 +260,23 @@ class UserFile:
 
     def __iter__(self) -> Iterator[User]:
         return (self[number] for number in range(len(self)))
+
+
+def utc_date(seconds: object, *, where: str) -> str:
+    """A record's date, from seconds since 1970.
+
+    Raises:
+        DataError: Not a number, or in no year from 1 to 9999.
+
+    >>> utc_date(1735689600, where="here")
+    '2025-01-01T00:00:00+00:00'
+    """
+    try:
+        if isinstance(seconds, int | float):
+            return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        pass
+    raise DataError(f"{where}: its time is not in seconds since 1970", reason="bad date")
 
 
 def split_newest(records: tuple[T, ...], share: float) -> tuple[tuple[T, ...], tuple[T, ...]]:
