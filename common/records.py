@@ -18,13 +18,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from homefire.common.errors import DataError
 
 T = TypeVar("T")
+
+MOST_BYTES = 2 << 30
+"""The longest line, or unpacked file, that is taken into memory as a whole."""
 
 _RECORD_KEYS = {"text", "prompt", "created_at", "kind"}
 _OFFSET = struct.Struct("<Q")
@@ -67,6 +71,18 @@ class Skipped:
     def count(self, reason: str) -> None:
         """Count one skipped line or user."""
         self.reasons[reason] += 1
+
+
+@contextmanager
+def skipping(skipped: Skipped | None) -> Iterator[None]:
+    """Leave out what is wrong within the block and count it; without `skipped`, it is an error."""
+    try:
+        yield
+    except DataError as error:
+        if skipped is None:
+            error.hint = error.hint or "Mend it, or ask to skip what is wrong."
+            raise
+        skipped.count(error.reason)
 
 
 def parse_record(value: object, *, where: str) -> Record:
@@ -167,24 +183,53 @@ def read_users(path: Path, *, skipped: Skipped | None = None) -> Iterator[User]:
         DataError: The file is missing or damaged, or a line is bad; names file and line.
     """
     seen: set[str] = set()
-    for number, line in _read_lines(path):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            user = parse_user(_decode(line, where=where), where=where, skipped=skipped)
+    for where, line in read_lines(path):
+        with skipping(skipped):
+            user = parse_user(parse_json(line, where=where), where=where, skipped=skipped)
             if user.user_id in seen:
                 raise DataError(
                     f"{where}: duplicate user {user.user_id!r}", reason="duplicate user"
                 )
-        except DataError as error:
-            if skipped is None:
-                error.hint = error.hint or "Mend the line, or ask to skip bad ones."
-                raise
-            skipped.count(error.reason)
-            continue
-        seen.add(user.user_id)
-        yield user
+            seen.add(user.user_id)
+            yield user
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The lines of a plain or gzip file that are not blank: the place, for errors, and the bytes.
+
+    Raises:
+        DataError: The file is missing or damaged.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file", hint="Give the path of a .jsonl or .jsonl.gz file."
+        )
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    number = 0
+    try:
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            for number, line in enumerate(iter(partial(file.readline, MOST_BYTES), b""), start=1):
+                if len(line) == MOST_BYTES:
+                    raise DataError(f"{path}, line {number}: {MOST_BYTES} bytes and no end")
+                if line.strip():
+                    yield f"{path}, line {number}", line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}, after line {number}: damaged gzip file ({error})") from error
+
+
+def parse_json(data: bytes, *, where: str) -> object:
+    """Decode a line, or a file, of JSON.
+
+    Raises:
+        DataError: It is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start})", reason="not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})", reason="not JSON") from error
 
 
 @contextmanager
@@ -226,10 +271,27 @@ class UserFile:
         with self.path.open("rb") as lines:
             lines.seek(offset)
             where = f"{self.path}, user {number}"
-            return parse_user(_decode(lines.readline(), where=where), where=where)
+            return parse_user(parse_json(lines.readline(), where=where), where=where)
 
     def __iter__(self) -> Iterator[User]:
         return (self[number] for number in range(len(self)))
+
+
+def utc_date(seconds: object, *, where: str) -> str:
+    """A record's date, from seconds since 1970.
+
+    Raises:
+        DataError: Not a number, or in no year from 1 to 9999.
+
+    >>> utc_date(1735689600, where="here")
+    '2025-01-01T00:00:00+00:00'
+    """
+    try:
+        if isinstance(seconds, int | float):
+            return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        pass
+    raise DataError(f"{where}: its time is not in seconds since 1970", reason="bad date")
 
 
 def split_newest(records: tuple[T, ...], share: float) -> tuple[tuple[T, ...], tuple[T, ...]]:
@@ -255,12 +317,8 @@ def _parse_records(
     values: list[object], *, where: str, skipped: Skipped | None
 ) -> Iterator[Record]:
     for number, value in enumerate(values):
-        try:
+        with skipping(skipped):
             yield parse_record(value, where=f"{where}, record {number}")
-        except DataError as error:
-            if skipped is None:
-                raise
-            skipped.count(error.reason)
 
 
 def parse_date(date: str, *, where: str) -> datetime:
@@ -280,28 +338,3 @@ def parse_date(date: str, *, where: str) -> datetime:
         raise DataError(
             f"{where}: created_at {date!r} is not an ISO 8601 date", reason="bad date"
         ) from error
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file", hint="Give the path of a .jsonl or .jsonl.gz file."
-        )
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    number = 0
-    try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}, after line {number}: damaged gzip file ({error})") from error
-
-
-def _decode(line: bytes, *, where: str) -> object:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start})", reason="not UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})", reason="not JSON") from error

@@ -20,6 +20,7 @@ from homefire.common.records import (
     parse_user,
     read_users,
     split_newest,
+    utc_date,
     write_users,
 )
 
@@ -323,6 +324,19 @@ def test_sorting_keeps_every_record_and_sorting_again_changes_nothing(
     once = oldest_first(listed)
     assert sorted(map(repr, once)) == sorted(map(repr, listed))
     assert oldest_first(once) == once
+
+
+@given(st.floats() | st.integers() | st.none() | st.booleans() | texts)
+def test_seconds_are_a_date_or_an_error(seconds: object) -> None:
+    try:
+        date = utc_date(seconds, where="here")
+    except DataError as error:
+        assert (str(error), error.reason) == (
+            "here: its time is not in seconds since 1970",
+            "bad date",
+        )
+    else:
+        assert parse_record({"text": "x", "created_at": date}, where="here").created_at == date
 
 
 histories = st.lists(st.integers(), min_size=2).map(tuple)
