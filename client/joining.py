@@ -208,11 +208,11 @@ class Membership:
         descriptor = os.open(folder / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            for command in (node, executor):
+            for command, told in ((node, subprocess.DEVNULL), (executor, subprocess.PIPE)):
                 processes.append(
                     subprocess.Popen(  # noqa: S603 - our own commands
                         command,
-                        stdin=subprocess.PIPE,
+                        stdin=told,
                         stdout=descriptor,
                         stderr=descriptor,
                         env=environment,

@@ -56,7 +56,9 @@ def serve(
     )
     with _listen(host, port) as listener:
         say(f"http://{shown}:{listener.getsockname()[1]}", token)
-        settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+        settings = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, ws="none"
+        )
         uvicorn.Server(settings).run(sockets=[listener])
 
 

@@ -199,6 +199,6 @@ def test_serve_answers_until_it_is_told_to_end(home: Path, tmp_path: Path) -> No
         assert "homefire" in names
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(20)
+        process.communicate(timeout=20)
     assert CANARY.encode() not in (tmp_path / "errors").read_bytes()
     assert as_json("status")["records"] == 4
