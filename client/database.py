@@ -3,13 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 from sqlcipher3 import dbapi2 as sqlite
 
+from homefire.common.encoding import digest
 from homefire.common.errors import (
     BusyVaultError,
     DamagedVaultError,
@@ -190,7 +190,7 @@ class Database:
 
 def salt_of(vault: str) -> bytes:
     """The first 16 bytes of a vault's database: tells whose it is, and is no secret."""
-    return sha256(b"homefire/vault-database/v1\0" + vault.encode()).digest()[:16]
+    return bytes.fromhex(digest("homefire/vault-database/v1", vault.encode()))[:16]
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -42,6 +42,7 @@ from homefire.common.privacy.randomness import derive_key, new_key
 FORMAT: Final = "homefire-keys"
 VERSION: Final = 1
 DATA_CLASSES = ("adapters", "database", "identity")
+CHECK, MAC = "homefire/vault-check/v1", "homefire/vault-mac/v1"
 NONCE_BYTES, SALT_BYTES = 12, 16
 SHORTEST_PASSPHRASE = 8
 Protection = Literal["passphrase", "keystore", "both"]
@@ -158,8 +159,8 @@ class KeyFile(BaseModel):
         """Wrap data keys."""
         key = header.encryption_key(unlock)
         wraps = {name: _wrap(key, header, name, keys[name]) for name in DATA_CLASSES}
-        check = _tag(key, "check", header.vault.encode())
-        mac = _tag(key, "mac", canonical_json([header.model_dump(), check, wraps]))
+        check = _tag(key, CHECK, header.vault.encode())
+        mac = _tag(key, MAC, canonical_json([header.model_dump(), check, wraps]))
         return cls(header=header, check=check, wraps=wraps, mac=mac)
 
     def open(self, unlock: Unlock) -> dict[str, bytes]:
@@ -170,7 +171,7 @@ class KeyFile(BaseModel):
             DamagedVaultError: The file was changed after it was sealed.
         """
         key = self.header.encryption_key(unlock)
-        if not hmac.compare_digest(self.check, _tag(key, "check", self.header.vault.encode())):
+        if not hmac.compare_digest(self.check, _tag(key, CHECK, self.header.vault.encode())):
             raise WrongKeyError(
                 "this is not the vault's passphrase"
                 if self.header.protection == "passphrase"
@@ -178,7 +179,7 @@ class KeyFile(BaseModel):
                 hint="Nothing was changed; try again.",
             )
         covered = canonical_json([self.header.model_dump(), self.check, self.wraps])
-        if not hmac.compare_digest(self.mac, _tag(key, "mac", covered)):
+        if not hmac.compare_digest(self.mac, _tag(key, MAC, covered)):
             raise DamagedVaultError(
                 "the key file was changed by somebody without its key",
                 hint="Put the newest copy of keys.json in place.",
@@ -286,7 +287,7 @@ def _new_argon2(protection: Protection) -> Argon2 | None:
 
 
 def _tag(key: bytes, purpose: str, data: bytes) -> str:
-    return hmac.new(derive_key(key, f"homefire/vault-{purpose}/v1"), data, sha256).hexdigest()
+    return hmac.new(derive_key(key, purpose), data, sha256).hexdigest()
 
 
 def _wrap(key: bytes, header: Header, name: str, secret: bytes) -> str:

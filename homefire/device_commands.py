@@ -71,6 +71,8 @@ def init(
 ) -> None:
     """Make a vault.
 
+    Your history, what is learned from it and what you share lie in it, encrypted.
+
     Example:
       homefire device init --base-model smollm2-135m
     """
@@ -121,9 +123,10 @@ def import_(
     home: HomeFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Read your history: JSON Lines, text files, a mailbox, a ChatGPT or Claude export.
+    """Read your history.
 
-    What was imported from the same file before is left out.
+    JSON Lines, text files, a mailbox, an export of ChatGPT or of Claude. What
+    was imported from the same file before is left out.
     """
     with _vault(home) as own:
         found = own.import_records(path, format=format, me=me, on_bad=on_bad)
