@@ -29,10 +29,11 @@ simulate: .venv/.installed  ## The main job: users, a shared adapter, private ad
 	$(BIN)/homefire simulate
 
 test: lint wheel  ## Everything CI checks
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2
+	$(BIN)/python -m pytest -m slow
 
 test-fast: .venv/.installed  ## The tests that need no more than a few seconds each
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2
 
 torture: .venv/.installed  ## Kill a federation at 200 random moments; check what must hold
 	$(BIN)/python tests/torture.py --kills 200

@@ -203,6 +203,7 @@ def test_a_simulation_brings_everything_that_the_other_extras_bring() -> None:
     assert set(whole.removeprefix("homefire[").removesuffix("]").split(",")) == others
 
 
+@pytest.mark.slow
 def test_flowers_bundle_holds_code_and_nothing_else(tmp_path: Path) -> None:
     """What `flwr run` sends to the SuperLink and to every device."""
     program = Path(sys.executable).with_name("flwr")

@@ -40,6 +40,7 @@ def peak_of_a_run(folder: Path, mechanism: str, users: int) -> int:
     return peak - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", PRIVACY)
 def test_memory_grows_by_some_bytes_for_each_who_is_enrolled(
     tmp_path: Path, mechanism: str

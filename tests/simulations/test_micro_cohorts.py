@@ -174,8 +174,10 @@ def limited(most: int, error: BaseException, sizes: list[int]) -> object:
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("most", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("most", "workers"),
+    [(3, 2), *[pytest.param(*p, marks=pytest.mark.slow) for p in ((1, 1), (1, 2), (3, 1), (5, 2))]],
+)
 def test_where_memory_runs_out_micro_cohorts_are_halved(
     error: Exception, workers: int, most: int, caplog: pytest.LogCaptureFixture
 ) -> None:
