@@ -26,15 +26,22 @@ class Database:
     """A connection that all threads of a process share, one at a time.
 
     Args:
-        path: The file; made where it is absent, readable by its owner only.
+        path: The file.
         key: 32 bytes; used as they are.
-        salt: 16 bytes, the file's first.
+        salt: 16 bytes, the file's first; not read from there, so that their change does no harm.
+        make: Make the file, readable by its owner only, where it is absent.
 
     Guarantees:
         Durable: a transaction that returned is there at every later opening.
         All or nothing: a kill within a transaction leaves nothing of it.
         Never in the clear: pages, journal and what is sorted are encrypted or in memory.
-        Deleted is overwritten: the pages of deleted rows are zeroed, those of the index too.
+        Right or refused: a page with a changed bit is refused when it is read.
+        Deleted is gone: after a sweep nothing of deleted rows is in the file, decrypted or not.
+
+    Assumes:
+        Nobody removes or cuts the write-ahead log that a killed process left: the transactions in
+            it are then as if they had never been. Pages are sealed one by one, without their age:
+            who can write the file and has an old copy of it can put single old pages back.
 
     Raises:
         DamagedVaultError: Its first page does not open with this key.
@@ -42,13 +49,16 @@ class Database:
         VaultError: It cannot be opened.
     """
 
-    def __init__(self, path: Path, key: bytes, salt: bytes) -> None:
+    def __init__(self, path: Path, key: bytes, salt: bytes, *, make: bool = False) -> None:
         self.path, self._salt = path, salt
         self._lock = RLock()
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.close(os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o600))
         except OSError as error:
-            raise VaultError(f"{path}: cannot be opened ({error.strerror})") from error
+            raise VaultError(
+                f"{path}: cannot be opened ({error.strerror})",
+                hint="Check the permissions, and whether the disk is read-only.",
+            ) from error
         with self._told():
             self._connection = sqlite.connect(
                 path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
@@ -61,8 +71,8 @@ class Database:
 
     def _set_up(self, key: bytes) -> None:
         run = self._connection.execute
-        run(f"PRAGMA key = \"x'{key.hex()}{self._salt.hex()}'\"")
         run("PRAGMA cipher_log_level = NONE")  # it would write to stderr
+        run(f"PRAGMA key = \"x'{key.hex()}{self._salt.hex()}'\"")
         run("PRAGMA temp_store = MEMORY")
         run("SELECT count(*) FROM sqlite_master").fetchall()  # the key is tried here
         run("PRAGMA journal_mode = WAL").fetchall()
@@ -70,6 +80,12 @@ class Database:
         run("PRAGMA secure_delete = ON").fetchall()
         run("PRAGMA foreign_keys = ON")
         run("PRAGMA cache_size = -32768")  # KiB
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other threads from it within the block."""
+        with self._lock:
+            yield
 
     def read(self, statement: str, values: Sequence[Value] = ()) -> list[tuple[Any, ...]]:
         """All rows that a query gives."""
@@ -106,11 +122,8 @@ class Database:
                         self._connection.execute("ROLLBACK")
                     raise
 
-    def migrate(self, steps: Sequence[str]) -> None:
-        """Bring the schema up to date, in one transaction.
-
-        Args:
-            steps: SQL scripts; the schema's version is the number of those carried out.
+    def check_version(self, steps: Sequence[str]) -> int:
+        """How many of these steps were carried out.
 
         Raises:
             VaultVersionError: The schema is newer than these, or no vault's.
@@ -122,6 +135,18 @@ class Database:
                 f"{self.path}: its schema is {version}, and this homefire knows {len(steps)}",
                 hint="Use the version of homefire that wrote it last.",
             )
+        return int(version)
+
+    def migrate(self, steps: Sequence[str]) -> None:
+        """Bring the schema up to date, in one transaction.
+
+        Args:
+            steps: SQL scripts; the schema's version is the number of those carried out.
+
+        Raises:
+            VaultVersionError: The schema is newer than these, or no vault's.
+        """
+        version = self.check_version(steps)
         if version == len(steps):
             return
         with self.transaction():
@@ -137,8 +162,20 @@ class Database:
             self._connection.execute(f"PRAGMA rekey = \"x'{key.hex()}{self._salt.hex()}'\"")
         self.compact_log()
 
+    def sweep(self) -> None:
+        """Write the whole file anew: balancing its trees leaves old copies of rows between others.
+
+        Takes as much memory as the file is long.
+
+        Raises:
+            BusyVaultError: Another process writes.
+        """
+        with self._lock, self._told():
+            self._connection.execute("VACUUM")
+        self.compact_log()
+
     def compact_log(self) -> None:
-        """Empty the write-ahead log, so that nothing deleted stays in it."""
+        """Empty the write-ahead log, unless another process still reads from it."""
         self.read("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def problems(self) -> list[str]:
@@ -159,29 +196,32 @@ class Database:
         except sqlite.Error as error:
             raise self._explained(error) from error
 
-    def _explained(self, error: Exception) -> VaultError:
-        said = str(error)
-        match said:
-            case "file is not a database" | "database disk image is malformed":
+    def _explained(self, error: sqlite.Error) -> VaultError:
+        # The low byte of a code says what it is, the rest where; closed connections have none.
+        kind, said = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
+        match kind:
+            case sqlite.SQLITE_NOTADB | sqlite.SQLITE_CORRUPT:
                 return DamagedVaultError(
-                    f"{self.path}: the database is damaged ({said})",
+                    f"{self.path}: damaged, or encrypted under keys of another day ({said})",
                     hint="`homefire device doctor` says how much of it; put a backup in place.",
                 )
-            case "database is locked":
+            case sqlite.SQLITE_BUSY | sqlite.SQLITE_LOCKED:
                 return BusyVaultError(
                     f"{self.path}: another process keeps it locked",
                     hint="Wait until it has ended, or end it.",
                 )
-            case "database or disk is full":
+            case sqlite.SQLITE_FULL:
                 return VaultError(
                     f"{self.path}: the disk is full; nothing was changed",
                     hint="Make room and try again.",
                 )
-            case "attempt to write a readonly database":
+            case sqlite.SQLITE_READONLY | sqlite.SQLITE_CANTOPEN:
                 return VaultError(
-                    f"{self.path}: it cannot be written; nothing was changed",
+                    f"{self.path}: it cannot be written; nothing was changed ({said})",
                     hint="Check the permissions, and whether the disk is read-only.",
                 )
+        if isinstance(error, sqlite.ProgrammingError):
+            return VaultError(f"{self.path}: {said}", hint="Open the vault again.")
         return VaultError(f"{self.path}: {said}", hint="Check the disk and its free room.")
 
 

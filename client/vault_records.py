@@ -1,9 +1,7 @@
 """A vault's history: records, and an index of their words (FTS5)."""
 
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from homefire.client.database import Database, Value
@@ -11,6 +9,9 @@ from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import DataError
 from homefire.common.records import Record, parse_date, parse_record
 
+# Letters, numbers and the marks on them: many scripts write vowels as marks. A picture's variant
+# selector (U+FE0F) counts as a mark, and is none.
+TOKENIZER = "unicode61 remove_diacritics 2 categories 'L* N* Co Mn Mc' separators '\ufe0f'"
 SCHEMA = """
 CREATE TABLE records (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -30,7 +31,7 @@ CREATE INDEX by_time ON records (moment, id)
 
 CREATE VIRTUAL TABLE words USING fts5(
     text, prompt, content = 'records', content_rowid = 'id',
-    tokenize = "unicode61 remove_diacritics 2"
+    tokenize = "TOKENIZER"
 )
 
 INSERT INTO words (words, rank) VALUES ('secure-delete', 1)
@@ -51,11 +52,16 @@ CREATE TRIGGER record_changed AFTER UPDATE OF text, prompt ON records BEGIN
     VALUES ('delete', old.id, old.text, old.prompt);
     INSERT INTO words (rowid, text, prompt) VALUES (new.id, new.text, new.prompt);
 END
-"""
+""".replace("TOKENIZER", TOKENIZER)
+# What a question's words are only the index can say: one of its own, in memory, is asked.
+ASKED = (
+    "CREATE VIRTUAL TABLE IF NOT EXISTS temp.asked "
+    f"USING fts5(question, content = '', tokenize = \"{TOKENIZER}\")",
+    "CREATE VIRTUAL TABLE IF NOT EXISTS temp.asked_words USING fts5vocab(temp, asked, 'instance')",
+)
 
 LOOKED_AT = 20_000
 """Records that a search ranks at most: common words beyond that say little and take long."""
-MOST_UNKNOWN = 16
 _NEVER = 1 << 62
 
 
@@ -96,7 +102,8 @@ class Records:
         added = 0
         now = _now()
         with self.database.transaction() as database:
-            for record in records:
+            for number, given in enumerate(records, 1):
+                record = parse_record(given.to_json(), where=f"{source}, record {number}")
                 content = _content(record, source)
                 seen[content] = seen.get(content, 0) + 1
                 key = digest("homefire/record/v1", content.encode(), str(seen[content]).encode())
@@ -106,8 +113,8 @@ class Records:
     def remember(self, record: Record) -> int:
         """Add one record that a person says here and now; returns its id."""
         now = _now()
-        parse_record(record.to_json(), where="what is to be remembered")
-        dated = Record(record.text, record.prompt, record.created_at or now, record.kind)
+        said = parse_record(record.to_json(), where="what is to be remembered")
+        dated = replace(said, created_at=said.created_at or now)
         with self.database.transaction() as database:
             ((number,),) = database.read("SELECT coalesce(max(id), 0) + 1 FROM records")
             key = digest("homefire/record/v1", _content(dated, now).encode(), str(number).encode())
@@ -125,7 +132,9 @@ class Records:
         Raises:
             DataError: There is no such record.
         """
-        rows = self.database.read("SELECT * FROM shown WHERE id = ?", (identifier,))
+        rows = []
+        if 0 < identifier < _NEVER:
+            rows = self.database.read("SELECT * FROM shown WHERE id = ?", (identifier,))
         if not rows:
             raise DataError(f"there is no record {identifier}", hint="List them to see their ids.")
         return _stored(rows[0])
@@ -161,7 +170,7 @@ class Records:
         wanted = " OR ".join(f'"{word}"' for word in words)
         rows = self.database.read(
             "SELECT shown.* FROM (SELECT rowid AS found, rank AS score FROM words "
-            "WHERE words MATCH ? ORDER BY rank LIMIT ?) "
+            "WHERE words MATCH ? ORDER BY rank, rowid DESC LIMIT ?) "
             "JOIN shown ON shown.id = found ORDER BY score, shown.id DESC",
             (wanted, count),
         )
@@ -169,7 +178,7 @@ class Records:
 
     def matching(self, question: str) -> list[int]:
         """The ids of all records that hold every word of a question."""
-        words = _words(question)
+        words = self._words(question)
         if not words:
             return []
         wanted = " ".join(f'"{word}"' for word in words)
@@ -189,10 +198,9 @@ class Records:
         Raises:
             DataError: No such record, or no text.
         """
-        record = self[identifier].record
-        changed = Record(text, record.prompt, record.created_at, record.kind)
-        parse_record(changed.to_json(), where=f"record {identifier}")
         with self.database.transaction() as database:
+            changed = replace(self[identifier].record, text=text)
+            parse_record(changed.to_json(), where=f"record {identifier}")
             database.write("UPDATE records SET text = ? WHERE id = ?", (text, identifier))
 
     def delete(self, identifiers: Sequence[int]) -> int:
@@ -200,18 +208,16 @@ class Records:
         return sum(
             self.database.write("DELETE FROM records WHERE id = ?", (identifier,))
             for identifier in identifiers
+            if 0 < identifier < _NEVER
         )
 
     def _rarest(self, question: str) -> list[str]:
-        words = _words(question)
         counts = {
-            word: rows[0][0]
-            for word in words
+            word: int(rows[0][0])
+            for word in self._words(question)
             if (rows := self.database.read("SELECT doc FROM vocabulary WHERE term = ?", (word,)))
         }
-        # Those that are not found may be written in another way in the index.
-        chosen = [word for word in words if word not in counts][:MOST_UNKNOWN]
-        looked_at = 0
+        chosen, looked_at = list[str](), 0
         for word in sorted(counts, key=lambda word: counts[word]):
             looked_at += counts[word]
             if looked_at > LOOKED_AT and chosen:
@@ -219,14 +225,26 @@ class Records:
             chosen.append(word)
         return chosen
 
+    def _words(self, question: str) -> list[str]:
+        """A question's words as the index writes them, each once."""
+        asked = question.encode(errors="replace").decode()
+        with self.database.held():
+            for statement in ASKED:
+                self.database.write(statement)
+            self.database.write("INSERT INTO temp.asked (asked) VALUES ('delete-all')")
+            self.database.write("INSERT INTO temp.asked (rowid, question) VALUES (1, ?)", (asked,))
+            rows = self.database.read("SELECT term FROM temp.asked_words ORDER BY offset")
+        # A mark alone is a word without letters.
+        return list(dict.fromkeys(word for (word,) in rows if word))
+
 
 def _insert(database: Database, record: Record, source: str, now: str, key: str) -> int:
     moment = None if record.created_at is None else _moment(record.created_at, where="record")
     values: tuple[Value, ...] = (record.text, record.prompt, record.created_at, record.kind)
     return database.write(
-        "INSERT OR IGNORE INTO records "
+        "INSERT INTO records "
         "(text, prompt, created_at, kind, moment, source, added_at, digest) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
         (*values, moment, source, now, key),
     )
 
@@ -246,10 +264,3 @@ def _moment(date: str, *, where: str) -> float:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _words(question: str) -> list[str]:
-    """A question's words as the index writes them: lower case, without accents, each once."""
-    parts = unicodedata.normalize("NFD", question.lower())
-    plain = "".join(part for part in parts if unicodedata.category(part) != "Mn")
-    return list(dict.fromkeys(re.findall(r"[^\W_]+", plain)))
