@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from threading import RLock
@@ -19,6 +19,7 @@ from homefire.common.errors import (
 
 APPLICATION = 0x686F6D65  # "home"
 WAIT_SECONDS = 30.0
+TRIES = 3
 Value = str | int | float | bytes | None
 
 
@@ -35,7 +36,8 @@ class Database:
         Durable: a transaction that returned is there at every later opening.
         All or nothing: a kill within a transaction leaves nothing of it.
         Never in the clear: pages, journal and what is sorted are encrypted or in memory.
-        Right or refused: a page with a changed bit is refused when it is read.
+        Right or refused: a file with a changed bit does not pass `check_pages`; what changes later
+            is refused when it is read, but for the end of a long value, which reads as zeros.
         Deleted is gone: after a sweep nothing of deleted rows is in the file, decrypted or not.
 
     Assumes:
@@ -59,20 +61,24 @@ class Database:
                 f"{path}: cannot be opened ({error.strerror})",
                 hint="Check the permissions, and whether the disk is read-only.",
             ) from error
+        self._connect(key)
+
+    def _connect(self, key: bytes) -> None:
         with self._told():
-            self._connection = sqlite.connect(
-                path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
+            connection = sqlite.connect(
+                self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
             )
             try:
-                self._set_up(key)
+                self._set_up(connection, key)
             except sqlite.Error:
-                self._connection.close()
+                connection.close()
                 raise
+        self._connection, self._key = connection, key
 
-    def _set_up(self, key: bytes) -> None:
-        run = self._connection.execute
+    def _set_up(self, connection: sqlite.Connection, key: bytes) -> None:
+        run = connection.execute
         run("PRAGMA cipher_log_level = NONE")  # it would write to stderr
-        run(f"PRAGMA key = \"x'{key.hex()}{self._salt.hex()}'\"")
+        run(f"PRAGMA key = {self._literal(key)}")
         run("PRAGMA temp_store = MEMORY")
         run("SELECT count(*) FROM sqlite_master").fetchall()  # the key is tried here
         run("PRAGMA journal_mode = WAL").fetchall()
@@ -104,23 +110,15 @@ class Database:
         Raises:
             VaultError: It could not be written; nothing was.
         """
-        with self._lock:
-            with self._told():
-                self._connection.execute("BEGIN IMMEDIATE")
+        with self._lock, self._room_again():
+            self.write("BEGIN IMMEDIATE")
             try:
                 yield self
+                self.write("COMMIT")
             except BaseException:
-                with self._told():
-                    if self._connection.in_transaction:
-                        self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:
+                    self.write("ROLLBACK")
                 raise
-            with self._told():
-                try:
-                    self._connection.execute("COMMIT")
-                except sqlite.Error:
-                    if self._connection.in_transaction:
-                        self._connection.execute("ROLLBACK")
-                    raise
 
     def check_version(self, steps: Sequence[str]) -> int:
         """How many of these steps were carried out.
@@ -157,10 +155,28 @@ class Database:
             self.write(f"PRAGMA application_id = {APPLICATION}")
 
     def rekey(self, key: bytes) -> None:
-        """Encrypt the whole file under another key, in one transaction."""
-        with self._lock, self._told():
-            self._connection.execute(f"PRAGMA rekey = \"x'{key.hex()}{self._salt.hex()}'\"")
-        self.compact_log()
+        """Encrypt the whole file under another key, in one transaction.
+
+        Raises:
+            VaultError: It could not be written; it is under the old key as before.
+        """
+        with self._lock:
+            self.check_pages()
+            # Where the disk is full it may fail without a word, and would then write on under the
+            # new key, beside pages under the old one: only a new connection tells.
+            with suppress(VaultError), self._room_again():
+                self.write(f"PRAGMA rekey = {self._literal(key)}")
+            self._connection.close()
+            try:
+                self._connect(key)
+            except DamagedVaultError as error:
+                self._connect(self._key)
+                raise VaultError(
+                    f"{self.path}: it could not be encrypted anew; nothing was changed",
+                    hint="Make as much room on the disk as it takes, and try again.",
+                ) from error
+            self.compact_log()
+            self.check_pages()
 
     def sweep(self) -> None:
         """Write the whole file anew: balancing its trees leaves old copies of rows between others.
@@ -168,26 +184,65 @@ class Database:
         Takes as much memory as the file is long.
 
         Raises:
+            DamagedVaultError: A page of it has changed; it would look right afterwards.
             BusyVaultError: Another process writes.
         """
-        with self._lock, self._told():
-            self._connection.execute("VACUUM")
-        self.compact_log()
+        with self._lock:
+            self.check_pages()
+            with self._room_again():
+                self.write("VACUUM")
+            self.compact_log()
 
     def compact_log(self) -> None:
         """Empty the write-ahead log, unless another process still reads from it."""
         self.read("PRAGMA wal_checkpoint(TRUNCATE)")
 
+    def check_pages(self) -> None:
+        """Look at every page of the file.
+
+        By itself, SQLCipher takes the last page of a long value for zeros where it is damaged.
+
+        Raises:
+            DamagedVaultError: A bit of one has changed.
+        """
+        for _ in range(TRIES):
+            if not (damaged := self._damaged_pages()):
+                return
+            # Another process may just have been writing it. What a power cut has torn is whole in
+            # the write-ahead log.
+            self.compact_log()
+        raise DamagedVaultError(
+            f"{self.path}: the database is damaged ({damaged[0]})",
+            hint="`homefire device doctor` says how much of it; put a backup in place.",
+        )
+
     def problems(self) -> list[str]:
         """What a look at every page finds wrong; without words of the content."""
-        damaged = [str(row[0]) for row in self.read("PRAGMA cipher_integrity_check")]
+        damaged = self._damaged_pages()
         whole = self.read("PRAGMA integrity_check") if not damaged else [("ok",)]
         return damaged + [str(row[0]) for row in whole if row[0] != "ok"]
+
+    def _literal(self, key: bytes) -> str:
+        return f"\"x'{key.hex()}{self._salt.hex()}'\""
+
+    def _damaged_pages(self) -> list[str]:
+        return [str(row[0]) for row in self.read("PRAGMA cipher_integrity_check")]
 
     def close(self) -> None:
         """Let go of the file."""
         with self._lock, self._told():
             self._connection.close()
+
+    @contextmanager
+    def _room_again(self) -> Iterator[None]:
+        """What has filled the disk lies in the write-ahead log, and is nobody's."""
+        try:
+            yield
+        except VaultError as error:
+            if _kind(error.__cause__) == sqlite.SQLITE_FULL:
+                with suppress(VaultError):
+                    self.compact_log()
+            raise
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -197,9 +252,8 @@ class Database:
             raise self._explained(error) from error
 
     def _explained(self, error: sqlite.Error) -> VaultError:
-        # The low byte of a code says what it is, the rest where; closed connections have none.
-        kind, said = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
-        match kind:
+        said = str(error)
+        match _kind(error):
             case sqlite.SQLITE_NOTADB | sqlite.SQLITE_CORRUPT:
                 return DamagedVaultError(
                     f"{self.path}: damaged, or encrypted under keys of another day ({said})",
@@ -223,6 +277,11 @@ class Database:
         if isinstance(error, sqlite.ProgrammingError):
             return VaultError(f"{self.path}: {said}", hint="Open the vault again.")
         return VaultError(f"{self.path}: {said}", hint="Check the disk and its free room.")
+
+
+def _kind(error: BaseException | None) -> int:
+    """The low byte of SQLite's code says what is wrong, the rest where; 0 where there is none."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 def salt_of(vault: str) -> bytes:

@@ -64,7 +64,7 @@ from homefire.client.vault_opening import (
 )
 from homefire.client.vault_records import Records
 from homefire.client.vault_schema import MIGRATIONS
-from homefire.common.errors import BusyVaultError, ConfigError, VaultError
+from homefire.common.errors import BusyVaultError, ConfigError, DamagedVaultError, VaultError
 from homefire.common.files import sync_folder
 from homefire.common.keystore import Keystore
 from homefire.common.secret_store import SecretStore
@@ -121,9 +121,18 @@ class Vault:
         return Ed25519PrivateKey.from_private_bytes(self.keys["identity"])
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """A setting, as JSON gives it back."""
+        """A setting, as JSON gives it back.
+
+        Raises:
+            DamagedVaultError: It is not what was kept.
+        """
         rows = self.database.read("SELECT value FROM settings WHERE name = ?", (name,))
-        return json.loads(rows[0][0]) if rows else default
+        try:
+            return json.loads(rows[0][0]) if rows else default
+        except ValueError as error:
+            raise DamagedVaultError(
+                f"{self.folder}: the setting {name!r} is damaged", hint="Set it again."
+            ) from error
 
     def set(self, name: str, value: Any) -> None:
         """Keep a setting."""

@@ -189,7 +189,7 @@ class Opening:
                 hint="Put its newest copy in place.",
             )
         try:
-            return Database(path, key, salt)
+            database = Database(path, key, salt)
         except DamagedVaultError as error:
             if _differ(found, salt) > len(salt) // 2:
                 raise ForeignVaultError(
@@ -197,6 +197,9 @@ class Opening:
                     hint="Put this vault's own in its place.",
                 ) from error
             raise
+        with _closed_on_error(database):
+            database.check_pages()
+        return database
 
 
 def open_locked(

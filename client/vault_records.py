@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from homefire.client.database import Database, Value
 from homefire.common.encoding import canonical_json, digest
-from homefire.common.errors import DataError
+from homefire.common.errors import DamagedVaultError, DataError
 from homefire.common.records import Record, parse_date, parse_record
 
 # Letters, numbers and the marks on them: many scripts write vowels as marks. A picture's variant
@@ -22,10 +22,12 @@ CREATE TABLE records (
     moment REAL,
     source TEXT NOT NULL,
     added_at TEXT NOT NULL,
-    digest TEXT NOT NULL UNIQUE
+    digest TEXT NOT NULL UNIQUE,
+    proof TEXT NOT NULL
 ) STRICT
 
-CREATE VIEW shown AS SELECT id, text, prompt, created_at, kind, source, added_at FROM records
+CREATE VIEW shown AS
+SELECT id, text, prompt, created_at, kind, source, added_at, proof FROM records
 
 CREATE INDEX by_time ON records (moment, id)
 
@@ -77,7 +79,14 @@ class StoredRecord:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """The history in an open vault."""
+    """The history in an open vault.
+
+    Guarantees:
+        Right or refused: a record that is not the one which was stored is not read.
+        Once only: an id is never used again, and what comes a second time from one source is left
+            out.
+        Found as it is: a search ranks by the words that the index holds now, in any script.
+    """
 
     database: Database
 
@@ -199,9 +208,13 @@ class Records:
             DataError: No such record, or no text.
         """
         with self.database.transaction() as database:
-            changed = replace(self[identifier].record, text=text)
+            stored = self[identifier]
+            changed = replace(stored.record, text=text)
             parse_record(changed.to_json(), where=f"record {identifier}")
-            database.write("UPDATE records SET text = ? WHERE id = ?", (text, identifier))
+            proof = _proof(changed, stored.source, stored.added_at)
+            database.write(
+                "UPDATE records SET text = ?, proof = ? WHERE id = ?", (text, proof, identifier)
+            )
 
     def delete(self, identifiers: Sequence[int]) -> int:
         """Delete records within a transaction; returns how many there were."""
@@ -243,15 +256,28 @@ def _insert(database: Database, record: Record, source: str, now: str, key: str)
     values: tuple[Value, ...] = (record.text, record.prompt, record.created_at, record.kind)
     return database.write(
         "INSERT INTO records "
-        "(text, prompt, created_at, kind, moment, source, added_at, digest) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
-        (*values, moment, source, now, key),
+        "(text, prompt, created_at, kind, moment, source, added_at, digest, proof) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
+        (*values, moment, source, now, key, _proof(record, source, now)),
     )
 
 
-def _stored(row: tuple[int, str, str | None, str | None, str | None, str, str]) -> StoredRecord:
-    identifier, text, prompt, created_at, kind, source, added_at = row
-    return StoredRecord(identifier, Record(text, prompt, created_at, kind), source, added_at)
+def _stored(
+    row: tuple[int, str, str | None, str | None, str | None, str, str, str],
+) -> StoredRecord:
+    identifier, text, prompt, created_at, kind, source, added_at, proof = row
+    record = Record(text, prompt, created_at, kind)
+    if proof != _proof(record, source, added_at):
+        raise DamagedVaultError(
+            f"record {identifier} is not the one that was stored",
+            hint="`homefire device doctor` says what is damaged; put a backup in place.",
+        )
+    return StoredRecord(identifier, record, source, added_at)
+
+
+def _proof(record: Record, source: str, added_at: str) -> str:
+    content = [record.text, record.prompt, record.created_at, record.kind, source, added_at]
+    return digest("homefire/record-proof/v1", canonical_json(content))
 
 
 def _content(record: Record, source: str) -> str:
