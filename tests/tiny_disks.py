@@ -35,7 +35,12 @@ def run_in_child(body: Callable[[], object]) -> int:
 
 def on_small_disk(folder: Path, kib: int, body: Callable[[], object]) -> None:
     """Run a function for which a folder is a disk of a few KiB; skips where nobody may mount."""
-    _check(run_in_child(lambda: (_mount(b"tmpfs", folder, b"tmpfs", 0, f"size={kib}k"), body())))
+
+    def run() -> None:
+        _mount(b"tmpfs", folder, b"tmpfs", 0, f"size={kib}k")
+        body()
+
+    _check(run_in_child(run))
 
 
 def on_read_only_disk(folder: Path, body: Callable[[], object]) -> None:

@@ -585,11 +585,12 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
         database = made(path, *kept)
         database.compact_log()
         (tmp_path / "something else").write_bytes(bytes(400_000))
-        for change in (
+        changes: list[Callable[[], object]] = [
             lambda: add(database, *(["y" * 1000] * 2000)),
             database.sweep,
             lambda: database.rekey(bytes(32)),
-        ):
+        ]
+        for change in changes:
             with pytest.raises(VaultError, match=r"nothing was changed|disk I/O") as caught:
                 change()
             assert caught.value.hint

@@ -30,6 +30,7 @@ from homefire.client.keys import (
     next_header,
 )
 from homefire.client.vault_opening import Opened, Opening
+from homefire.common.encoding import canonical_json
 from homefire.common.errors import (
     ConfigError,
     DamagedVaultError,
@@ -328,7 +329,7 @@ def test_told_apart_a_forger_who_computes_digests_opens_nothing(
     for name in place[:-1]:
         target = target[name]
     target[place[-1]] = value
-    content = keys.canonical_json({**body, "digest": keys._file_digest(body)})
+    content = canonical_json({**body, "digest": keys._file_digest(body)})
     with pytest.raises(VaultError) as caught:
         opened(content, tmp_path, Unlock(PASSPHRASE, ROOT))
     expected: set[type[VaultError]] = {DamagedVaultError}

@@ -6,7 +6,7 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import keyring
 import pytest
@@ -75,6 +75,11 @@ class ForbiddingKeyring(MemoryKeyring):
         raise PasswordSetError("access denied")
 
 
+# Their constructors are untyped.
+chain = cast(Callable[[], KeyringBackend], Chain)
+NOWHERE = [cast(Callable[[], KeyringBackend], each)() for each in (fail.Keyring, null.Keyring)]
+
+
 @pytest.fixture
 def store(system_keyring: MemoryKeyring, tmp_path: Path) -> OSKeystore:
     return OSKeystore(system_keyring, "ann", tmp_path / "keystore.lock")
@@ -98,7 +103,7 @@ def test_backends_under_the_persons_login_are_taken(
 
 @pytest.mark.parametrize(
     "backend",
-    [fail.Keyring(), null.Keyring(), PlaintextKeyring(), MemoryKeyring()],
+    [*NOWHERE, PlaintextKeyring(), MemoryKeyring()],
     ids=lambda backend: f"{type(backend).__module__}.{type(backend).__name__}",
 )
 def test_backends_that_keep_nothing_or_not_from_others_are_refused(
@@ -106,9 +111,8 @@ def test_backends_that_keep_nothing_or_not_from_others_are_refused(
 ) -> None:
     use_keyring(monkeypatch, backend)
     assert secure_backend() is None
-    chain = Chain()
-    monkeypatch.setattr(Chain, "backends", [backend, null.Keyring()])
-    use_keyring(monkeypatch, chain)
+    monkeypatch.setattr(Chain, "backends", [backend, *NOWHERE])
+    use_keyring(monkeypatch, chain())
     assert secure_backend() is None
 
 
@@ -123,9 +127,8 @@ def test_a_name_that_only_looks_like_a_secure_one_is_refused(
 def test_the_secure_one_of_a_chain_is_taken(
     monkeypatch: pytest.MonkeyPatch, system_keyring: MemoryKeyring
 ) -> None:
-    chain = Chain()
-    monkeypatch.setattr(Chain, "backends", [fail.Keyring(), null.Keyring(), system_keyring])
-    use_keyring(monkeypatch, chain)
+    monkeypatch.setattr(Chain, "backends", [*NOWHERE, system_keyring])
+    use_keyring(monkeypatch, chain())
     assert secure_backend() is system_keyring
 
 

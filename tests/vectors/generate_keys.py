@@ -37,7 +37,7 @@ def header(protection: Protection, **changes: Any) -> Header:
 def sealed(head: Header, unlock: Unlock) -> KeyFile:
     """A key file whose nonces count from zero."""
     nonces = (bytes([number]) * keys.NONCE_BYTES for number in range(len(DATA_KEYS)))
-    with patch.object(keys.secrets, "token_bytes", lambda count: next(nonces)):
+    with patch("secrets.token_bytes", lambda count: next(nonces)):
         return KeyFile.seal(head, unlock, DATA_KEYS)
 
 
