@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -19,6 +19,7 @@ from homefire.common.errors import (
 
 APPLICATION = 0x686F6D65  # "home"
 WAIT_SECONDS = 30.0
+TRIES = 3
 Value = str | int | float | bytes | None
 
 
@@ -26,15 +27,23 @@ class Database:
     """A connection that all threads of a process share, one at a time.
 
     Args:
-        path: The file; made where it is absent, readable by its owner only.
+        path: The file.
         key: 32 bytes; used as they are.
-        salt: 16 bytes, the file's first.
+        salt: 16 bytes, the file's first; not read from there, so that their change does no harm.
+        make: Make the file, readable by its owner only, where it is absent.
 
     Guarantees:
         Durable: a transaction that returned is there at every later opening.
         All or nothing: a kill within a transaction leaves nothing of it.
         Never in the clear: pages, journal and what is sorted are encrypted or in memory.
-        Deleted is overwritten: the pages of deleted rows are zeroed, those of the index too.
+        Right or refused: a file with a changed bit does not pass `check_pages`; what changes later
+            is refused when it is read, but for the end of a long value, which reads as zeros.
+        Deleted is gone: after a sweep nothing of deleted rows is in the file, decrypted or not.
+
+    Assumes:
+        Nobody removes or cuts the write-ahead log that a killed process left: the transactions in
+            it are then as if they had never been. Pages are sealed one by one, without their age:
+            who can write the file and has an old copy of it can put single old pages back.
 
     Raises:
         DamagedVaultError: Its first page does not open with this key.
@@ -42,26 +51,34 @@ class Database:
         VaultError: It cannot be opened.
     """
 
-    def __init__(self, path: Path, key: bytes, salt: bytes) -> None:
+    def __init__(self, path: Path, key: bytes, salt: bytes, *, make: bool = False) -> None:
         self.path, self._salt = path, salt
         self._lock = RLock()
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.close(os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o600))
         except OSError as error:
-            raise VaultError(f"{path}: cannot be opened ({error.strerror})") from error
+            raise VaultError(
+                f"{path}: cannot be opened ({error.strerror})",
+                hint="Check the permissions, and whether the disk is read-only.",
+            ) from error
+        self._connect(key)
+
+    def _connect(self, key: bytes) -> None:
         with self._told():
-            self._connection = sqlite.connect(
-                path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
+            connection = sqlite.connect(
+                self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
             )
             try:
-                self._set_up(key)
+                self._set_up(connection, key)
             except sqlite.Error:
-                self._connection.close()
+                connection.close()
                 raise
+        self._connection, self._key = connection, key
 
-    def _set_up(self, key: bytes) -> None:
-        run = self._connection.execute
-        self._unlock(key)
+    def _set_up(self, connection: sqlite.Connection, key: bytes) -> None:
+        run = connection.execute
+        run("PRAGMA cipher_log_level = NONE")  # it would write to stderr
+        self._unlock(connection, key)
         run("PRAGMA temp_store = MEMORY")
         run("SELECT count(*) FROM sqlite_master").fetchall()  # the key is tried here
         run("PRAGMA journal_mode = WAL").fetchall()
@@ -70,9 +87,14 @@ class Database:
         run("PRAGMA foreign_keys = ON")
         run("PRAGMA cache_size = -32768")  # KiB
 
-    def _unlock(self, key: bytes) -> None:
-        self._connection.execute(f"PRAGMA key = \"x'{key.hex()}{self._salt.hex()}'\"")
-        self._connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to stderr
+    def _unlock(self, connection: sqlite.Connection, key: bytes) -> None:
+        connection.execute(f"PRAGMA key = {self._literal(key)}")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other threads from it within the block."""
+        with self._lock:
+            yield
 
     def read(self, statement: str, values: Sequence[Value] = ()) -> list[tuple[Any, ...]]:
         """All rows that a query gives."""
@@ -91,29 +113,18 @@ class Database:
         Raises:
             VaultError: It could not be written; nothing was.
         """
-        with self._lock:
-            with self._told():
-                self._connection.execute("BEGIN IMMEDIATE")
+        with self._lock, self._room_again():
+            self.write("BEGIN IMMEDIATE")
             try:
                 yield self
+                self.write("COMMIT")
             except BaseException:
-                with self._told():
-                    if self._connection.in_transaction:
-                        self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:
+                    self.write("ROLLBACK")
                 raise
-            with self._told():
-                try:
-                    self._connection.execute("COMMIT")
-                except sqlite.Error:
-                    if self._connection.in_transaction:
-                        self._connection.execute("ROLLBACK")
-                    raise
 
-    def migrate(self, steps: Sequence[str]) -> None:
-        """Bring the schema up to date, in one transaction.
-
-        Args:
-            steps: SQL scripts; the schema's version is the number of those carried out.
+    def check_version(self, steps: Sequence[str]) -> int:
+        """How many of these steps were carried out.
 
         Raises:
             VaultVersionError: The schema is newer than these, or no vault's.
@@ -125,6 +136,18 @@ class Database:
                 f"{self.path}: its schema is {version}, and this homefire knows {len(steps)}",
                 hint="Use the version of homefire that wrote it last.",
             )
+        return int(version)
+
+    def migrate(self, steps: Sequence[str]) -> None:
+        """Bring the schema up to date, in one transaction.
+
+        Args:
+            steps: SQL scripts; the schema's version is the number of those carried out.
+
+        Raises:
+            VaultVersionError: The schema is newer than these, or no vault's.
+        """
+        version = self.check_version(steps)
         if version == len(steps):
             return
         with self.transaction():
@@ -135,25 +158,94 @@ class Database:
             self.write(f"PRAGMA application_id = {APPLICATION}")
 
     def rekey(self, key: bytes) -> None:
-        """Encrypt the whole file under another key, in one transaction."""
-        with self._lock, self._told():
-            self._connection.execute(f"PRAGMA rekey = \"x'{key.hex()}{self._salt.hex()}'\"")
-        self.compact_log()
+        """Encrypt the whole file under another key, in one transaction.
+
+        Raises:
+            VaultError: It could not be written; it is under the old key as before.
+        """
+        with self._lock:
+            self.check_pages()
+            # Where the disk is full it may fail without a word, and would then write on under the
+            # new key, beside pages under the old one: only a new connection tells.
+            with suppress(VaultError), self._room_again():
+                self.write(f"PRAGMA rekey = {self._literal(key)}")
+            self._connection.close()
+            try:
+                self._connect(key)
+            except DamagedVaultError as error:
+                self._connect(self._key)
+                raise VaultError(
+                    f"{self.path}: it could not be encrypted anew; nothing was changed",
+                    hint="Make as much room on the disk as it takes, and try again.",
+                ) from error
+            self.compact_log()
+            self.check_pages()
+
+    def sweep(self) -> None:
+        """Write the whole file anew: balancing its trees leaves old copies of rows between others.
+
+        Takes as much memory as the file is long.
+
+        Raises:
+            DamagedVaultError: A page of it has changed; it would look right afterwards.
+            BusyVaultError: Another process writes.
+        """
+        with self._lock:
+            self.check_pages()
+            with self._room_again():
+                self.write("VACUUM")
+            self.compact_log()
 
     def compact_log(self) -> None:
-        """Empty the write-ahead log, so that nothing deleted stays in it."""
+        """Empty the write-ahead log, unless another process still reads from it."""
         self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def check_pages(self) -> None:
+        """Look at every page of the file.
+
+        By itself, SQLCipher takes the last page of a long value for zeros where it is damaged.
+
+        Raises:
+            DamagedVaultError: A bit of one has changed.
+        """
+        for _ in range(TRIES):
+            if not (damaged := self._damaged_pages()):
+                return
+            # Another process may just have been writing it. What a power cut has torn is whole in
+            # the write-ahead log.
+            self.compact_log()
+        raise DamagedVaultError(
+            f"{self.path}: the database is damaged ({damaged[0]})",
+            hint="`homefire device doctor` says how much of it; put a backup in place.",
+        )
 
     def problems(self) -> list[str]:
         """What a look at every page finds wrong; without words of the content."""
-        damaged = [str(row[0]) for row in self.read("PRAGMA cipher_integrity_check")]
+        damaged = self._damaged_pages()
         whole = self.read("PRAGMA integrity_check") if not damaged else [("ok",)]
         return damaged + [str(row[0]) for row in whole if row[0] != "ok"]
+
+    def _literal(self, key: bytes) -> str:
+        return f"\"x'{key.hex()}{self._salt.hex()}'\""
+
+    def _damaged_pages(self) -> list[str]:
+        return [str(row[0]) for row in self.read("PRAGMA cipher_integrity_check")]
 
     def close(self) -> None:
         """Let go of the file."""
         with self._lock, self._told():
             self._connection.close()
+
+    @contextmanager
+    def _room_again(self) -> Iterator[None]:
+        """What has filled the disk lies in the write-ahead log, and is nobody's."""
+        try:
+            yield
+        except VaultError as error:
+            if _kind(error.__cause__) == sqlite.SQLITE_FULL:
+                with suppress(VaultError):
+                    self.compact_log()
+            raise
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -162,30 +254,37 @@ class Database:
         except sqlite.Error as error:
             raise self._explained(error) from error
 
-    def _explained(self, error: Exception) -> VaultError:
+    def _explained(self, error: sqlite.Error) -> VaultError:
         said = str(error)
-        match said:
-            case "file is not a database" | "database disk image is malformed":
+        match _kind(error):
+            case sqlite.SQLITE_NOTADB | sqlite.SQLITE_CORRUPT:
                 return DamagedVaultError(
-                    f"{self.path}: the database is damaged ({said})",
+                    f"{self.path}: damaged, or encrypted under keys of another day ({said})",
                     hint="`homefire device doctor` says how much of it; put a backup in place.",
                 )
-            case "database is locked":
+            case sqlite.SQLITE_BUSY | sqlite.SQLITE_LOCKED:
                 return BusyVaultError(
                     f"{self.path}: another process keeps it locked",
                     hint="Wait until it has ended, or end it.",
                 )
-            case "database or disk is full":
+            case sqlite.SQLITE_FULL:
                 return VaultError(
                     f"{self.path}: the disk is full; nothing was changed",
                     hint="Make room and try again.",
                 )
-            case "attempt to write a readonly database":
+            case sqlite.SQLITE_READONLY | sqlite.SQLITE_CANTOPEN:
                 return VaultError(
-                    f"{self.path}: it cannot be written; nothing was changed",
+                    f"{self.path}: it cannot be written; nothing was changed ({said})",
                     hint="Check the permissions, and whether the disk is read-only.",
                 )
+        if isinstance(error, sqlite.ProgrammingError):
+            return VaultError(f"{self.path}: {said}", hint="Open the vault again.")
         return VaultError(f"{self.path}: {said}", hint="Check the disk and its free room.")
+
+
+def _kind(error: BaseException | None) -> int:
+    """The low byte of SQLite's code says what is wrong, the rest where; 0 where there is none."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 def salt_of(vault: str) -> bytes:

@@ -1,7 +1,8 @@
 """Crypto-shredding: a vault whose keys are gone is noise, whoever kept copies of it."""
 
 import json
-import os
+import re
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,25 +15,32 @@ from homefire.client.vault_files import (
     DATABASE,
     ERASING,
     KEYS,
+    NEW_KEYS,
     NEXT_KEYS,
     ROOT,
+    UseLock,
     account_store,
-    open_lock,
+    io_errors,
     store_of,
 )
-from homefire.client.vault_log import ANCHOR, SPENT, bequeath
+from homefire.client.vault_log import ANCHOR, SPENT, bequeath, bury, heritage
 from homefire.common.encoding import canonical_json
+from homefire.common.errors import DamagedVaultError, ForeignVaultError
 from homefire.common.files import sync_folder, wipe, write_atomically
 from homefire.common.secret_store import SecretStore
 from homefire.common.signatures import public_key, sign
 
+KEY_FILES = (KEYS, NEXT_KEYS, NEW_KEYS)
+LEFTOVER = r"\.(keys(\.next|\.new)?|erasing|erased)\.json\.[0-9]+\.tmp"
 RECEIPT = "erased.json"
 LABEL = "homefire/erasure/v1"
 STATEMENT = (
     "The keys of this vault are destroyed: its history, its private adapters and its log can no "
-    "longer be read, nor can copies that were made of them. What was contributed to a shared "
-    "adapter before stays in it, within the epsilon that its releases state."
+    "longer be read. {copies} What was contributed to a shared adapter before stays in it, within "
+    "the epsilon that its releases state."
 )
+SHREDDED = "Nor can copies that were made of them, for they needed the keystore's secret."
+OPENABLE = "Copies that were made of its database together with its key file need its passphrase."
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,7 @@ class Receipt:
     records: int | None
     adapters: int | None
     participations: int
-    statement: str = STATEMENT
+    statement: str
     public_key: str | None = None
     signature: str | None = None
 
@@ -70,71 +78,105 @@ def erase(folder: Path, *, vault: Vault | None = None, store: SecretStore | None
 
     Args:
         folder: Where it lies.
-        vault: The same, open; it is closed. Its identity signs the receipt.
+        vault: The same, open; it is closed once nobody else uses it. Its identity signs the
+            receipt.
         store: As it was made with; by default what its key file says.
 
     Guarantees:
-        No way back: its keys are overwritten and deleted before anything else, and so are the
-            keystore's secret and its anchors.
+        No way back: its keys are overwritten and deleted, and so are the keystore's secret and its
+            anchors; the keystore remembers that it was erased, so that a copy which is put back
+            is refused.
         Spent stays spent: participations are kept for the vaults that come after it.
-        Begun is done: after a kill nobody opens it any more, and erasing again ends it.
+        Begun is done: after a kill nobody opens it any more, and erasing again ends it, with the
+            receipt that was signed when it began.
 
     Assumes:
-        Flash disks, snapshots and backups may hold old key files, which a passphrase still opens:
-        see `docs/THREATS.md`.
+        Flash disks, snapshots and backups may hold old key files. Where a passphrase alone opens
+        them, it still does for whoever has it and does not ask this program.
 
     Raises:
         BusyVaultError: Another process has it open.
-        VaultError: There is none.
+        ForeignVaultError: The open vault is another one than the folder's.
+        DamagedVaultError: Nobody can say whose keystore is to forget it.
+        LedgerError: The keystore does not say what was spent.
+        VaultError: There is none, or it cannot be written.
     """
-    receipt, identity = _describe(folder, vault)
+    _header(folder)  # before anything is made here
+    with io_errors(folder), ExitStack() as undo:
+        lock = UseLock.open(folder) if vault is None else vault.lock
+        if vault is None:
+            undo.callback(lock.close)
+        with lock.alone():
+            if not (folder / ERASING).exists():
+                _begin(folder, vault, store)
+            if vault is not None:
+                vault.database.close()
+                undo.callback(vault.abandon)
+            return _finish(folder, store)
+
+
+def _begin(folder: Path, vault: Vault | None, store: SecretStore | None) -> None:
+    """From here on nobody opens it, and the receipt is fixed."""
+    header, now = _header(folder), datetime.now(UTC).isoformat(timespec="seconds")
+    own, heirs = _stores(folder, header, store)
+    kept = len(heritage(own, heirs))
+    copies = OPENABLE if header.protection == "passphrase" else SHREDDED
+    receipt = Receipt(header.vault, now, None, None, kept, STATEMENT.format(copies=copies))
     if vault is not None:
-        vault.close()
-    kept = _destroy(folder, store)
-    receipt = replace(receipt, participations=kept)
-    if identity is not None:
-        receipt = replace(receipt, public_key=public_key(identity))
-        signature = sign(identity, LABEL, receipt.signed).hex()
-        receipt = replace(receipt, signature=signature)
+        if vault.header.vault != header.vault:
+            raise ForeignVaultError(f"{folder}: the vault that is open is another one")
+        adapters = sum(len(vault.adapters.versions(name)) for name in ("private", "shared"))
+        receipt = _signed(
+            replace(receipt, records=len(vault.records), adapters=adapters), vault.identity
+        )
+    begun = {"header": header.model_dump(), "receipt": asdict(receipt)}
+    write_atomically(folder / ERASING, canonical_json(begun), mode=0o600)
+
+
+def _finish(folder: Path, store: SecretStore | None) -> Receipt:
+    header, receipt = _begun(folder)
+    own, heirs = _stores(folder, header, store)
+    bury(own, header.vault)
+    bequeath(own, heirs)
+    for path in sorted(folder.iterdir()):
+        # Also what killed processes left of a key file.
+        if path.name in KEY_FILES or re.fullmatch(LEFTOVER, path.name):
+            wipe(path)
+    sync_folder(folder)
+    for secret in (ROOT, ANCHOR, SPENT):
+        own.destroy(secret)
+    for path in sorted(folder.glob(f"{DATABASE}*")):
+        path.unlink()
     text = json.dumps(asdict(receipt), indent=2)
     write_atomically(folder / RECEIPT, text.encode() + b"\n", mode=0o600)
+    (folder / ERASING).unlink()
+    sync_folder(folder)
     return receipt
 
 
-def _describe(folder: Path, vault: Vault | None) -> tuple[Receipt, Ed25519PrivateKey | None]:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    if vault is None:
-        return Receipt(_header(folder).vault, now, None, None, 0), None
-    adapters = sum(len(vault.adapters.versions(name)) for name in ("private", "shared"))
-    return Receipt(vault.header.vault, now, len(vault.records), adapters, 0), vault.identity
+def _signed(receipt: Receipt, identity: Ed25519PrivateKey) -> Receipt:
+    named = replace(receipt, public_key=public_key(identity))
+    return replace(named, signature=sign(identity, LABEL, named.signed).hex())
 
 
-def _destroy(folder: Path, store: SecretStore | None) -> int:
-    """Returns how many participations are kept."""
-    header = _header(folder)
-    lock = open_lock(folder, exclusive=True)
-    try:
-        own = store or store_of(folder, header)
-        if not (folder / ERASING).exists():
-            write_atomically(folder / ERASING, header.model_dump_json().encode(), mode=0o600)
-        kept = bequeath(own, store or account_store(folder, header))
-        for name in (KEYS, NEXT_KEYS):
-            if (folder / name).exists():
-                wipe(folder / name)
-        sync_folder(folder)
-        for secret in (ROOT, ANCHOR, SPENT):
-            own.destroy(secret)
-        for path in sorted(folder.glob(f"{DATABASE}*")):
-            path.unlink()
-        (folder / ERASING).unlink()
-        sync_folder(folder)
-    finally:
-        os.close(lock)
-    return kept
+def _stores(
+    folder: Path, header: Header, store: SecretStore | None
+) -> tuple[SecretStore, SecretStore]:
+    """The vault's own, and that of those who come after it."""
+    return store or store_of(folder, header), store or account_store(folder, header)
 
 
 def _header(folder: Path) -> Header:
     """Of the vault, or of the one whose erasing was cut short."""
-    if (folder / ERASING).exists():
-        return Header.model_validate_json((folder / ERASING).read_bytes())
-    return KeyFile.read(folder / KEYS).header
+    return _begun(folder)[0] if (folder / ERASING).exists() else KeyFile.read(folder / KEYS).header
+
+
+def _begun(folder: Path) -> tuple[Header, Receipt]:
+    try:
+        begun = json.loads((folder / ERASING).read_bytes())
+        return Header.model_validate(begun["header"]), Receipt(**begun["receipt"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedVaultError(
+            f"{folder / ERASING}: what was being erased cannot be read ({type(error).__name__})",
+            hint="Delete that file, and erase again.",
+        ) from error

@@ -10,7 +10,8 @@ of what a vault holds. They lie in the file `keys.json`::
      "wraps": {"adapters": …, "database": …, "identity": …}}
 
 `digest` tells damage from a wrong key, `check` a wrong key from a changed file, `mac` covers all of
-it. A changed passphrase wraps the same data keys anew; nothing else is encrypted again.
+it. A changed passphrase wraps the same data keys anew; nothing else is encrypted again. Every
+version of the format keeps `digest` and `version` as they are here.
 """
 
 import hmac
@@ -18,7 +19,7 @@ import json
 import secrets
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Final, Literal
@@ -55,14 +56,18 @@ class Argon2(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    salt: str = Hex
-    iterations: int = Field(3, ge=1, le=64)
-    lanes: int = Field(4, ge=1, le=64)
-    memory_kib: int = Field(65_536, ge=8_192, le=4_194_304)
+    salt: str = Field(pattern="^([0-9a-f]{2}){16,64}$")
+    iterations: int = Field(3, ge=1, le=16)
+    lanes: int = Field(4, ge=1, le=16)
+    memory_kib: int = Field(65_536, ge=8_192, le=1_048_576)
 
     def derive(self, passphrase: str) -> bytes:
-        """32 bytes; a passphrase is the same however its characters are composed (NFC)."""
-        text = unicodedata.normalize("NFC", passphrase).encode()
+        """32 bytes; a passphrase is the same however its characters are composed (NFC).
+
+        Raises:
+            ConfigError: It is not Unicode text.
+        """
+        text = _composed(passphrase).encode()
         return Argon2id(
             salt=bytes.fromhex(self.salt),
             length=32,
@@ -81,8 +86,8 @@ class Unlock:
         root: The 32 bytes in the keystore; None where there are none.
     """
 
-    passphrase: str | None = None
-    root: bytes | None = None
+    passphrase: str | None = field(default=None, repr=False)
+    root: bytes | None = field(default=None, repr=False)
 
 
 class Header(BaseModel):
@@ -120,7 +125,10 @@ class Header(BaseModel):
                     hint="Give it when asked, or set HOMEFIRE_PASSPHRASE.",
                 )
             if self.argon2id is None:
-                raise DamagedVaultError("the key file does not say how its passphrase is used")
+                raise DamagedVaultError(
+                    "the key file does not say how its passphrase is used",
+                    hint="Put the newest copy of keys.json in place.",
+                )
             parts += self.argon2id.derive(unlock.passphrase)
         if self.protection in ("keystore", "both"):
             if unlock.root is None:
@@ -273,13 +281,26 @@ def check_passphrase(passphrase: str) -> None:
     """Refuse what anybody would guess.
 
     Raises:
-        ConfigError: It is too short.
+        ConfigError: It is too short, or not Unicode text.
     """
-    if len(passphrase) < SHORTEST_PASSPHRASE:
+    length = len(_composed(passphrase))
+    if length < SHORTEST_PASSPHRASE:
         raise ConfigError(
-            f"a passphrase of {len(passphrase)} characters is too short",
+            f"a passphrase of {length} characters is too short",
             hint=f"At least {SHORTEST_PASSPHRASE}; several words are better than one.",
         )
+
+
+def _composed(passphrase: str) -> str:
+    try:
+        passphrase.encode()
+    except UnicodeEncodeError as error:
+        # Without the cause: it quotes the passphrase.
+        raise ConfigError(
+            f"a passphrase is Unicode text, which this is not from character {error.start} on",
+            hint="Check the encoding of the terminal, or of HOMEFIRE_PASSPHRASE.",
+        ) from None
+    return unicodedata.normalize("NFC", passphrase)
 
 
 def _new_argon2(protection: Protection) -> Argon2 | None:

@@ -109,7 +109,7 @@ def secure_backend() -> KeyringBackend | None:
 def _told(place: str) -> Iterator[None]:
     try:
         yield
-    except KeyringError as error:
+    except (KeyringError, OSError) as error:
         raise ConfigError(
             f"{place} does not answer ({error})",
             hint="Unlock it, or log in; a vault can be opened by a passphrase instead.",

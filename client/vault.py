@@ -12,11 +12,9 @@ Outside of the folder, in the system's keystore or in `<folder>.keys`, lie the a
 what privacy was spent: a vault that is put back from a backup is noticed by them.
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from homefire.client import vault_adapters, vault_log, vault_records
+from homefire.client import vault_log
 from homefire.client.database import Database
 from homefire.client.keys import (
     Header,
@@ -38,36 +36,38 @@ from homefire.client.keys import (
 )
 from homefire.client.os_keystore import secure_backend
 from homefire.client.vault_adapters import Adapters
+from homefire.client.vault_creation import check_free, clear_unfinished, take_over
 from homefire.client.vault_files import (
-    DATABASE,
     ERASING,
     KEYS,
     LOG_LOCK,
+    NEW_KEYS,
     NEXT_KEYS,
+    UseLock,
     account_store,
-    exclusively,
     file_lock,
-    open_lock,
-    replace_keys,
+    io_errors,
+    make_private_folder,
+    put_in_place,
     store_of,
     unlock_with,
 )
 from homefire.client.vault_log import VaultLog
-from homefire.client.vault_opening import KEYS_EVENT, Opening, check_generation
+from homefire.client.vault_opening import (
+    KEYS_EVENT,
+    Opened,
+    Opening,
+    in_force,
+    key_entry,
+    newest_generation,
+    open_locked,
+)
 from homefire.client.vault_records import Records
-from homefire.common.errors import ConfigError, VaultError
-from homefire.common.files import make_folder
+from homefire.client.vault_schema import MIGRATIONS
+from homefire.common.errors import BusyVaultError, ConfigError, DamagedVaultError, VaultError
+from homefire.common.files import sync_folder
 from homefire.common.keystore import Keystore
 from homefire.common.secret_store import SecretStore
-
-SETTINGS = """
-CREATE TABLE settings (
-    name TEXT PRIMARY KEY,
-    value TEXT NOT NULL
-) STRICT
-"""
-# Never changed once released, only followed by others: a vault carries out those that it lacks.
-MIGRATIONS = ("\n".join((vault_records.SCHEMA, vault_adapters.SCHEMA, vault_log.SCHEMA, SETTINGS)),)
 
 
 @dataclass(slots=True)
@@ -79,17 +79,21 @@ class Vault:
             in is on the disk in encrypted form only.
         Killed at any moment: what was there before is there, or all of what was being written.
         No rollback: a vault, or a key file, that is older than the log's anchor is refused.
+        Erased stays erased: copies of a vault that was erased here are refused.
         Another's never opens: neither by this vault's key nor with this vault's files.
 
     Assumes:
         The account, its memory and the administrator are trusted while it is open. A copy of the
-        whole machine, keystore included, brings an old vault back unnoticed.
+        whole machine, keystore included, brings an old vault back unnoticed. What is not in the log
+        is only as new as the file: see `Database`.
 
     Attributes:
         folder: Where it lies.
         header: What is known of it without keys.
         store: Of anchors and secrets.
         database: All else goes through it.
+        keys: The data keys.
+        lock: Says that it is in use.
         records: The history.
         adapters: Shared and private ones.
         log: What was taken part in, forgotten and changed.
@@ -100,7 +104,7 @@ class Vault:
     store: SecretStore
     database: Database
     keys: Mapping[str, bytes] = field(repr=False)
-    _lock: int
+    lock: UseLock = field(repr=False)
     records: Records = field(init=False)
     adapters: Adapters = field(init=False)
     log: VaultLog = field(init=False)
@@ -117,9 +121,18 @@ class Vault:
         return Ed25519PrivateKey.from_private_bytes(self.keys["identity"])
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """A setting, as JSON gives it back."""
+        """A setting, as JSON gives it back.
+
+        Raises:
+            DamagedVaultError: It is not what was kept.
+        """
         rows = self.database.read("SELECT value FROM settings WHERE name = ?", (name,))
-        return json.loads(rows[0][0]) if rows else default
+        try:
+            return json.loads(rows[0][0]) if rows else default
+        except ValueError as error:
+            raise DamagedVaultError(
+                f"{self.folder}: the setting {name!r} is damaged", hint="Set it again."
+            ) from error
 
     def set(self, name: str, value: Any) -> None:
         """Keep a setting."""
@@ -133,8 +146,8 @@ class Vault:
     ) -> None:
         """Open it by another passphrase, or by other means, from now on.
 
-        The data keys stay, so nothing is encrypted again; a copy of the old `keys.json` still opens
-        old copies of the database. `rotate` helps against those.
+        The data keys stay, so nothing is encrypted again: who has a copy of the old `keys.json` and
+        what opened it can read later copies of the database too, until the next `rotate`.
 
         Args:
             passphrase: The new one, where one is needed.
@@ -143,15 +156,20 @@ class Vault:
         Raises:
             ConfigError: No passphrase where one is needed, or a guessable one.
             BusyVaultError: Another process has it open.
+            VaultError: It could not be written. Where that leaves the change half made, the vault
+                is closed, and the next opening ends it.
         """
         chosen = protection or self.header.protection
         _check_means(chosen, passphrase, self.header.store)
-        header = next_header(self.header, protection=chosen)
-        unlock = unlock_with(header, self.store, passphrase, make=True)
-        self._change_keys(header, unlock, self.keys)
+
+        def change() -> tuple[Header, Unlock, Mapping[str, bytes]]:
+            header = next_header(self.header, protection=chosen)
+            return header, unlock_with(header, self.store, passphrase, make=True), self.keys
+
+        self._change_keys(change)
 
     def rotate(self, *, passphrase: str | None = None) -> None:
-        """Encrypt everything under new data keys.
+        """Encrypt everything under new data keys; who has old ones can read only old copies.
 
         Args:
             passphrase: The present one, where one is needed.
@@ -159,37 +177,90 @@ class Vault:
         Raises:
             WrongKeyError: Another passphrase.
             BusyVaultError: Another process has it open.
+            VaultError: As `change_protection`.
         """
-        unlock = unlock_with(self.header, self.store, passphrase)
-        KeyFile.read(self.folder / KEYS).open(unlock)
-        # The identity stays: servers know it.
-        keys = {**new_data_keys(), "identity": self.keys["identity"]}
-        self._change_keys(next_header(self.header), unlock, keys)
 
-    def _change_keys(self, header: Header, unlock: Unlock, keys: Mapping[str, bytes]) -> None:
+        def change() -> tuple[Header, Unlock, Mapping[str, bytes]]:
+            unlock = unlock_with(self.header, self.store, passphrase)
+            KeyFile.read(self.folder / KEYS).open(unlock)
+            # The identity stays: servers know it.
+            keys = {**new_data_keys(), "identity": self.keys["identity"]}
+            return next_header(self.header), unlock, keys
+
+        self._change_keys(change)
+
+    def _change_keys(
+        self, change: Callable[[], tuple[Header, Unlock, Mapping[str, bytes]]]
+    ) -> None:
         """First the new key file beside the old one, then the log's word, then the rest."""
-        with exclusively(self._lock, self.folder):
+        with io_errors(self.folder), self.lock.alone(), self.database.held():
+            header, unlock, keys = change()
             file = KeyFile.seal(header, unlock, keys)
             file.write(self.folder / NEXT_KEYS)
-            with self.log.transaction(KEYS_EVENT, generation=header.generation):
-                if keys["adapters"] != self.keys["adapters"]:
-                    self.adapters.seal_anew(keys["adapters"])
-            if keys["database"] != self.keys["database"]:
-                self.database.rekey(keys["database"])
-            replace_keys(self.folder)
+            with self._taken_back(file):
+                with self.log.transaction(KEYS_EVENT, **key_entry(file)):
+                    if keys["adapters"] != self.keys["adapters"]:
+                        self.adapters.seal_anew(keys["adapters"])
+                if keys["database"] != self.keys["database"]:
+                    self.database.rekey(keys["database"])
+                put_in_place(self.folder, NEXT_KEYS)
             self.header, self.keys = header, keys
-            self.adapters = Adapters(self.database, header.vault, keys["adapters"])
+            self.adapters.key = keys["adapters"]
+
+    @contextmanager
+    def _taken_back(self, file: KeyFile) -> Iterator[None]:
+        """Undo a change that fails before the log has it; later only an opening can end it."""
+        try:
+            yield
+        except BaseException:
+            undone = False
+            with suppress(VaultError, OSError):
+                if not in_force(self.log, file):
+                    (self.folder / NEXT_KEYS).unlink()
+                    sync_folder(self.folder)
+                    undone = True
+            if not undone:
+                self.abandon()
+            raise
+
+    def sweep(self) -> None:
+        """Take what was deleted off the disk now, and not only when the vault is closed.
+
+        Raises:
+            BusyVaultError: Another process writes.
+            VaultError: There is no room for it.
+        """
+        with self.database.held():
+            ((due,),) = self.database.read("SELECT max(number) FROM unswept")
+            if due is not None:
+                self.database.sweep()
+                with self.database.transaction() as database:
+                    database.write("DELETE FROM unswept WHERE number <= ?", (due,))
+            self.database.compact_log()
 
     def close(self) -> None:
-        """Let go of it; what was deleted is then in no file of it any more."""
-        if self._lock < 0:
+        """Let go of it; what was deleted is then in no file of it any more.
+
+        Where another process writes meanwhile, that is so when it closes the vault.
+
+        Raises:
+            VaultError: There is no room to write it anew without what was deleted; it is closed,
+                and the next `close` tries again.
+        """
+        if self.lock.descriptor < 0:
             return
         try:
-            self.database.compact_log()
+            with suppress(BusyVaultError):
+                self.sweep()
         finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of it as it is; what was deleted is taken off the disk by the next `close`."""
+        try:
             self.database.close()
-            os.close(self._lock)
-            self._lock = -1
+        finally:
+            self.lock.close()
 
     def __enter__(self) -> "Vault":
         return self
@@ -223,25 +294,28 @@ def create(
     if isinstance(store, Keystore) or (store is None and secure_backend() is None):
         kind = "folder"
     _check_means(chosen, passphrase, kind)
-    header = new_header(chosen, kind)
-    _check_not_erasing(folder)
-    make_folder(folder)
-    folder.chmod(0o700)
-    with ExitStack() as undo:
-        lock = open_lock(folder, exclusive=True)
-        undo.callback(os.close, lock)
-        for name in (KEYS, DATABASE):
-            if (folder / name).exists():
-                raise ConfigError(
-                    f"{folder}: there is a vault already ({name})",
-                    hint="Open it, name another folder, or erase it first.",
-                )
-        owned = store or store_of(folder, header)
-        unlock = unlock_with(header, owned, passphrase, make=True)
-        KeyFile.seal(header, unlock, new_data_keys()).write(folder / KEYS)
+    with io_errors(folder), ExitStack() as undo:
+        _check_not_erasing(folder)
+        check_free(folder)
+        make_private_folder(folder)
+        lock = UseLock.open(folder)
+        undo.callback(lock.close)
+        with lock.alone():
+            check_free(folder)
+            clear_unfinished(folder, store)
+            header, keys = new_header(chosen, kind), new_data_keys()
+            owned = store or store_of(folder, header)
+            take_over(owned, shared=store is not None)
+            undo.callback(clear_unfinished, folder, store)
+            unlock = unlock_with(header, owned, passphrase, make=True)
+            file = KeyFile.seal(header, unlock, keys)
+            file.write(folder / NEW_KEYS)
+            opened = Opening(folder, owned, passphrase, MIGRATIONS).make(file, keys)
+            undo.callback(opened.database.close)
+            vault = _vault(folder, owned, opened, lock, heirs=store)
+            put_in_place(folder, NEW_KEYS)
         undo.pop_all()
-    os.close(lock)
-    return open_vault(folder, passphrase=passphrase, store=store)
+    return vault
 
 
 def open_vault(
@@ -264,32 +338,64 @@ def open_vault(
         WrongKeyError: Another passphrase, or none; or the keystore's secret is gone.
         DamagedVaultError: Bytes of it have changed.
         ForeignVaultError: Its database is another vault's.
-        OldVaultError: It was put back from a backup.
+        OldVaultError: It was put back from a backup, or was erased.
         BusyVaultError: Another process is changing its keys.
         VaultVersionError: A newer homefire made it.
-        VaultError: There is none, or it cannot be read.
+        LedgerError: Its keystore is older than it is, damaged, or cannot be written.
+        ConfigError: Its keystore does not answer, or others can read it.
+        VaultError: There is none, or it cannot be read and written.
     """
-    _check_not_erasing(folder)
-    with ExitStack() as undo:
-        file = KeyFile.read(folder / KEYS)
-        unsettled = (folder / NEXT_KEYS).exists()
-        lock = open_lock(folder, exclusive=unsettled)
-        undo.callback(os.close, lock)
-        owned = store or store_of(folder, file.header)
-        opening = Opening(folder, owned, passphrase, MIGRATIONS)
-        opened = opening.settle() if unsettled else opening.open(file)
+    with io_errors(folder), ExitStack() as undo:
+        _check_not_erasing(folder)
+        KeyFile.read(folder / KEYS)  # before anything is made here
+        lock = UseLock.open(folder)
+        undo.callback(lock.close)
+        opening = partial(
+            _opening, folder, passphrase=passphrase, store=store, accept_backup=accept_backup
+        )
+        opened, owned = open_locked(folder, lock, opening)
         undo.callback(opened.database.close)
-        vault = Vault(folder, opened.header, owned, opened.database, opened.keys, lock)
+        vault = _vault(folder, owned, opened, lock, heirs=store)
         if accept_backup:
-            vault.log.accept()
-        else:
-            vault.log.check()
-        check_generation(vault.log, opened.header, accept=accept_backup)
-        heirs = store or account_store(folder, opened.header)
-        vault.log.inherited = vault_log.inherited(heirs)
-        fcntl.flock(lock, fcntl.LOCK_SH)
+            _accept_keys(vault, passphrase)
         undo.pop_all()
     return vault
+
+
+def _opening(
+    folder: Path, *, passphrase: str | None, store: SecretStore | None, accept_backup: bool
+) -> Opening:
+    _check_not_erasing(folder)
+    header = KeyFile.read(folder / KEYS).header
+    owned = store or store_of(folder, header)
+    vault_log.check_alive(owned, header.vault)
+    return Opening(folder, owned, passphrase, MIGRATIONS, accept_backup=accept_backup)
+
+
+def _vault(
+    folder: Path, store: SecretStore, opened: Opened, lock: UseLock, *, heirs: SecretStore | None
+) -> Vault:
+    header = opened.file.header
+    vault = Vault(folder, header, store, opened.database, opened.keys, lock)
+    vault.log.inherited = vault_log.inherited(heirs or account_store(folder, header))
+    return vault
+
+
+def _accept_keys(vault: Vault, passphrase: str | None) -> None:
+    """Put keys in force that the log does not know as its last ones, under a number of their own.
+
+    Raises:
+        BusyVaultError: Another process has it open.
+    """
+    if in_force(vault.log, KeyFile.read(vault.folder / KEYS)):
+        return
+
+    def change() -> tuple[Header, Unlock, Mapping[str, bytes]]:
+        newest = max(newest_generation(vault.log), vault.header.generation)
+        header = next_header(vault.header.model_copy(update={"generation": newest}))
+        return header, unlock_with(header, vault.store, passphrase), vault.keys
+
+    vault._change_keys(change)
 
 
 def _check_not_erasing(folder: Path) -> None:

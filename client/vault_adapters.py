@@ -3,7 +3,7 @@
 import json
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -61,7 +61,7 @@ class StoredAdapter:
     worn: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Adapters:
     """The adapters in an open vault.
 
@@ -69,11 +69,16 @@ class Adapters:
         Own or refused: an adapter opens only as that of its vault, name and version; another
             vault's, or another version's, in its place does not.
         Whole or refused: a single changed bit is noticed.
+
+    Attributes:
+        database: Of the vault.
+        vault: Its id.
+        key: What everything is sealed under; changes with the vault's keys.
     """
 
     database: Database
     vault: str
-    key: bytes
+    key: bytes = field(repr=False)
 
     def keep(
         self, name: str, vector: Vector, about: dict[str, Any], trained_on: Iterable[int]
@@ -129,12 +134,13 @@ class Adapters:
             AdapterError: There is no such version.
             DamagedVaultError: It is not the one that was stored.
         """
-        rows = self.database.read(
-            "SELECT sealed FROM adapters WHERE name = ? AND version = ?", (name, version)
-        )
-        if not rows:
-            raise AdapterError(f"there is no {name} adapter {version}")
-        packed = self._open(rows[0][0], name, version)
+        with self.database.held():  # so that its key stays the one that it was read under
+            rows = self.database.read(
+                "SELECT sealed FROM adapters WHERE name = ? AND version = ?", (name, version)
+            )
+            if not rows:
+                raise AdapterError(f"there is no {name} adapter {version}")
+            packed = self._open(rows[0][0], name, version)
         return unpack_vector(packed, where=f"adapter {version}", kind=name)[0]
 
     def wear(self, name: str, version: int) -> None:
@@ -143,16 +149,23 @@ class Adapters:
         Raises:
             AdapterError: There is no such version.
         """
-        if version not in [each.version for each in self.versions(name)]:
-            raise AdapterError(
-                f"there is no {name} adapter {version}", hint="`homefire device status` lists them."
-            )
         with self.database.transaction() as database:
+            if version not in [each.version for each in self.versions(name)]:
+                raise AdapterError(
+                    f"there is no {name} adapter {version}",
+                    hint="`homefire device status` lists them.",
+                )
             _wear(database, name, version)
 
     def trained_on(self, version: int) -> frozenset[int]:
-        """The ids of the records that a version has seen."""
+        """The ids of the records that a version has seen.
+
+        Raises:
+            AdapterError: There is no such version.
+        """
         rows = self.database.read("SELECT trained_on FROM adapters WHERE version = ?", (version,))
+        if not rows:
+            raise AdapterError(f"there is no adapter {version}")
         return _unpack(rows[0][0])
 
     def drop(self, versions: Sequence[int]) -> None:
@@ -170,8 +183,9 @@ class Adapters:
 
     def draft(self, name: str) -> bytes | None:
         """The training that is under way; None where there is none."""
-        rows = self.database.read("SELECT sealed FROM drafts WHERE name = ?", (name,))
-        return self._open(rows[0][0], name, 0) if rows else None
+        with self.database.held():
+            rows = self.database.read("SELECT sealed FROM drafts WHERE name = ?", (name,))
+            return self._open(rows[0][0], name, 0) if rows else None
 
     def draft_trained_on(self, name: str) -> frozenset[int]:
         """The ids of the records that the draft has seen."""
@@ -183,7 +197,7 @@ class Adapters:
         self.database.write("DELETE FROM drafts WHERE name = ?", (name,))
 
     def seal_anew(self, key: bytes) -> None:
-        """Seal everything under another key, within a transaction."""
+        """Seal everything under another key, within a transaction; `key` stays what it was."""
         other = Adapters(self.database, self.vault, key)
         rows = self.database.read("SELECT version, name, sealed FROM adapters")
         for version, name, sealed in rows:

@@ -5,18 +5,19 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from homefire.client.keys import Header, Unlock
 from homefire.client.os_keystore import OSKeystore, secure_backend
 from homefire.common.errors import BusyVaultError, VaultError, WrongKeyError
-from homefire.common.files import sync_folder
+from homefire.common.files import make_folder, sync_folder
 from homefire.common.keystore import Keystore
+from homefire.common.model_cache import cache_folder
 from homefire.common.secret_store import SecretStore
 
-KEYS, NEXT_KEYS, DATABASE, LOCK = "keys.json", "keys.next.json", "vault.db", "vault.lock"
-LOG_LOCK, LEDGER_LOCK, KEYSTORE_LOCK = "log.lock", "ledger.lock", "keystore.lock"
+KEYS, NEXT_KEYS, NEW_KEYS = "keys.json", "keys.next.json", "keys.new.json"
+DATABASE, LOCK, LOG_LOCK, KEYSTORE_LOCK = "vault.db", "vault.lock", "log.lock", "keystore.lock"
 ERASING = "erasing.json"
 ROOT = "root"
 WAIT_SECONDS = 5.0
@@ -43,7 +44,10 @@ def store_of(folder: Path, header: Header) -> SecretStore:
 def account_store(folder: Path, header: Header) -> SecretStore:
     """Where vaults of one account leave what they had spent to each other."""
     store = store_of(folder, header)
-    return replace(store, owner="account") if isinstance(store, OSKeystore) else store
+    if isinstance(store, OSKeystore):
+        # One lock for all vaults, wherever they lie.
+        return replace(store, owner="account", lock=cache_folder() / KEYSTORE_LOCK)
+    return store
 
 
 def unlock_with(
@@ -55,57 +59,104 @@ def unlock_with(
     return Unlock(passphrase, store.secret(ROOT) if make else store.get(ROOT))
 
 
-def replace_keys(folder: Path) -> None:
-    """Put the next key file in place of the present one."""
-    (folder / NEXT_KEYS).replace(folder / KEYS)
+def put_in_place(folder: Path, name: str) -> None:
+    """Let a key file be the vault's from now on."""
+    (folder / name).replace(folder / KEYS)
     sync_folder(folder)
 
 
-def open_lock(folder: Path, *, exclusive: bool) -> int:
-    """Say that a vault is in use, or that nobody else may use it; returns a file descriptor.
-
-    Raises:
-        BusyVaultError: Another process has it open.
-        VaultError: There is no such folder.
-    """
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise VaultError(f"{folder}: cannot be used ({error.strerror})") from error
-    try:
-        _take(descriptor, folder, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-    except BusyVaultError:
-        os.close(descriptor)
-        raise
-    return descriptor
+def make_private_folder(folder: Path) -> None:
+    """Make a folder that is its owner's only; one that is there becomes so."""
+    make_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.chmod(0o700)
+    sync_folder(folder.parent)
 
 
 @contextmanager
-def exclusively(lock: int, folder: Path) -> Iterator[None]:
-    """Keep all other processes from a vault that this one has open.
-
-    Raises:
-        BusyVaultError: Another process has it open.
-    """
-    _take(lock, folder, fcntl.LOCK_EX)
+def io_errors(folder: Path) -> Iterator[None]:
+    """Say in a vault's own error what the system refused."""
     try:
         yield
-    finally:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    except OSError as error:
+        raise VaultError(
+            f"{error.filename or folder}: {error.strerror or error}",
+            hint="Check the disk, its free room and the permissions.",
+        ) from error
 
 
-def _take(descriptor: int, folder: Path, kind: int) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
+@dataclass(slots=True)
+class UseLock:
+    """Says that a vault is in use, or that nobody else may use it.
+
+    Guarantees:
+        Kept: while it is shared, nobody is alone with the vault, also where this process asked to
+            be alone and was refused.
+        One at a time: of all processes and threads only one is alone with the vault.
+
+    Attributes:
+        folder: The vault's.
+        descriptor: Of the lock's file; -1 once it is closed.
+    """
+
+    folder: Path
+    descriptor: int
+
+    @classmethod
+    def open(cls, folder: Path) -> "UseLock":
+        """A lock that is not taken yet.
+
+        Raises:
+            OSError: There is no such folder, or it cannot be written.
+        """
+        return cls(folder, os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600))
+
+    def share(self) -> None:
+        """Use the vault beside others, until it is closed.
+
+        Raises:
+            BusyVaultError: Somebody is alone with it.
+        """
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not _taken(self.descriptor, fcntl.LOCK_SH):
+            _wait(self.folder, deadline)
+
+    def release(self) -> None:
+        """Use it no more, for now."""
+        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep all others from the vault within the block; after it, it is shared.
+
+        Raises:
+            BusyVaultError: Another process has it open.
+        """
+        deadline = time.monotonic() + WAIT_SECONDS
+        # Who fails to turn a shared lock into an exclusive one has none for a moment. Nobody can
+        # use that moment: whoever wants to be alone waits here before.
+        gate = os.open(self.folder, os.O_RDONLY)
         try:
-            return fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                raise BusyVaultError(
-                    f"{folder}: another process uses this vault",
-                    hint="End it (a running `homefire device serve` or `join`), and try again.",
-                ) from error
-        time.sleep(POLL_SECONDS)
+            while not _taken(gate, fcntl.LOCK_EX):
+                _wait(self.folder, deadline)
+            while not _taken(self.descriptor, fcntl.LOCK_EX):
+                fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+                _wait(self.folder, deadline)
+            try:
+                yield
+            finally:
+                if self.descriptor >= 0:
+                    fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        finally:
+            # Not by closing alone: a process that was forked meanwhile would hold it on.
+            fcntl.flock(gate, fcntl.LOCK_UN)
+            os.close(gate)
+
+    def close(self) -> None:
+        """Let go of it; a process that was forked meanwhile holds it on."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 @contextmanager
@@ -118,3 +169,20 @@ def file_lock(path: Path) -> Iterator[None]:
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def _taken(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _wait(folder: Path, deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise BusyVaultError(
+            f"{folder}: another process uses this vault",
+            hint="End it (a running `homefire device serve` or `join`), and try again.",
+        )
+    time.sleep(POLL_SECONDS)

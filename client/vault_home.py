@@ -14,7 +14,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from homefire.client.home import PrivateAdapter, read_once
 from homefire.client.personalize.private import PRIVATE, SHARED
 from homefire.client.vault import Vault
-from homefire.client.vault_files import LEDGER_LOCK
 from homefire.client.vault_log import PARTICIPATION, VaultLog
 from homefire.common.config import DeviceConfig
 from homefire.common.errors import LedgerError
@@ -23,7 +22,7 @@ from homefire.common.plan import RoundPlan
 from homefire.common.policy import DevicePolicy
 from homefire.common.records import User
 
-SETTINGS, POLICY = "device.toml", "policy.toml"
+SETTINGS, POLICY, LEDGER_LOCK = "device.toml", "policy.toml", "ledger.lock"
 
 
 @dataclass(frozen=True, slots=True)

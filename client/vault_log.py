@@ -6,6 +6,7 @@ that would bring back what was forgotten, a passphrase that was changed, or priv
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ class VaultLog:
     Guarantees:
         Prefix: what is read is what was appended, in order, or it is refused.
         Rollback: a log that lacks anything that was ever anchored is refused.
+        Never far ahead: a log whose last entry could not be anchored takes no other before it is,
+            so that a keystore which fails for a while does not make the vault look too new.
         Spent outlives the vault: participations are in the store too before an append returns, so
             that erasing a vault does not undo them.
 
@@ -45,12 +48,13 @@ class VaultLog:
         database: Of the vault.
         store: Where anchor and participations are kept.
         locked: Keeps other processes from appending.
+        inherited: Participations of vaults that were here before.
     """
 
     database: Database
     store: SecretStore
     locked: Callable[[], AbstractContextManager[None]]
-    inherited: list[dict[str, Any]] = field(default_factory=list)
+    inherited: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def check(self) -> None:
         """Compare the log with its anchor, and bring that up to date.
@@ -58,23 +62,10 @@ class VaultLog:
         Raises:
             OldVaultError: The vault is older than it was.
             DamagedVaultError: The log is no chain.
-            LedgerError: The store is older than the vault.
+            LedgerError: The store is older than the vault, or cannot be written.
         """
-        with self.locked():
-            known = self.store.anchor(ANCHOR)
-            _, anchors = self._read()
-            try:
-                check_anchor(self._where, anchors, known)
-            except LedgerError as error:
-                raise OldVaultError(
-                    f"{self._where}: this vault was put back from a backup: what was forgotten, "
-                    "or privacy that was spent since, would be undone",
-                    hint="Put the newest copy in place. If it is lost, `homefire device doctor "
-                    "--accept-backup` takes this one, and keeps what was spent.",
-                ) from error
-            if anchors[-1] != known:
-                self._keep_spent()
-            self.store.catch_up(ANCHOR, known, anchors[-1], where=self._where)
+        with self._alone():
+            self._check()
 
     def entries(self, event: str) -> list[dict[str, Any]]:
         """All entries of one kind, oldest first."""
@@ -95,7 +86,9 @@ class VaultLog:
 
         Raises:
             VaultError: It could not be written; nothing was.
-            LedgerError: It could not be anchored.
+            LedgerError: It is not JSON, and was not written; or it could not be anchored: then it
+                counts, but nobody may rely on it yet.
+            ConfigError: The keystore is locked or does not answer; as there.
         """
         with self.transaction(event, **fields):
             pass
@@ -106,15 +99,14 @@ class VaultLog:
 
         Raises:
             VaultError: It could not be written; nothing was.
-            LedgerError: It could not be anchored.
+            LedgerError: As `append`.
         """
-        with self.locked():
+        with self._alone():
+            self._check()
             with self.database.transaction() as database:
                 yield database
                 self._insert(event, fields)
-            self._keep_spent()
-            _, anchors = self._read()
-            self.store.keep_anchor(ANCHOR, anchors[-1])
+            self._check()
 
     def accept(self) -> int:
         """Go on from an older copy: what the store knows to be spent is added to it.
@@ -122,28 +114,57 @@ class VaultLog:
         Returns:
             How many participations the copy lacked.
         """
-        with self.locked():
-            here, kept = self.entries(PARTICIPATION), spent(self.store)
-            lost = kept[len(here) :] if kept[: len(here)] == here else kept
+        with self._alone():
+            lost = _without(spent(self.store), self.entries(PARTICIPATION))
             with self.database.transaction():
                 for entry in lost:
                     self._insert(PARTICIPATION, entry)
                 self._insert("accepted", {"lost": len(lost)})
-            self._keep_spent()
             _, anchors = self._read()
-            self.store.replace_anchor(ANCHOR, anchors[-1])
+            with _anchoring(self.store):
+                self._keep_spent()
+                self.store.replace_anchor(ANCHOR, anchors[-1])
         return len(lost)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        # In this order everywhere: threads that share the database must not wait for each other.
+        with self.database.held(), self.locked():
+            yield
+
+    def _check(self) -> None:
+        known = self.store.anchor(ANCHOR)
+        _, anchors = self._read()
+        try:
+            check_anchor(self._where, anchors, known)
+        except LedgerError as error:
+            raise OldVaultError(
+                f"{self._where}: this vault was put back from a backup: what was forgotten, "
+                "or privacy that was spent since, would be undone",
+                hint="Put the newest copy in place. If it is lost, `homefire device doctor "
+                "--accept-backup` takes this one, and keeps what was spent.",
+            ) from error
+        if anchors[-1] == known:
+            return
+        self.store.check_ahead(known, anchors[-1], where=self._where)
+        with _anchoring(self.store):
+            self._keep_spent()
+            self.store.keep_anchor(ANCHOR, anchors[-1])
 
     def _insert(self, event: str, fields: Mapping[str, Any]) -> None:
         _, anchors = self._read()
-        line, anchor = seal(anchors[-1], {"event": event, **fields})
+        try:
+            line, anchor = seal(anchors[-1], {"event": event, **fields})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise LedgerError(f"{self._where}: the entry is not JSON ({error})") from error
         self.database.write("INSERT INTO log VALUES (?, ?)", (anchor.length, line))
 
     def _keep_spent(self) -> None:
         self.store.put(SPENT, canonical_json(self.entries(PARTICIPATION)))
 
     def _read(self) -> tuple[list[dict[str, Any]], list[Anchor]]:
-        lines = [row[0][:-1] for row in self.database.read("SELECT line FROM log ORDER BY number")]
+        rows = self.database.read("SELECT line FROM log ORDER BY number")
+        lines = [row[0].removesuffix(b"\n") for row in rows]
         try:
             return check_lines(self._where, lines, empty(KIND))
         except LedgerError as error:
@@ -152,6 +173,11 @@ class VaultLog:
     @property
     def _where(self) -> str:
         return f"{self.database.path}, log"
+
+
+def first_anchor(event: str, fields: Mapping[str, Any]) -> Anchor:
+    """The anchor of a log that holds this entry alone."""
+    return seal(empty(KIND), {"event": event, **fields})[1]
 
 
 def spent(store: SecretStore) -> list[dict[str, Any]]:
@@ -172,28 +198,89 @@ def inherited(store: SecretStore) -> list[dict[str, Any]]:
     return _read_list(store, ERASED)
 
 
-def bequeath(store: SecretStore, heirs: SecretStore) -> int:
+def heritage(store: SecretStore, heirs: SecretStore) -> list[dict[str, Any]]:
+    """What is kept for the vaults that come after one, if it were erased now.
+
+    Args:
+        store: Of the vault.
+        heirs: Where those that come after it look.
+    """
+    kept = inherited(heirs)
+    return [*kept, *_without(spent(store), kept)]
+
+
+def bequeath(store: SecretStore, heirs: SecretStore) -> None:
     """Keep what a vault had spent for those that come after it; may be repeated.
 
     Args:
         store: Of the vault that is erased.
         heirs: Where those that come after it look.
-
-    Returns:
-        How many participations are kept in all.
     """
-    kept = inherited(heirs)
-    kept += [entry for entry in spent(store) if entry not in kept]
-    heirs.put(ERASED, canonical_json(kept))
-    return len(kept)
+    mine = spent(store)
+
+    def with_mine(stored: bytes | None) -> bytes:
+        kept = _list(heirs, stored)
+        return canonical_json([*kept, *_without(mine, kept)])
+
+    heirs.change(ERASED, with_mine)
+
+
+def bury(store: SecretStore, vault: str) -> None:
+    """Remember that a vault was erased; may be repeated."""
+    store.put(_grave(vault), b"erased")
+
+
+def check_alive(store: SecretStore, vault: str) -> None:
+    """Refuse a vault that was erased, of which somebody has put a copy back.
+
+    Raises:
+        OldVaultError: Always then.
+    """
+    if store.get(_grave(vault)) is not None:
+        raise OldVaultError(
+            "this vault was erased; what lies here is an older copy of it",
+            hint="Erase it again, and make a new one.",
+        )
+
+
+def _grave(vault: str) -> str:
+    return f"erased-{vault}"
+
+
+def _without(entries: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries that the others lack, each as often as it is lacking."""
+    there = Counter(map(canonical_json, others))
+    lacking = []
+    for entry in entries:
+        there[canonical_json(entry)] -= 1
+        if there[canonical_json(entry)] < 0:
+            lacking.append(entry)
+    return lacking
 
 
 def _read_list(store: SecretStore, name: str) -> list[dict[str, Any]]:
+    return _list(store, store.get(name))
+
+
+def _list(store: SecretStore, stored: bytes | None) -> list[dict[str, Any]]:
     try:
-        found: list[dict[str, Any]] = json.loads(store.get(name) or b"[]")
-    except ValueError as error:
+        found = json.loads(stored or b"[]")
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise ValueError("no list of participations")
+    except (ValueError, RecursionError) as error:
         raise LedgerError(
-            f"{store.place}: what was spent cannot be read",
+            f"{store.place}: what was spent cannot be read ({error})",
             hint="Put the newest keystore in place.",
         ) from error
     return found
+
+
+@contextmanager
+def _anchoring(store: SecretStore) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LedgerError(
+            f"{store.place}: it cannot be written ({error})",
+            hint="Check the disk, its free room and the permissions.",
+        ) from error

@@ -1,7 +1,8 @@
 """Opening a vault: keys that fit, a database of its own, a change of keys that was cut short."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,28 +13,31 @@ from homefire.client.vault_files import (
     KEYS,
     LOG_LOCK,
     NEXT_KEYS,
+    UseLock,
     file_lock,
-    replace_keys,
+    put_in_place,
     unlock_with,
 )
-from homefire.client.vault_log import ANCHOR, VaultLog
+from homefire.client.vault_log import VaultLog
 from homefire.common.errors import (
     DamagedVaultError,
     ForeignVaultError,
+    LedgerError,
     OldVaultError,
     WrongKeyError,
 )
 from homefire.common.secret_store import SecretStore
 
 KEYS_EVENT = "keys"
+SMALLEST_DATABASE = 4096  # bytes, one page; SQLite takes a shorter file for an empty one
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A vault's database, and the keys that it was opened with."""
 
-    header: Header
-    keys: Mapping[str, bytes]
+    file: KeyFile
+    keys: Mapping[str, bytes] = field(repr=False)
     database: Database
 
 
@@ -41,26 +45,45 @@ class Opened:
 class Opening:
     """What a vault is opened with.
 
+    Guarantees:
+        Checked first: a vault that is refused is left as it is.
+
     Attributes:
         folder: Where it lies.
         store: Of anchors and secrets.
         passphrase: None where none was given.
         migrations: What brings an older schema up to date.
+        accept_backup: Take what is older than the anchor.
     """
 
     folder: Path
     store: SecretStore
-    passphrase: str | None
+    passphrase: str | None = field(repr=False)
     migrations: Sequence[str]
+    accept_backup: bool = False
 
-    def open(self, file: KeyFile) -> Opened:
+    def make(self, file: KeyFile, keys: Mapping[str, bytes]) -> Opened:
+        """Make the database of a new vault."""
+        path, salt = self.folder / DATABASE, salt_of(file.header.vault)
+        database = Database(path, keys["database"], salt, make=True)
+        with _closed_on_error(database):
+            database.migrate(self.migrations)
+            log_keys(self.log(database), file)
+        return Opened(file, keys, database)
+
+    def open(self) -> Opened:
         """Open a vault whose keys are not being changed.
 
         Raises:
             VaultError: As `homefire.client.vault.open_vault`.
         """
+        file = KeyFile.read(self.folder / KEYS)
         keys = self._keys(file)
-        return Opened(file.header, keys, self._database(file.header, keys["database"]))
+        database = self._database(file.header, keys["database"])
+        with _closed_on_error(database):
+            self._check_in_force(self._checked_log(database), file)
+            database.migrate(self.migrations)
+        return Opened(file, keys, database)
 
     def settle(self) -> Opened:
         """End a change of keys that was cut short: wholly if its log entry is there, else not.
@@ -71,29 +94,60 @@ class Opening:
             VaultError: As `homefire.client.vault.open_vault`.
         """
         old, new = KeyFile.read(self.folder / KEYS), KeyFile.read(self.folder / NEXT_KEYS)
+        self._check_next(old.header, new.header)
         old_keys, new_keys = self._both(old, new)
-        database = self._first_that_fits(old.header, old_keys, new_keys)
-        try:
-            log = self.log(database)
-            log.check()
-            logged = generation(log) >= new.header.generation
-            if not logged and old_keys is not None:
+        database, fits = self._first_that_fits(old.header, old_keys, new_keys)
+        with _closed_on_error(database):
+            log = self._checked_log(database)
+            made = in_force(log, new)
+            if not made:
+                self._check_in_force(log, old)
+            if not made and old_keys is not None:
                 (self.folder / NEXT_KEYS).unlink()
-                return Opened(old.header, old_keys, database)
+                database.migrate(self.migrations)
+                return Opened(old, old_keys, database)
             if new_keys is None:
                 raise WrongKeyError("the vault's passphrase was changed", hint="Give the new one.")
-            if not logged:
-                log.append(KEYS_EVENT, generation=new.header.generation)
-            database.rekey(new_keys["database"])
-            replace_keys(self.folder)
-        except BaseException:
-            database.close()
-            raise
-        return Opened(new.header, new_keys, database)
+            if not made:
+                log_keys(log, new)
+            if fits != new_keys["database"]:
+                database.rekey(new_keys["database"])
+            put_in_place(self.folder, NEXT_KEYS)
+            database.migrate(self.migrations)
+        return Opened(new, new_keys, database)
 
     def log(self, database: Database) -> VaultLog:
         """The log of the vault that is being opened."""
         return VaultLog(database, self.store, partial(file_lock, self.folder / LOG_LOCK))
+
+    def _checked_log(self, database: Database) -> VaultLog:
+        database.check_version(self.migrations)
+        log = self.log(database)
+        try:
+            log.check()
+        except (OldVaultError, LedgerError):
+            if not self.accept_backup:
+                raise
+            log.accept()
+        return log
+
+    def _check_in_force(self, log: VaultLog, file: KeyFile) -> None:
+        if not (self.accept_backup or in_force(log, file)):
+            raise OldVaultError(
+                f"{self.folder}: {KEYS} and {DATABASE} are not of one day: there were other keys",
+                hint="Put the newest copies of both in place.",
+            )
+
+    def _check_next(self, old: Header, new: Header) -> None:
+        path = self.folder / NEXT_KEYS
+        if new.vault != old.vault:
+            raise ForeignVaultError(
+                f"{path}: these are another vault's keys", hint="Take that file away."
+            )
+        if new.generation <= old.generation:
+            raise OldVaultError(
+                f"{path}: these keys are older than the present ones", hint="Take that file away."
+            )
 
     def _keys(self, file: KeyFile) -> dict[str, bytes]:
         return file.open(unlock_with(file.header, self.store, self.passphrase))
@@ -110,65 +164,101 @@ class Opening:
         except WrongKeyError:
             return None, new_keys
 
-    def _first_that_fits(self, header: Header, *tried: Mapping[str, bytes] | None) -> Database:
-        keys = [each["database"] for each in tried if each is not None]
+    def _first_that_fits(
+        self, header: Header, *tried: Mapping[str, bytes] | None
+    ) -> tuple[Database, bytes]:
+        first, *others = [each["database"] for each in tried if each is not None]
         try:
-            return self._database(header, keys[0])
+            return self._database(header, first), first
         except DamagedVaultError:
-            if keys[-1] == keys[0]:
+            if others in ([], [first]):
                 raise
-        return self._database(header, keys[-1])
+        return self._database(header, others[0]), others[0]
 
     def _database(self, header: Header, key: bytes) -> Database:
         path, salt = self.folder / DATABASE, salt_of(header.vault)
-        found = _first_bytes(path, len(salt))
-        if not found and self.store.anchor(ANCHOR) is not None:
+        found, size = _first_bytes(path, len(salt))
+        if size == 0:
             raise OldVaultError(
                 f"{path}: the database is missing or empty",
+                hint="Put its newest copy in place.",
+            )
+        if size < SMALLEST_DATABASE:
+            raise DamagedVaultError(
+                f"{path}: the database is cut ({size} bytes)",
                 hint="Put its newest copy in place.",
             )
         try:
             database = Database(path, key, salt)
         except DamagedVaultError as error:
-            if found and found != salt and _differ(found, salt) > len(salt) // 2:
+            if _differ(found, salt) > len(salt) // 2:
                 raise ForeignVaultError(
                     f"{path}: this is the database of another vault",
                     hint="Put this vault's own in its place.",
                 ) from error
             raise
-        database.migrate(self.migrations)
+        with _closed_on_error(database):
+            database.check_pages()
         return database
 
 
-def generation(log: VaultLog) -> int:
-    """Of the keys that were last put in place; 0 where none were yet."""
+def open_locked(
+    folder: Path, lock: UseLock, opening: Callable[[], Opening]
+) -> tuple[Opened, SecretStore]:
+    """Share a vault with others, and open it; where a change of keys was cut short, end that alone.
+
+    Args:
+        folder: The vault's.
+        lock: Open, and not taken.
+        opening: Reads what is there; what was read before the lock was taken does not count.
+    """
+    lock.share()
+    while (folder / NEXT_KEYS).exists():
+        lock.release()
+        with lock.alone():
+            if (folder / NEXT_KEYS).exists():
+                found = opening()
+                return found.settle(), found.store
+    found = opening()
+    return found.open(), found.store
+
+
+def log_keys(log: VaultLog, file: KeyFile) -> None:
+    """Say in the log which key file is in force from now on."""
+    log.append(KEYS_EVENT, **key_entry(file))
+
+
+def key_entry(file: KeyFile) -> dict[str, object]:
+    """What the log says of a key file."""
+    return {"generation": file.header.generation, "mac": file.mac}
+
+
+def in_force(log: VaultLog, file: KeyFile) -> bool:
+    """Whether a key file is the one that the log names last."""
+    return log.entries(KEYS_EVENT)[-1:] == [key_entry(file)]
+
+
+def newest_generation(log: VaultLog) -> int:
+    """Of all keys that the log names."""
     return max((int(entry["generation"]) for entry in log.entries(KEYS_EVENT)), default=0)
 
 
-def check_generation(log: VaultLog, header: Header, *, accept: bool) -> None:
-    """Compare a key file with the log, which the first opening of a new vault begins.
-
-    Raises:
-        OldVaultError: They are not of one day.
-    """
-    newest = generation(log)
-    if newest == header.generation:
-        return
-    if newest < header.generation and (newest == 0 or accept):
-        log.append(KEYS_EVENT, generation=header.generation)
-        return
-    raise OldVaultError(
-        f"{KEYS} holds keys of generation {header.generation}, and the vault's are of {newest}",
-        hint=f"Put the newest copies of {KEYS} and {DATABASE} in place, both of one day.",
-    )
+@contextmanager
+def _closed_on_error(database: Database) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        database.close()
+        raise
 
 
-def _first_bytes(path: Path, count: int) -> bytes:
+def _first_bytes(path: Path, count: int) -> tuple[bytes, int]:
+    """And how many there are in all."""
     if not path.exists():
-        return b""
+        return b"", 0
     with path.open("rb") as file:
-        return file.read(count)
+        return file.read(count), path.stat().st_size
 
 
 def _differ(one: bytes, other: bytes) -> int:
-    return sum(a != b for a, b in zip(one, other, strict=False))
+    return sum(a != b for a, b in zip(one, other, strict=True))

@@ -1,16 +1,17 @@
 """A vault's history: records, and an index of their words (FTS5)."""
 
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from homefire.client.database import Database, Value
 from homefire.common.encoding import canonical_json, digest
-from homefire.common.errors import DataError
+from homefire.common.errors import DamagedVaultError, DataError
 from homefire.common.records import Record, parse_date, parse_record
 
+# Letters, numbers and the marks on them: many scripts write vowels as marks. A picture's variant
+# selector (U+FE0F) counts as a mark, and is none.
+TOKENIZER = "unicode61 remove_diacritics 2 categories 'L* N* Co Mn Mc' separators '\ufe0f'"
 SCHEMA = """
 CREATE TABLE records (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -21,16 +22,18 @@ CREATE TABLE records (
     moment REAL,
     source TEXT NOT NULL,
     added_at TEXT NOT NULL,
-    digest TEXT NOT NULL UNIQUE
+    digest TEXT NOT NULL UNIQUE,
+    proof TEXT NOT NULL
 ) STRICT
 
-CREATE VIEW shown AS SELECT id, text, prompt, created_at, kind, source, added_at FROM records
+CREATE VIEW shown AS
+SELECT id, text, prompt, created_at, kind, source, added_at, proof FROM records
 
 CREATE INDEX by_time ON records (moment, id)
 
 CREATE VIRTUAL TABLE words USING fts5(
     text, prompt, content = 'records', content_rowid = 'id',
-    tokenize = "unicode61 remove_diacritics 2"
+    tokenize = "TOKENIZER"
 )
 
 INSERT INTO words (words, rank) VALUES ('secure-delete', 1)
@@ -51,11 +54,16 @@ CREATE TRIGGER record_changed AFTER UPDATE OF text, prompt ON records BEGIN
     VALUES ('delete', old.id, old.text, old.prompt);
     INSERT INTO words (rowid, text, prompt) VALUES (new.id, new.text, new.prompt);
 END
-"""
+""".replace("TOKENIZER", TOKENIZER)
+# What a question's words are only the index can say: one of its own, in memory, is asked.
+ASKED = (
+    "CREATE VIRTUAL TABLE IF NOT EXISTS temp.asked "
+    f"USING fts5(question, content = '', tokenize = \"{TOKENIZER}\")",
+    "CREATE VIRTUAL TABLE IF NOT EXISTS temp.asked_words USING fts5vocab(temp, asked, 'instance')",
+)
 
 LOOKED_AT = 20_000
 """Records that a search ranks at most: common words beyond that say little and take long."""
-MOST_UNKNOWN = 16
 _NEVER = 1 << 62
 
 
@@ -71,7 +79,14 @@ class StoredRecord:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """The history in an open vault."""
+    """The history in an open vault.
+
+    Guarantees:
+        Right or refused: a record that is not the one which was stored is not read.
+        Once only: an id is never used again, and what comes a second time from one source is left
+            out.
+        Found as it is: a search ranks by the words that the index holds now, in any script.
+    """
 
     database: Database
 
@@ -96,7 +111,8 @@ class Records:
         added = 0
         now = _now()
         with self.database.transaction() as database:
-            for record in records:
+            for number, given in enumerate(records, 1):
+                record = parse_record(given.to_json(), where=f"{source}, record {number}")
                 content = _content(record, source)
                 seen[content] = seen.get(content, 0) + 1
                 key = digest("homefire/record/v1", content.encode(), str(seen[content]).encode())
@@ -106,8 +122,8 @@ class Records:
     def remember(self, record: Record) -> int:
         """Add one record that a person says here and now; returns its id."""
         now = _now()
-        parse_record(record.to_json(), where="what is to be remembered")
-        dated = Record(record.text, record.prompt, record.created_at or now, record.kind)
+        said = parse_record(record.to_json(), where="what is to be remembered")
+        dated = replace(said, created_at=said.created_at or now)
         with self.database.transaction() as database:
             ((number,),) = database.read("SELECT coalesce(max(id), 0) + 1 FROM records")
             key = digest("homefire/record/v1", _content(dated, now).encode(), str(number).encode())
@@ -125,7 +141,9 @@ class Records:
         Raises:
             DataError: There is no such record.
         """
-        rows = self.database.read("SELECT * FROM shown WHERE id = ?", (identifier,))
+        rows = []
+        if 0 < identifier < _NEVER:
+            rows = self.database.read("SELECT * FROM shown WHERE id = ?", (identifier,))
         if not rows:
             raise DataError(f"there is no record {identifier}", hint="List them to see their ids.")
         return _stored(rows[0])
@@ -172,7 +190,7 @@ class Records:
         wanted = " OR ".join(f'"{word}"' for word in words)
         rows = self.database.read(
             "SELECT shown.* FROM (SELECT rowid AS found, rank AS score FROM words "
-            "WHERE words MATCH ? ORDER BY rank LIMIT ?) "
+            "WHERE words MATCH ? ORDER BY rank, rowid DESC LIMIT ?) "
             "JOIN shown ON shown.id = found ORDER BY score, shown.id DESC",
             (wanted, count),
         )
@@ -180,7 +198,7 @@ class Records:
 
     def matching(self, question: str) -> list[int]:
         """The ids of all records that hold every word of a question."""
-        words = _words(question)
+        words = self._words(question)
         if not words:
             return []
         wanted = " ".join(f'"{word}"' for word in words)
@@ -200,29 +218,30 @@ class Records:
         Raises:
             DataError: No such record, or no text.
         """
-        record = self[identifier].record
-        changed = Record(text, record.prompt, record.created_at, record.kind)
-        parse_record(changed.to_json(), where=f"record {identifier}")
         with self.database.transaction() as database:
-            database.write("UPDATE records SET text = ? WHERE id = ?", (text, identifier))
+            stored = self[identifier]
+            changed = replace(stored.record, text=text)
+            parse_record(changed.to_json(), where=f"record {identifier}")
+            proof = _proof(changed, stored.source, stored.added_at)
+            database.write(
+                "UPDATE records SET text = ?, proof = ? WHERE id = ?", (text, proof, identifier)
+            )
 
     def delete(self, identifiers: Sequence[int]) -> int:
         """Delete records within a transaction; returns how many there were."""
         return sum(
             self.database.write("DELETE FROM records WHERE id = ?", (identifier,))
             for identifier in identifiers
+            if 0 < identifier < _NEVER
         )
 
     def _rarest(self, question: str) -> list[str]:
-        words = _words(question)
         counts = {
-            word: rows[0][0]
-            for word in words
+            word: int(rows[0][0])
+            for word in self._words(question)
             if (rows := self.database.read("SELECT doc FROM vocabulary WHERE term = ?", (word,)))
         }
-        # Those that are not found may be written in another way in the index.
-        chosen = [word for word in words if word not in counts][:MOST_UNKNOWN]
-        looked_at = 0
+        chosen, looked_at = list[str](), 0
         for word in sorted(counts, key=lambda word: counts[word]):
             looked_at += counts[word]
             if looked_at > LOOKED_AT and chosen:
@@ -230,21 +249,46 @@ class Records:
             chosen.append(word)
         return chosen
 
+    def _words(self, question: str) -> list[str]:
+        """A question's words as the index writes them, each once."""
+        asked = question.encode(errors="replace").decode()
+        with self.database.held():
+            for statement in ASKED:
+                self.database.write(statement)
+            self.database.write("INSERT INTO temp.asked (asked) VALUES ('delete-all')")
+            self.database.write("INSERT INTO temp.asked (rowid, question) VALUES (1, ?)", (asked,))
+            rows = self.database.read("SELECT term FROM temp.asked_words ORDER BY offset")
+        # A mark alone is a word without letters.
+        return list(dict.fromkeys(word for (word,) in rows if word))
+
 
 def _insert(database: Database, record: Record, source: str, now: str, key: str) -> int:
     moment = None if record.created_at is None else _moment(record.created_at, where="record")
     values: tuple[Value, ...] = (record.text, record.prompt, record.created_at, record.kind)
     return database.write(
-        "INSERT OR IGNORE INTO records "
-        "(text, prompt, created_at, kind, moment, source, added_at, digest) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (*values, moment, source, now, key),
+        "INSERT INTO records "
+        "(text, prompt, created_at, kind, moment, source, added_at, digest, proof) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
+        (*values, moment, source, now, key, _proof(record, source, now)),
     )
 
 
-def _stored(row: tuple[int, str, str | None, str | None, str | None, str, str]) -> StoredRecord:
-    identifier, text, prompt, created_at, kind, source, added_at = row
-    return StoredRecord(identifier, Record(text, prompt, created_at, kind), source, added_at)
+def _stored(
+    row: tuple[int, str, str | None, str | None, str | None, str, str, str],
+) -> StoredRecord:
+    identifier, text, prompt, created_at, kind, source, added_at, proof = row
+    record = Record(text, prompt, created_at, kind)
+    if proof != _proof(record, source, added_at):
+        raise DamagedVaultError(
+            f"record {identifier} is not the one that was stored",
+            hint="`homefire device doctor` says what is damaged; put a backup in place.",
+        )
+    return StoredRecord(identifier, record, source, added_at)
+
+
+def _proof(record: Record, source: str, added_at: str) -> str:
+    content = [record.text, record.prompt, record.created_at, record.kind, source, added_at]
+    return digest("homefire/record-proof/v1", canonical_json(content))
 
 
 def _content(record: Record, source: str) -> str:
@@ -257,10 +301,3 @@ def _moment(date: str, *, where: str) -> float:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _words(question: str) -> list[str]:
-    """A question's words as the index writes them: lower case, without accents, each once."""
-    parts = unicodedata.normalize("NFD", question.lower())
-    plain = "".join(part for part in parts if unicodedata.category(part) != "Mn")
-    return list(dict.fromkeys(re.findall(r"[^\W_]+", plain)))

@@ -8,6 +8,7 @@ import json
 import re
 import secrets
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
@@ -63,6 +64,16 @@ class SecretStore(ABC):
         check_name(name)
         with self._locked():
             self._write(name, secret)
+
+    def change(self, name: str, new: Callable[[bytes | None], bytes]) -> None:
+        """Store what a function makes of what is there; nobody else writes meanwhile.
+
+        Raises:
+            OSError: It could not be written; the old one stays.
+        """
+        check_name(name)
+        with self._locked():
+            self._write(name, new(self.get(name)))
 
     def secret(self, name: str) -> bytes:
         """The 32 random bytes of this name, drawn when they are first asked for.
@@ -156,6 +167,16 @@ class SecretStore(ABC):
         Raises:
             LedgerError: The ledger is newer than this store.
         """
+        self.check_ahead(known, opened, where=where)
+        if opened.length > (0 if known is None else known.length):
+            self.keep_anchor(name, opened)
+
+    def check_ahead(self, known: Anchor | None, opened: Anchor, *, where: str) -> None:
+        """Refuse a ledger that is newer than this store; as `catch_up`, but nothing is written.
+
+        Raises:
+            LedgerError: Always then.
+        """
         ahead = opened.length - (0 if known is None else known.length)
         if ahead > 1:
             raise LedgerError(
@@ -164,8 +185,6 @@ class SecretStore(ABC):
                 hint="Put the newest keystore in place; without it nobody can tell whether the "
                 "ledger is the newest.",
             )
-        if ahead:
-            self.keep_anchor(name, opened)
 
     def open_ledger(self, path: Path, name: str, *, kind: str | None = None) -> Ledger:
         """Open a ledger whose anchor is kept here, and bring the anchor up to date.

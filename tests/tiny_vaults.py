@@ -10,6 +10,7 @@ from pathlib import Path
 import keyring
 import pytest
 import uvicorn
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from keyring.backend import KeyringBackend
 from keyring.errors import KeyringLocked, PasswordDeleteError
 from starlette.applications import Starlette
@@ -21,6 +22,8 @@ from homefire.common.records import Record
 PASSPHRASE = "correct horse battery"
 CANARY = "Xylophonquux-7731"
 """A word that no program writes by itself."""
+PAGE, RESERVED = 4096, 80
+"""Bytes of a page of SQLCipher, and of what stands at its end besides content."""
 
 RECORDS = (
     Record("I moved to Lisbon last spring", None, "2024-03-01"),
@@ -111,3 +114,36 @@ def served_on_a_port(app: Starlette) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+def decrypted(path: Path, key: bytes) -> Iterator[bytes]:
+    """The content of every page in a database and its write-ahead log, used or not.
+
+    Computed apart from SQLCipher: AES-256-CBC under the key itself, a page's random vector and its
+    check at its end.
+    """
+    for name, head, step in ((path.name, 0, PAGE), (f"{path.name}-wal", 32 + 24, PAGE + 24)):
+        content = (path.parent / name).read_bytes() if (path.parent / name).exists() else b""
+        for start in range(head, len(content) - PAGE + 1, step):
+            page = content[start : start + PAGE]
+            # The first sixteen bytes of the file are its salt.
+            body = page[16 if page[:16] == content[:16] and head == 0 else 0 : PAGE - RESERVED]
+            vector = page[PAGE - RESERVED : PAGE - RESERVED + 16]
+            cipher = Cipher(algorithms.AES(key), modes.CBC(vector)).decryptor()
+            yield cipher.update(body) + cipher.finalize()
+
+
+def everything(*folders: Path) -> bytes:
+    """All bytes of all files in folders."""
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return b"\0".join(path.read_bytes() for path in files)
+
+
+def snapshot(*folders: Path) -> dict[Path, tuple[bytes, int]]:
+    """What lies in folders, byte for byte, with the files' permissions; locks hold nothing."""
+    return {
+        path: (path.read_bytes(), path.stat().st_mode)
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".lock"
+    }

@@ -32,7 +32,7 @@ ROOM = 512
 class _PlainDatabase(Database):
     """The same without encryption."""
 
-    def _unlock(self, key: bytes) -> None:
+    def _unlock(self, connection: object, key: bytes) -> None:
         """No key: SQLCipher is then SQLite."""
 
 
@@ -94,7 +94,7 @@ def made_up(count: int, *, seed: int = 0) -> Iterator[Record]:
 def _measure_store(
     kind: type[Database], path: Path, records: Sequence[Record], questions: Sequence[str]
 ) -> Store:
-    database = kind(path, new_key(), bytes(16))
+    database = kind(path, new_key(), bytes(16), make=True)
     database.migrate((vault_records.SCHEMA,))
     kept = Records(database)
     started = time.perf_counter()

@@ -1,0 +1,75 @@
+"""Disks for tests: one that is soon full, and one that may only be read.
+
+They are mounted where only a child process sees them, so that nothing stays when it ends.
+"""
+
+import ctypes
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+NEW_MOUNTS, PRIVATE, RECURSIVE, BIND, REMOUNT, READ_ONLY = 0x20000, 1 << 18, 1 << 14, 4096, 32, 1
+NO_MOUNTS = 77
+FAILED = 1
+
+
+def run_in_child(body: Callable[[], object]) -> int:
+    """Run a function in a process of its own; the exit status is 0 where it returned."""
+    child = os.fork()
+    if child == 0:
+        status = FAILED
+        try:
+            body()
+            status = 0
+        except _NoMountsError:
+            status = NO_MOUNTS
+        finally:
+            if status == FAILED:
+                traceback.print_exc()
+            os._exit(status)  # whatever it was: never back into the parent's code
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def on_small_disk(folder: Path, kib: int, body: Callable[[], object]) -> None:
+    """Run a function for which a folder is a disk of a few KiB; skips where nobody may mount."""
+
+    def run() -> None:
+        _mount(b"tmpfs", folder, b"tmpfs", 0, f"size={kib}k")
+        body()
+
+    _check(run_in_child(run))
+
+
+def on_read_only_disk(folder: Path, body: Callable[[], object]) -> None:
+    """Run a function for which a folder cannot be written; skips where nobody may mount."""
+
+    def run() -> None:
+        _mount(os.fsencode(folder), folder, b"none", BIND, "")
+        _mount(b"none", folder, b"none", BIND | REMOUNT | READ_ONLY, "")
+        body()
+
+    _check(run_in_child(run))
+
+
+class _NoMountsError(Exception):
+    """This account may not mount."""
+
+
+def _mount(source: bytes, folder: Path, kind: bytes, flags: int, options: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    for failed in (
+        libc.unshare(NEW_MOUNTS),
+        libc.mount(b"none", b"/", None, PRIVATE | RECURSIVE, None),
+        libc.mount(source, os.fsencode(folder), kind, ctypes.c_ulong(flags), options.encode()),
+    ):
+        if failed:
+            raise _NoMountsError
+
+
+def _check(status: int) -> None:
+    if status == NO_MOUNTS:
+        pytest.skip("this account may not mount")
+    assert status == 0, "see the child's output"
