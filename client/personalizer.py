@@ -418,7 +418,7 @@ class Personalizer:
             adapters.drop(seen)
             if adapters.draft_trained_on(PRIVATE) & doomed:
                 adapters.drop_draft(PRIVATE)
-        self.vault.database.compact_log()
+        self.vault.sweep()
         self.assistant.forget_loaded()
         learned = None
         if retrain and worn is not None and worn.version in seen:
