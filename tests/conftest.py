@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["tiny_models", "tiny_runs", "tiny_vaults"]
+pytest_plugins = ["tiny_flower", "tiny_models", "tiny_runs", "tiny_vaults"]
 
 # The time of one example says nothing on a busy machine.
 settings.register_profile("homefire", deadline=None)

@@ -1,0 +1,191 @@
+"""Flower's programs for tests: a SuperLink, nodes and runs, each with a home folder and a port.
+
+They talk to this machine alone, and are ended by their process ids.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from homefire.server.releases import ReleaseStore
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = Path(sys.executable).parent
+USERS, ROUNDS = 2, 2
+SETTINGS = [
+    f"population.users={USERS}",
+    "population.unseen=0",
+    "population.records=6",
+    f"federation.rounds={ROUNDS}",
+    f"federation.cohort={USERS}",
+    "federation.deadline=150",
+    "local.steps=2",
+    "local.optimizer=sgd",
+    "local.learning_rate=0.5",
+    'privacy={mechanism="none", clip_norm=0.02}',  # so small that every update is clipped
+]
+
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}",
+}
+
+
+@dataclass
+class Flower:
+    """Flower's programs, each with a home folder below `folder`.
+
+    Attributes:
+        folder: Homes and logs.
+        processes: What was started and must be ended.
+    """
+
+    folder: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, name: str, *command: str, **environment: str) -> None:
+        """Start a program that goes on, away from the checkout."""
+        home = self.folder / name
+        home.mkdir()
+        with (self.folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(  # noqa: S603 - our own command
+                [str(PROGRAMS / command[0]), *command[1:]],
+                cwd=home,
+                env={**os.environ, **ENVIRONMENT, "FLWR_HOME": str(home), **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self.processes.append(process)
+
+    def superlink(self, *options: str, **environment: str) -> int:
+        """Start a SuperLink and wait until it answers; returns its port."""
+        port = free_port()
+        command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
+        install_nothing = "--disable-runtime-dependency-installation"
+        self.start("superlink", *command, install_nothing, *options, **environment)
+        self.wait(lambda: answers(f"http://127.0.0.1:{port}/health"), "the SuperLink")
+        home = self.folder / "operator"
+        home.mkdir()
+        address = f'[superlink.mine]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        (home / "config.toml").write_text(f'[superlink]\ndefault = "mine"\n{address}')
+        return port
+
+    def run(self, federation: Path, *options: str) -> None:
+        """Carry out a run of the checkout's app; it must end well."""
+        settings = f'federation="{federation}"'
+        started = self.ask("run", str(ROOT), "mine", "--run-config", settings, *options)
+        number = str(started["run-id"])
+        releases = ReleaseStore(federation.parent / "releases")
+
+        def ended() -> bool:
+            if len(releases.rounds()) <= ROUNDS and not self.failed():
+                return False
+            runs = self.ask("list", "mine", "--run-id", number)["runs"]
+            assert isinstance(runs, list)
+            status = str(runs[0]["status"])
+            assert status in ("running", "finished:completed"), f"{runs}\n{self.logs()}"
+            return status == "finished:completed"
+
+        self.wait(ended, "the run")
+
+    def failed(self) -> bool:
+        """Whether a log shows that waiting is of no use."""
+        return "Traceback" in self.logs()
+
+    def ask(self, *arguments: str) -> dict[str, object]:
+        """What a command of the operator's answers."""
+        result = subprocess.run(  # noqa: S603 - our own command
+            [str(PROGRAMS / "flwr"), *arguments, "--format", "json"],
+            cwd=self.folder,
+            env={**os.environ, **ENVIRONMENT, "FLWR_HOME": str(self.folder / "operator")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
+        answer: dict[str, object] = json.loads(result.stdout)
+        assert answer["success"], f"{arguments}: {answer}"
+        return answer
+
+    def wait(self, done: Callable[[], bool], what: str) -> None:
+        """Wait for something; pytest's own limit ends the test at last."""
+        deadline = time.monotonic() + 150
+        while not done():
+            assert time.monotonic() < deadline, f"{what} did not come\n{self.logs()}"
+            assert all(p.poll() is None for p in self.processes), f"ended\n{self.logs()}"
+            time.sleep(0.5)
+
+    def logs(self) -> str:
+        """What the programs said."""
+        files = sorted(self.folder.glob("*.log"))
+        return "\n".join(f"{file.name}:\n{file.read_text()}" for file in files)
+
+    def end(self) -> None:
+        """End every process that was started, and what it started in turn."""
+        below = [c for p in self.processes for c in descendants(p.pid)]
+        for process in reversed(self.processes):
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        deadline = time.monotonic() + 20  # they look for their parent every few seconds
+        while (left := [c for c in below if alive(c)]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for process in left:
+            process.kill()
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return found
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:  # noqa: S310 - this machine
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+@pytest.fixture
+def flower(tmp_path: Path) -> Iterator[Flower]:
+    programs = Flower(tmp_path / "flower")
+    programs.folder.mkdir()
+    yield programs
+    programs.end()
