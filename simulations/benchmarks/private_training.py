@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import get_peft_model
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from homefire.client.personalize.private import PRIVATE, SHARED
 from homefire.client.personalize.quick import quick_loss
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import AdapterConfig, quiet_peft, resolve_spec
+from homefire.common.adapter import AdapterConfig, resolve_spec
 from homefire.common.base_model import load_base_model
 from homefire.common.config import PrivateConfig
 from homefire.common.optimizer import make_optimizer
@@ -135,9 +134,9 @@ def train_ours(place: str, training: LocalTraining) -> Trained:
 def train_theirs(place: str, training: LocalTraining) -> Trained:
     """As `transformers.Trainer` does, with the same adapter, rows and optimizer."""
     base = load_base_model(place)
-    spec = resolve_spec(PrivateConfig().adapter, base.model.config)
-    with quiet_peft():
-        network = get_peft_model(base.model, spec.config.to_peft(list(spec.targets)))
+    # The same start: PEFT would draw another A.
+    model = AdaptedModel(base, {PRIVATE: resolve_spec(PrivateConfig().adapter, base.model.config)})
+    model.activate(PRIVATE, train=PRIVATE)
     batches = list(islice(_batches(base.tokenizer, training), training.steps))
     listed = [row for batch in batches for row in batch]
     clock = _Clock()
@@ -159,7 +158,7 @@ def train_theirs(place: str, training: LocalTraining) -> Trained:
             remove_unused_columns=False,
         )
         trainer = _InOrder(
-            model=network,
+            model=model.network,
             args=arguments,
             train_dataset=_Rows(listed),
             data_collator=_collate_rows,
