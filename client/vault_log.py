@@ -67,6 +67,17 @@ class VaultLog:
         with self._alone():
             self._check()
 
+    def look(self) -> None:
+        """As `check`, but nothing is brought up to date.
+
+        Raises:
+            OldVaultError: The vault is older than it was.
+            DamagedVaultError: The log is no chain.
+            LedgerError: The store is older than the vault.
+        """
+        with self._alone():
+            self._compared()
+
     def entries(self, event: str) -> list[dict[str, Any]]:
         """All entries of one kind, oldest first."""
         found, _ = self._read()
@@ -133,6 +144,14 @@ class VaultLog:
             yield
 
     def _check(self) -> None:
+        known, newest = self._compared()
+        if newest != known:
+            with _anchoring(self.store):
+                self._keep_spent()
+                self.store.keep_anchor(ANCHOR, newest)
+
+    def _compared(self) -> tuple[Anchor | None, Anchor]:
+        """The anchor that is kept, and the log's own."""
         known = self.store.anchor(ANCHOR)
         _, anchors = self._read()
         try:
@@ -144,12 +163,9 @@ class VaultLog:
                 hint="Put the newest copy in place. If it is lost, `homefire device doctor "
                 "--accept-backup` takes this one, and keeps what was spent.",
             ) from error
-        if anchors[-1] == known:
-            return
-        self.store.check_ahead(known, anchors[-1], where=self._where)
-        with _anchoring(self.store):
-            self._keep_spent()
-            self.store.keep_anchor(ANCHOR, anchors[-1])
+        if anchors[-1] != known:
+            self.store.check_ahead(known, anchors[-1], where=self._where)
+        return known, anchors[-1]
 
     def _insert(self, event: str, fields: Mapping[str, Any]) -> None:
         _, anchors = self._read()

@@ -64,7 +64,8 @@ def log(tmp_path: Path, store: FailingKeystore) -> Iterator[VaultLog]:
 
 
 def open_log(folder: Path, store: Keystore) -> VaultLog:
-    database = Database(folder / "vault.db", KEY, SALT, make=True)
+    path = folder / "vault.db"
+    database = Database(path, KEY, SALT, make=not path.exists())
     database.migrate(MIGRATIONS)
     return VaultLog(database, store, partial(file_lock, folder / "log.lock"))
 
