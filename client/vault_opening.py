@@ -68,7 +68,7 @@ class Opening:
         database = Database(path, keys["database"], salt, make=True)
         with _closed_on_error(database):
             database.migrate(self.migrations)
-            log_keys(self.log(database), file)
+            log_keys(self.log(database, file.header), file)
         return Opened(file, keys, database)
 
     def open(self) -> Opened:
@@ -82,7 +82,7 @@ class Opening:
         self._look(keys["database"], file)
         database = self._database(file.header, keys["database"])
         with _closed_on_error(database):
-            self._check_in_force(self._checked_log(database), file)
+            self._check_in_force(self._checked_log(database, file.header), file)
             database.migrate(self.migrations)
         return Opened(file, keys, database)
 
@@ -100,7 +100,7 @@ class Opening:
         fits = self._first_that_fits((old_keys, new_keys), old, new)
         database = self._database(old.header, fits)
         with _closed_on_error(database):
-            log = self._checked_log(database)
+            log = self._checked_log(database, old.header)
             self._check_in_force(log, old, new)
             made = in_force(log, new)
             if not made and old_keys is not None:
@@ -117,13 +117,14 @@ class Opening:
             database.migrate(self.migrations)
         return Opened(new, new_keys, database)
 
-    def log(self, database: Database) -> VaultLog:
+    def log(self, database: Database, header: Header) -> VaultLog:
         """The log of the vault that is being opened."""
-        return VaultLog(database, self.store, partial(file_lock, self.folder / LOG_LOCK))
+        locked = partial(file_lock, self.folder / LOG_LOCK)
+        return VaultLog(database, self.store, locked, header.vault)
 
-    def _checked_log(self, database: Database) -> VaultLog:
+    def _checked_log(self, database: Database, header: Header) -> VaultLog:
         database.check_version(self.migrations)
-        log = self.log(database)
+        log = self.log(database, header)
         try:
             log.check()
         except (OldVaultError, LedgerError):
@@ -185,7 +186,7 @@ class Opening:
             database.check_pages()
             database.check_version(self.migrations)
             if not self.accept_backup:
-                log = self.log(database)
+                log = self.log(database, files[0].header)
                 log.look()
                 self._check_in_force(log, *files)
 
