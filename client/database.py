@@ -1,6 +1,8 @@
 """One encrypted SQLite database (SQLCipher), and what goes wrong with it in plain words."""
 
+import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +32,9 @@ class Database:
         path: The file.
         key: 32 bytes; used as they are.
         salt: 16 bytes, the file's first; not read from there, so that their change does no harm.
-        make: Make the file, readable by its owner only, where it is absent.
+        make: Make the file, readable by its owner only.
+        read_only: Change nothing: not even what a killed process left in the write-ahead log is
+            taken over, which closing it does otherwise, whoever wrote that log.
 
     Guarantees:
         Durable: a transaction that returned is there at every later opening.
@@ -51,22 +55,41 @@ class Database:
         VaultError: It cannot be opened.
     """
 
-    def __init__(self, path: Path, key: bytes, salt: bytes, *, make: bool = False) -> None:
-        self.path, self._salt = path, salt
+    def __init__(
+        self,
+        path: Path,
+        key: bytes,
+        salt: bytes,
+        *,
+        make: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        self.path, self._salt, self._read_only = path, salt, read_only
         self._lock = RLock()
+        # Nothing of this process may open and close the file beside SQLite: that would take away
+        # the locks of its other connections.
         try:
-            os.close(os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o600))
+            if make:
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            problem = _problem(path, read_only=read_only)
         except OSError as error:
+            problem = str(error.strerror)
+        if problem:
             raise VaultError(
-                f"{path}: cannot be opened ({error.strerror})",
+                f"{path}: cannot be opened ({problem})",
                 hint="Check the permissions, and whether the disk is read-only.",
-            ) from error
+            )
         self._connect(key)
 
     def _connect(self, key: bytes) -> None:
+        mode = "ro" if self._read_only else "rw"
         with self._told():
             connection = sqlite.connect(
-                self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
+                f"{self.path.absolute().as_uri()}?mode={mode}",
+                uri=True,
+                timeout=WAIT_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
             )
             try:
                 self._set_up(connection, key)
@@ -81,6 +104,8 @@ class Database:
         self._unlock(connection, key)
         run("PRAGMA temp_store = MEMORY")
         run("SELECT count(*) FROM sqlite_master").fetchall()  # the key is tried here
+        if self._read_only:
+            return
         run("PRAGMA journal_mode = WAL").fetchall()
         run("PRAGMA synchronous = FULL")
         run("PRAGMA secure_delete = ON").fetchall()
@@ -198,7 +223,8 @@ class Database:
 
     def compact_log(self) -> None:
         """Empty the write-ahead log, unless another process still reads from it."""
-        self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+        if not self._read_only:
+            self.read("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def check_pages(self) -> None:
         """Look at every page of the file.
@@ -208,12 +234,14 @@ class Database:
         Raises:
             DamagedVaultError: A bit of one has changed.
         """
+        damaged = self._damaged_pages()
         for _ in range(TRIES):
-            if not (damaged := self._damaged_pages()):
+            if not damaged:
                 return
-            # Another process may just have been writing it. What a power cut has torn is whole in
-            # the write-ahead log.
+            # What a power cut has torn is whole in the write-ahead log. Or another process was
+            # just writing it.
             self.compact_log()
+            damaged = self._damaged_pages()
         raise DamagedVaultError(
             f"{self.path}: the database is damaged ({damaged[0]})",
             hint="`homefire device doctor` says how much of it; put a backup in place.",
@@ -221,15 +249,20 @@ class Database:
 
     def problems(self) -> list[str]:
         """What a look at every page finds wrong; without words of the content."""
-        damaged = self._damaged_pages()
-        whole = self.read("PRAGMA integrity_check") if not damaged else [("ok",)]
-        return damaged + [str(row[0]) for row in whole if row[0] != "ok"]
+        return self._damaged_pages() or self._damaged_trees()
 
     def _literal(self, key: bytes) -> str:
         return f"\"x'{key.hex()}{self._salt.hex()}'\""
 
     def _damaged_pages(self) -> list[str]:
+        log = self.path.with_name(f"{self.path.name}-wal")
+        if self._read_only and log.exists() and log.stat().st_size:
+            # The file's own pages may be outdated or torn; these are looked at through the log.
+            return self._damaged_trees()
         return [str(row[0]) for row in self.read("PRAGMA cipher_integrity_check")]
+
+    def _damaged_trees(self) -> list[str]:
+        return [str(row[0]) for row in self.read("PRAGMA integrity_check") if row[0] != "ok"]
 
     def close(self) -> None:
         """Let go of the file."""
@@ -280,6 +313,20 @@ class Database:
         if isinstance(error, sqlite.ProgrammingError):
             return VaultError(f"{self.path}: {said}", hint="Open the vault again.")
         return VaultError(f"{self.path}: {said}", hint="Check the disk and its free room.")
+
+
+def _problem(path: Path, *, read_only: bool) -> str:
+    """Why a file cannot be used; empty where it can.
+
+    Raises:
+        OSError: It is not there.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        return "it is no file"
+    if os.access(path, os.R_OK if read_only else os.R_OK | os.W_OK):
+        return ""
+    read_only_disk = os.statvfs(path).f_flag & os.ST_RDONLY
+    return os.strerror(errno.EROFS if read_only_disk else errno.EACCES)
 
 
 def _kind(error: BaseException | None) -> int:

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homefire.client.keys import Header, KeyFile
 from homefire.client.vault import Vault
+from homefire.client.vault_estate import SPENT, bequeath, bury, heritage
 from homefire.client.vault_files import (
     DATABASE,
     ERASING,
@@ -23,7 +24,7 @@ from homefire.client.vault_files import (
     io_errors,
     store_of,
 )
-from homefire.client.vault_log import ANCHOR, SPENT, bequeath, bury, heritage
+from homefire.client.vault_log import ANCHOR
 from homefire.common.encoding import canonical_json
 from homefire.common.errors import DamagedVaultError, ForeignVaultError
 from homefire.common.files import sync_folder, wipe, write_atomically

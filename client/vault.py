@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from homefire.client import vault_log
+from homefire.client import vault_estate
 from homefire.client.database import Database
 from homefire.client.keys import (
     Header,
@@ -113,7 +113,7 @@ class Vault:
         self.records = Records(self.database)
         self.adapters = Adapters(self.database, self.header.vault, self.keys["adapters"])
         locked = partial(file_lock, self.folder / LOG_LOCK)
-        self.log = VaultLog(self.database, self.store, locked)
+        self.log = VaultLog(self.database, self.store, locked, self.header.vault)
 
     @property
     def identity(self) -> Ed25519PrivateKey:
@@ -368,7 +368,7 @@ def _opening(
     _check_not_erasing(folder)
     header = KeyFile.read(folder / KEYS).header
     owned = store or store_of(folder, header)
-    vault_log.check_alive(owned, header.vault)
+    vault_estate.check_alive(owned, header.vault)
     return Opening(folder, owned, passphrase, MIGRATIONS, accept_backup=accept_backup)
 
 
@@ -377,7 +377,7 @@ def _vault(
 ) -> Vault:
     header = opened.file.header
     vault = Vault(folder, header, store, opened.database, opened.keys, lock)
-    vault.log.inherited = vault_log.inherited(heirs or account_store(folder, header))
+    vault.log.inherited = vault_estate.inherited(heirs or account_store(folder, header))
     return vault
 
 

@@ -4,8 +4,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from homefire.client.keys import KeyFile
+from homefire.client.vault_estate import SPENT, bequeath
 from homefire.client.vault_files import DATABASE, KEYS, NEW_KEYS, ROOT, store_of
-from homefire.client.vault_log import ANCHOR, SPENT, bequeath, first_anchor
+from homefire.client.vault_log import ANCHOR, first_anchor
 from homefire.client.vault_opening import KEYS_EVENT, key_entry
 from homefire.common.errors import ConfigError, DamagedVaultError, WrongKeyError
 from homefire.common.files import sync_folder, wipe

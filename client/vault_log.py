@@ -5,22 +5,18 @@ of the vault says how long it must be. So a vault that is put back from a backup
 that would bring back what was forgotten, a passphrase that was changed, or privacy that was spent.
 """
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from homefire.client.database import Database
-from homefire.common.encoding import canonical_json
+from homefire.client.vault_estate import keep_spent, spent, without
 from homefire.common.errors import DamagedVaultError, LedgerError, OldVaultError
 from homefire.common.privacy.ledger import Anchor, check_anchor, check_lines, empty, seal
 from homefire.common.secret_store import SecretStore
 
 ANCHOR = "log"
-SPENT = "spent"
-ERASED = "erased"
 KIND = "vault"
 PARTICIPATION = "participation"
 
@@ -48,12 +44,14 @@ class VaultLog:
         database: Of the vault.
         store: Where anchor and participations are kept.
         locked: Keeps other processes from appending.
+        vault: Its id.
         inherited: Participations of vaults that were here before.
     """
 
     database: Database
     store: SecretStore
     locked: Callable[[], AbstractContextManager[None]]
+    vault: str
     inherited: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def check(self) -> None:
@@ -66,6 +64,17 @@ class VaultLog:
         """
         with self._alone():
             self._check()
+
+    def look(self) -> None:
+        """As `check`, but nothing is brought up to date.
+
+        Raises:
+            OldVaultError: The vault is older than it was.
+            DamagedVaultError: The log is no chain.
+            LedgerError: The store is older than the vault.
+        """
+        with self._alone():
+            self._compared()
 
     def entries(self, event: str) -> list[dict[str, Any]]:
         """All entries of one kind, oldest first."""
@@ -115,7 +124,7 @@ class VaultLog:
             How many participations the copy lacked.
         """
         with self._alone():
-            lost = _without(spent(self.store), self.entries(PARTICIPATION))
+            lost = without(spent(self.store), self.entries(PARTICIPATION))
             with self.database.transaction():
                 for entry in lost:
                     self._insert(PARTICIPATION, entry)
@@ -133,6 +142,14 @@ class VaultLog:
             yield
 
     def _check(self) -> None:
+        known, newest = self._compared()
+        if newest != known:
+            with _anchoring(self.store):
+                self._keep_spent()
+                self.store.keep_anchor(ANCHOR, newest)
+
+    def _compared(self) -> tuple[Anchor | None, Anchor]:
+        """The anchor that is kept, and the log's own."""
         known = self.store.anchor(ANCHOR)
         _, anchors = self._read()
         try:
@@ -144,12 +161,9 @@ class VaultLog:
                 hint="Put the newest copy in place. If it is lost, `homefire device doctor "
                 "--accept-backup` takes this one, and keeps what was spent.",
             ) from error
-        if anchors[-1] == known:
-            return
-        self.store.check_ahead(known, anchors[-1], where=self._where)
-        with _anchoring(self.store):
-            self._keep_spent()
-            self.store.keep_anchor(ANCHOR, anchors[-1])
+        if anchors[-1] != known:
+            self.store.check_ahead(known, anchors[-1], where=self._where)
+        return known, anchors[-1]
 
     def _insert(self, event: str, fields: Mapping[str, Any]) -> None:
         _, anchors = self._read()
@@ -160,7 +174,7 @@ class VaultLog:
         self.database.write("INSERT INTO log VALUES (?, ?)", (anchor.length, line))
 
     def _keep_spent(self) -> None:
-        self.store.put(SPENT, canonical_json(self.entries(PARTICIPATION)))
+        keep_spent(self.store, self.vault, self.entries(PARTICIPATION))
 
     def _read(self) -> tuple[list[dict[str, Any]], list[Anchor]]:
         rows = self.database.read("SELECT line FROM log ORDER BY number")
@@ -178,101 +192,6 @@ class VaultLog:
 def first_anchor(event: str, fields: Mapping[str, Any]) -> Anchor:
     """The anchor of a log that holds this entry alone."""
     return seal(empty(KIND), {"event": event, **fields})[1]
-
-
-def spent(store: SecretStore) -> list[dict[str, Any]]:
-    """The participations of the present vault that a store remembers.
-
-    Raises:
-        LedgerError: They cannot be read.
-    """
-    return _read_list(store, SPENT)
-
-
-def inherited(store: SecretStore) -> list[dict[str, Any]]:
-    """The participations of vaults that were erased here before.
-
-    Raises:
-        LedgerError: They cannot be read.
-    """
-    return _read_list(store, ERASED)
-
-
-def heritage(store: SecretStore, heirs: SecretStore) -> list[dict[str, Any]]:
-    """What is kept for the vaults that come after one, if it were erased now.
-
-    Args:
-        store: Of the vault.
-        heirs: Where those that come after it look.
-    """
-    kept = inherited(heirs)
-    return [*kept, *_without(spent(store), kept)]
-
-
-def bequeath(store: SecretStore, heirs: SecretStore) -> None:
-    """Keep what a vault had spent for those that come after it; may be repeated.
-
-    Args:
-        store: Of the vault that is erased.
-        heirs: Where those that come after it look.
-    """
-    mine = spent(store)
-
-    def with_mine(stored: bytes | None) -> bytes:
-        kept = _list(heirs, stored)
-        return canonical_json([*kept, *_without(mine, kept)])
-
-    heirs.change(ERASED, with_mine)
-
-
-def bury(store: SecretStore, vault: str) -> None:
-    """Remember that a vault was erased; may be repeated."""
-    store.put(_grave(vault), b"erased")
-
-
-def check_alive(store: SecretStore, vault: str) -> None:
-    """Refuse a vault that was erased, of which somebody has put a copy back.
-
-    Raises:
-        OldVaultError: Always then.
-    """
-    if store.get(_grave(vault)) is not None:
-        raise OldVaultError(
-            "this vault was erased; what lies here is an older copy of it",
-            hint="Erase it again, and make a new one.",
-        )
-
-
-def _grave(vault: str) -> str:
-    return f"erased-{vault}"
-
-
-def _without(entries: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries that the others lack, each as often as it is lacking."""
-    there = Counter(map(canonical_json, others))
-    lacking = []
-    for entry in entries:
-        there[canonical_json(entry)] -= 1
-        if there[canonical_json(entry)] < 0:
-            lacking.append(entry)
-    return lacking
-
-
-def _read_list(store: SecretStore, name: str) -> list[dict[str, Any]]:
-    return _list(store, store.get(name))
-
-
-def _list(store: SecretStore, stored: bytes | None) -> list[dict[str, Any]]:
-    try:
-        found = json.loads(stored or b"[]")
-        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-            raise ValueError("no list of participations")
-    except (ValueError, RecursionError) as error:
-        raise LedgerError(
-            f"{store.place}: what was spent cannot be read ({error})",
-            hint="Put the newest keystore in place.",
-        ) from error
-    return found
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Opening a vault: keys that fit, a database of its own, a change of keys that was cut short."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,7 @@ class Opening:
         database = Database(path, keys["database"], salt, make=True)
         with _closed_on_error(database):
             database.migrate(self.migrations)
-            log_keys(self.log(database), file)
+            log_keys(self.log(database, file.header), file)
         return Opened(file, keys, database)
 
     def open(self) -> Opened:
@@ -79,9 +79,10 @@ class Opening:
         """
         file = KeyFile.read(self.folder / KEYS)
         keys = self._keys(file)
+        self._look(keys["database"], file)
         database = self._database(file.header, keys["database"])
         with _closed_on_error(database):
-            self._check_in_force(self._checked_log(database), file)
+            self._check_in_force(self._checked_log(database, file.header), file)
             database.migrate(self.migrations)
         return Opened(file, keys, database)
 
@@ -96,12 +97,12 @@ class Opening:
         old, new = KeyFile.read(self.folder / KEYS), KeyFile.read(self.folder / NEXT_KEYS)
         self._check_next(old.header, new.header)
         old_keys, new_keys = self._both(old, new)
-        database, fits = self._first_that_fits(old.header, old_keys, new_keys)
+        fits = self._first_that_fits((old_keys, new_keys), old, new)
+        database = self._database(old.header, fits)
         with _closed_on_error(database):
-            log = self._checked_log(database)
+            log = self._checked_log(database, old.header)
+            self._check_in_force(log, old, new)
             made = in_force(log, new)
-            if not made:
-                self._check_in_force(log, old)
             if not made and old_keys is not None:
                 (self.folder / NEXT_KEYS).unlink()
                 database.migrate(self.migrations)
@@ -116,13 +117,14 @@ class Opening:
             database.migrate(self.migrations)
         return Opened(new, new_keys, database)
 
-    def log(self, database: Database) -> VaultLog:
+    def log(self, database: Database, header: Header) -> VaultLog:
         """The log of the vault that is being opened."""
-        return VaultLog(database, self.store, partial(file_lock, self.folder / LOG_LOCK))
+        locked = partial(file_lock, self.folder / LOG_LOCK)
+        return VaultLog(database, self.store, locked, header.vault)
 
-    def _checked_log(self, database: Database) -> VaultLog:
+    def _checked_log(self, database: Database, header: Header) -> VaultLog:
         database.check_version(self.migrations)
-        log = self.log(database)
+        log = self.log(database, header)
         try:
             log.check()
         except (OldVaultError, LedgerError):
@@ -131,8 +133,8 @@ class Opening:
             log.accept()
         return log
 
-    def _check_in_force(self, log: VaultLog, file: KeyFile) -> None:
-        if not (self.accept_backup or in_force(log, file)):
+    def _check_in_force(self, log: VaultLog, *files: KeyFile) -> None:
+        if not (self.accept_backup or any(in_force(log, file) for file in files)):
             raise OldVaultError(
                 f"{self.folder}: {KEYS} and {DATABASE} are not of one day: there were other keys",
                 hint="Put the newest copies of both in place.",
@@ -165,40 +167,54 @@ class Opening:
             return None, new_keys
 
     def _first_that_fits(
-        self, header: Header, *tried: Mapping[str, bytes] | None
-    ) -> tuple[Database, bytes]:
+        self, tried: tuple[Mapping[str, bytes] | None, ...], *files: KeyFile
+    ) -> bytes:
         first, *others = [each["database"] for each in tried if each is not None]
         try:
-            return self._database(header, first), first
+            self._look(first, *files)
         except DamagedVaultError:
             if others in ([], [first]):
                 raise
-        return self._database(header, others[0]), others[0]
+            self._look(others[0], *files)
+            return others[0]
+        return first
 
-    def _database(self, header: Header, key: bytes) -> Database:
+    def _look(self, key: bytes, *files: KeyFile) -> None:
+        """Refuse what has to be refused before anything is opened that could be changed."""
+        database = self._database(files[0].header, key, read_only=True)
+        with closing(database):
+            database.check_pages()
+            database.check_version(self.migrations)
+            if not self.accept_backup:
+                log = self.log(database, files[0].header)
+                log.look()
+                self._check_in_force(log, *files)
+
+    def _database(self, header: Header, key: bytes, *, read_only: bool = False) -> Database:
         path, salt = self.folder / DATABASE, salt_of(header.vault)
-        found, size = _first_bytes(path, len(salt))
+        size = path.stat().st_size if path.exists() else 0
         if size == 0:
             raise OldVaultError(
                 f"{path}: the database is missing or empty",
                 hint="Put its newest copy in place.",
             )
-        if size < SMALLEST_DATABASE:
+        if size < SMALLEST_DATABASE and path.is_file():
             raise DamagedVaultError(
                 f"{path}: the database is cut ({size} bytes)",
                 hint="Put its newest copy in place.",
             )
         try:
-            database = Database(path, key, salt)
+            database = Database(path, key, salt, read_only=read_only)
         except DamagedVaultError as error:
-            if _differ(found, salt) > len(salt) // 2:
+            if _is_of_another(path, salt):
                 raise ForeignVaultError(
                     f"{path}: this is the database of another vault",
                     hint="Put this vault's own in its place.",
                 ) from error
             raise
-        with _closed_on_error(database):
-            database.check_pages()
+        if not read_only:
+            with _closed_on_error(database):
+                database.check_pages()
         return database
 
 
@@ -252,13 +268,8 @@ def _closed_on_error(database: Database) -> Iterator[None]:
         raise
 
 
-def _first_bytes(path: Path, count: int) -> tuple[bytes, int]:
-    """And how many there are in all."""
-    if not path.exists():
-        return b"", 0
+def _is_of_another(path: Path, salt: bytes) -> bool:
+    """More than a few changed bits are no accident."""
     with path.open("rb") as file:
-        return file.read(count), path.stat().st_size
-
-
-def _differ(one: bytes, other: bytes) -> int:
-    return sum(a != b for a, b in zip(one, other, strict=True))
+        found = file.read(len(salt))
+    return sum(a != b for a, b in zip(found, salt, strict=True)) > len(salt) // 2

@@ -1,11 +1,14 @@
 """Vaults for tests: quick to open, and a keystore of the system that lives in memory."""
 
+import ast
+import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import keyring
 import pytest
@@ -19,6 +22,7 @@ from homefire.client import keys, os_keystore
 from homefire.client.vault import Vault, create, open_vault
 from homefire.common.records import Record
 
+Found = TypeVar("Found")
 PASSPHRASE = "correct horse battery"
 CANARY = "Xylophonquux-7731"
 """A word that no program writes by itself."""
@@ -133,17 +137,42 @@ def decrypted(path: Path, key: bytes) -> Iterator[bytes]:
             yield cipher.update(body) + cipher.finalize()
 
 
+def elsewhere(work: Callable[[], Found]) -> Found:
+    """Do something in another process, such as reading the files of an open vault.
+
+    A process that opens and closes a file beside SQLite takes the locks away that it has there.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with open(writer, "wb") as pipe:
+                pipe.write(repr(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        found = pipe.read()
+    os.waitpid(child, 0)
+    read: Found = ast.literal_eval(found.decode())
+    return read
+
+
 def everything(*folders: Path) -> bytes:
     """All bytes of all files in folders."""
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     return b"\0".join(path.read_bytes() for path in files)
 
 
-def snapshot(*folders: Path) -> dict[Path, tuple[bytes, int]]:
-    """What lies in folders, byte for byte, with the files' permissions; locks hold nothing."""
+def snapshot(*folders: Path) -> dict[str, tuple[bytes, int]]:
+    """What lies in folders, byte for byte, with the files' permissions.
+
+    Locks hold nothing, nor does an empty write-ahead log or its index.
+    """
     return {
-        path: (path.read_bytes(), path.stat().st_mode)
+        str(path): (path.read_bytes(), path.stat().st_mode)
         for folder in folders
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != ".lock"
+        if path.is_file() and path.suffix != ".lock" and path.stat().st_size
+        if not path.name.endswith("-shm")
     }

@@ -12,19 +12,19 @@ import pytest
 from tiny_disks import run_in_child
 
 from homefire.client.database import Database, salt_of
-from homefire.client.vault_files import file_lock
-from homefire.client.vault_log import (
-    ANCHOR,
+from homefire.client.vault_estate import (
     ERASED,
     SPENT,
-    VaultLog,
     bequeath,
     bury,
     check_alive,
     heritage,
     inherited,
+    keep_spent,
     spent,
 )
+from homefire.client.vault_files import file_lock
+from homefire.client.vault_log import ANCHOR, VaultLog
 from homefire.client.vault_schema import MIGRATIONS
 from homefire.common.errors import (
     DamagedVaultError,
@@ -64,9 +64,10 @@ def log(tmp_path: Path, store: FailingKeystore) -> Iterator[VaultLog]:
 
 
 def open_log(folder: Path, store: Keystore) -> VaultLog:
-    database = Database(folder / "vault.db", KEY, SALT, make=True)
+    path = folder / "vault.db"
+    database = Database(path, KEY, SALT, make=not path.exists())
     database.migrate(MIGRATIONS)
-    return VaultLog(database, store, partial(file_lock, folder / "log.lock"))
+    return VaultLog(database, store, partial(file_lock, folder / "log.lock"), "ann")
 
 
 def part(number: int) -> dict[str, Any]:
@@ -311,7 +312,7 @@ def test_spent_of_vaults_that_are_erased_at_once_is_all_kept(tmp_path: Path) -> 
         if child == 0:
             try:
                 own = Keystore(tmp_path / f"{number}.keys")
-                own.put(SPENT, f'[{{"round": {number}}}]'.encode())
+                keep_spent(own, f"vault {number}", [{"round": number}])
                 bequeath(own, Keystore(tmp_path / "account.keys"))
                 os._exit(0)
             finally:
@@ -322,7 +323,23 @@ def test_spent_of_vaults_that_are_erased_at_once_is_all_kept(tmp_path: Path) -> 
     assert sorted(entry["round"] for entry in kept) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("stored", [b"{", b"{}", b"7", b"[1]", b"null", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b"{",
+        b'{"vault": 1}',
+        b"7",
+        b"[1]",
+        b"null",
+        b"\xff",
+        b"[" * 100_000,
+        b'[["vault", [1]]]',
+        b'[["vault", 1]]',
+        b"[[1, []]]",
+        b'[["vault"]]',
+    ],
+    ids=repr,
+)
 def test_spent_that_cannot_be_read_is_refused(store: FailingKeystore, stored: bytes) -> None:
     for name, use in ((SPENT, spent), (ERASED, inherited)):
         store.put(name, stored)
@@ -330,6 +347,14 @@ def test_spent_that_cannot_be_read_is_refused(store: FailingKeystore, stored: by
             use(store)
         assert "newest keystore" in caught.value.hint
         store.destroy(name)
+
+
+def test_spent_alike_by_two_vaults_is_twice(tmp_path: Path) -> None:
+    heirs = Keystore(tmp_path / "account.keys")
+    for vault in ("one", "other", "one", "third"):
+        keep_spent(heirs, vault, [part(1), part(2)])
+        bequeath(heirs, heirs)
+    assert inherited(heirs) == [part(1), part(2)] * 3
 
 
 def test_what_was_inherited_comes_first(log: VaultLog) -> None:
