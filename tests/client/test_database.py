@@ -419,7 +419,7 @@ def test_a_forged_write_ahead_log_is_refused(path: Path, killed: tuple[bytes, by
 # Deleted is gone
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3])
+@pytest.mark.parametrize("seed", [3, 5])
 def test_deleted_is_gone_after_a_sweep_from_every_decrypted_page(path: Path, seed: int) -> None:
     """Without it, one row in several hundred stays between others: these seeds are such cases."""
     rng = random.Random(seed)  # noqa: S311

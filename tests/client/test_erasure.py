@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from keyring.backends import null
 from tiny_disks import run_in_child
+from tiny_steps import StoppedError, die_at, stop
 from tiny_vaults import (
     CANARY,
     PASSPHRASE,
@@ -261,31 +261,7 @@ def test_spent_that_cannot_be_read_stops_the_erasure_and_nothing_is_changed(
 # Begun is done
 
 
-class _StoppedError(Exception):
-    """Stands for a kill in this process."""
-
-
-def steps(patch: pytest.MonkeyPatch, fatal: int, die: Callable[[], None]) -> Iterator[int]:
-    """Dies before the n-th time that something of an erasure reaches the disk."""
-    count = iter(range(1000))
-
-    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*arguments: Any, **keywords: Any) -> Any:
-            if next(count) == fatal:
-                die()
-            return real(*arguments, **keywords)
-
-        return step
-
-    patch.setattr(os, "fsync", dying(os.fsync))
-    patch.setattr(Path, "unlink", dying(Path.unlink))
-    patch.setattr(Path, "replace", dying(Path.replace))
-    patch.setattr(MemoryKeyring, "set_password", dying(MemoryKeyring.set_password))
-    patch.setattr(MemoryKeyring, "delete_password", dying(MemoryKeyring.delete_password))
-    return count
-
-
-@pytest.mark.parametrize("with_vault", [False, True])
+@pytest.mark.parametrize("with_vault", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_begun_is_done_wherever_a_kill_falls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_vault: bool
 ) -> None:
@@ -299,7 +275,7 @@ def test_begun_is_done_wherever_a_kill_falls(
 
         def erase_and_die(folder: Path = folder, fatal: int = fatal) -> None:
             vault = open_vault(folder, passphrase=PASSPHRASE) if with_vault else None
-            steps(monkeypatch, fatal, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            die_at(monkeypatch, fatal, lambda: os.kill(os.getpid(), signal.SIGKILL))
             erase(folder, vault=vault)
 
         status = run_in_child(erase_and_die)
@@ -335,15 +311,12 @@ def test_begun_is_done_with_a_keystore_of_the_system(
         vault = made(folder, "both")
         kept = dict(system_keyring.held)
 
-        def die() -> None:
-            raise _StoppedError
-
         with monkeypatch.context() as patch:
-            steps(patch, fatal, die)
+            die_at(patch, fatal, stop)
             try:
                 erase(folder, vault=vault)
                 ended = True
-            except _StoppedError:
+            except StoppedError:
                 ended = False
         vault.abandon()
         if (folder / "erasing.json").exists():
