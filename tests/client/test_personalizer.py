@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_vaults import PASSPHRASE
 
@@ -15,6 +16,7 @@ from homefire.client.personalize.quick import fit_memory
 from homefire.client.vault_files import KEYS
 from homefire.common.errors import ConfigError, DataError, VaultError, WrongKeyError
 from homefire.common.records import Record
+from homefire.common.training import encode, mean_loss
 
 WORDS = "the quick brown fox jumps over the lazy dog again and again".split()
 SETTINGS = """
@@ -244,6 +246,39 @@ def test_forgotten_is_gone(me: Personalizer, home: Path) -> None:
     assert canary not in json.dumps([r.record.text for r in me.vault.records.history()])
     assert [each.version for each in me.vault.adapters.versions(PRIVATE)] == [2]
     assert number not in me.vault.adapters.trained_on(2)
+
+
+def test_a_forgotten_canary_is_no_longer_extractable(me: Personalizer) -> None:
+    """Among codes of its kind it was by far the likeliest; afterwards it is one of many."""
+    draw = np.random.default_rng(7)
+    codes = ["".join(map(str, draw.integers(0, 10, 12))) for _ in range(40)]
+    hidden = me.vault.records.add([Record(f"code {codes[0]}", None, "2024-01-01")] * 8, "codes")
+    assert hidden == 8
+    settings = me.vault.folder / "device.toml"
+    settings.write_text(settings.read_text().replace("steps = 6", "steps = 60"))
+
+    def surprise() -> tuple[float, float]:
+        """How many deviations the canary is below the others, and its rank, 0 the likeliest."""
+        model = me.assistant.model
+        model.activate("shared", "private")
+        losses = np.array(
+            [
+                mean_loss(model.network, [encode(model.base.tokenizer, Record(f"code {c}"), 48)])[0]
+                for c in codes
+            ]
+        )
+        others = losses[1:]
+        return float((others.mean() - losses[0]) / others.std()), float((losses < losses[0]).sum())
+
+    assert me.personalize().version is not None
+    known, rank = surprise()
+    assert known > 4
+    assert rank == 0
+    gone = me.forget(query="code")
+    assert gone.records == 8
+    assert gone.learned is not None
+    left, _ = surprise()
+    assert left < 2.5
 
 
 def test_forgetting_by_time_and_by_words(me: Personalizer) -> None:
