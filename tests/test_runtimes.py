@@ -11,7 +11,7 @@ from threading import Event, Thread
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
-from tiny_flower import ROUNDS, SETTINGS, USERS, Flower, free_port
+from tiny_flower import ROUNDS, SETTINGS, USERS, Flower, Tap, free_port
 from tiny_vaults import CANARY, PASSPHRASE
 
 from homefire.client.joining import Link
@@ -133,8 +133,8 @@ def test_a_vault_takes_part_and_nothing_of_it_leaves(
         node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}"]
         address = ["--host", "127.0.0.1", "--port", str(free_port())]
         flower.start("node-1", *node, *address, "--node-config", own)
-        stop, joined = Event(), list[int]()
-        where = Link(f"127.0.0.1:{link}", insecure=True)
+        stop, joined, tap = Event(), list[int](), Tap(link)
+        where = Link(f"127.0.0.1:{tap.port}", insecure=True)
         thread = Thread(target=lambda: joined.append(len(me.join(where, stop=stop))))
         thread.start()
         try:
@@ -142,12 +142,15 @@ def test_a_vault_takes_part_and_nothing_of_it_leaves(
         finally:
             stop.set()
             thread.join(60)
+            tap.close()
         assert logs(run) == [(USERS, USERS)] * ROUNDS, (folder / "join.log").read_text()
         assert joined == [ROUNDS]
-        found = me.status()
+        found, shown = me.status(), me.preview()
         assert found.participations == ROUNDS
         assert found.shared is not None
         assert found.shared.about["round"] == ROUNDS
+    assert len(tap.captured) > ROUNDS * shown.bytes_up  # it did go through here
+    assert CANARY.encode() not in tap.captured
     for place in (folder, folder.with_name("vault.keys"), temporary, flower.folder):
         for path in place.rglob("*"):
             if path.is_file():

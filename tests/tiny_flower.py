@@ -12,8 +12,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -152,6 +154,56 @@ class Flower:
             time.sleep(0.2)
         for process in left:
             process.kill()
+
+
+class Tap:
+    """Stands between two programs on this machine and keeps every byte that goes through.
+
+    Attributes:
+        port: Where to connect instead.
+        captured: All bytes, both ways.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.captured = bytearray()
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._sockets: list[socket.socket] = []
+        self._threads = [Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._target))
+            self._sockets += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                self._threads.append(Thread(target=self._pass_on, args=(source, sink)))
+                self._threads[-1].start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while part := source.recv(1 << 16):
+                self.captured += part
+                sink.sendall(part)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """End all connections."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        for thread in self._threads:
+            thread.join(10)
 
 
 def descendants(pid: int) -> list[psutil.Process]:
