@@ -240,6 +240,37 @@ def audit(
         )
 
 
+@app.command()
+def recipes(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    users: Annotated[int | None, typer.Option(min=2, help="The first ones; all if absent.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What each recipe gives each person: retrieval, adapters, both.
+
+    On the newest records of a run's people, with its adapters; retrieval sees
+    the older records. Controls are another person's records and adapter.
+
+    Example:
+      homefire recipes runs/mine
+    """
+    need("simulation", "ray", "plotly", "dp_accounting", "tomli_w")
+    from homefire.client.progress import Reporter
+    from homefire.simulations.preparation import reopen
+    from homefire.simulations.recipes import compare_recipes, recipe_tables
+
+    opened = reopen(run)
+    count = min(users or opened.training + opened.unseen, opened.training + opened.unseen)
+    reporter = Reporter(Console(stderr=True, quiet=as_json))
+    with reporter.phase("Recipes", count) as advance:
+        found = compare_recipes(opened, users=count, advance=advance)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for part in recipe_tables(found):
+        Console().print(part)
+
+
 @models_app.command("get")
 def models_get(
     alias: Annotated[str, typer.Argument(help="Such as smollm2-135m; see `homefire models list`.")],
