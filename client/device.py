@@ -106,7 +106,7 @@ class Device:
             LOG.warning("round %d would cost a record too much: zeros", plan.header.round)
             return nothing(plan)
         ledger.charge(plan, example_dp=cost)
-        self.home.keep_release(plan, base_model=model.base.fingerprint)
+        self.home.keep_release(plan)
         return self.task(model, plan)
 
     def task(self, model: AdaptedModel, plan: RoundPlan) -> "Task | Clipped":

@@ -81,7 +81,7 @@ class DeviceHome(Protocol):
     def save_private(self, user_id: str, adapter: PrivateAdapter) -> None:
         """Store a user's private adapter."""
 
-    def keep_release(self, plan: RoundPlan, *, base_model: str) -> None:
+    def keep_release(self, plan: RoundPlan) -> None:
         """Keep the shared adapter that a plan brought, for replies between rounds."""
 
 
@@ -171,7 +171,7 @@ class Home:
                 hint="Make the folder with `homefire prepare`.",
             ) from error
 
-    def keep_release(self, plan: RoundPlan, *, base_model: str) -> None:
+    def keep_release(self, plan: RoundPlan) -> None:
         """Nothing is kept: here nobody asks between rounds."""
 
     def save_private(self, user_id: str, adapter: PrivateAdapter) -> None:

@@ -91,7 +91,7 @@ class VaultHome:
         finally:
             os.close(descriptor)
 
-    def keep_release(self, plan: RoundPlan, *, base_model: str) -> None:
+    def keep_release(self, plan: RoundPlan) -> None:
         """Keep the shared adapter that a plan brought, in place of the one before."""
         header, adapters = plan.header, self.vault.adapters
         about = {
@@ -99,7 +99,7 @@ class VaultHome:
             "round": header.round,
             "adapter": header.adapter.model_dump(mode="json"),
             "adapter_digest": header.adapter_digest,
-            "base_model": base_model,
+            "base_model": header.base_model,
             "release_digest": header.release_digest,
             "server_key": header.server_key,
         }

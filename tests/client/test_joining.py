@@ -158,7 +158,7 @@ def test_a_release_is_kept_for_replies_and_the_older_one_dropped(
     for number in (1, 2):
         release = some_vector(federation.spec, seed=number, scale=0.5)
         plan = make_plan(federation, release, round=number)
-        home.keep_release(plan, base_model=federation.base_model)
+        home.keep_release(plan)
     (kept,) = me.vault.adapters.versions(SHARED)
     assert kept.about["round"] == 2
     assert kept.worn

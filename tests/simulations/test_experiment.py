@@ -50,10 +50,12 @@ def test_a_file_says_what_differs_from_the_defaults(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(FOLDER.glob("*/experiment.toml")), ids=lambda p: p.parent.name
+    "path", sorted(FOLDER.glob("*/*.toml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_experiments_of_the_project_are_valid(path: Path) -> None:
-    assert load_experiment(path, []).name == path.parent.name
+    folder = path.parent.name
+    expected = folder if path.stem == "experiment" else f"{folder}-{path.stem}"
+    assert load_experiment(path, []).name == expected
 
 
 @pytest.mark.parametrize(
