@@ -557,7 +557,7 @@ def test_kept_who_was_refused_has_it_open_still(folder: Path, impatient: None) -
     vault.close()
 
 
-def test_two_processes_change_the_keys_at_once_and_nothing_is_lost(folder: Path) -> None:
+def test_one_at_a_time_is_alone_with_it_and_nothing_is_lost(folder: Path) -> None:
     with make_vault(folder) as vault:
         fill(vault)
 
@@ -651,6 +651,47 @@ def test_two_processes_make_one_vault(folder: Path) -> None:
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert sorted(statuses) == [0, 2, 2]
     open_vault(folder, passphrase=PASSPHRASE).close()
+
+
+def test_two_vaults_of_one_process_keep_their_locks(folder: Path) -> None:
+    """Who opens and closes a file beside SQLite takes its locks; others then take it for unused."""
+    vault = make_vault(folder)
+    open_vault(folder, passphrase=PASSPHRASE).close()
+    with pytest.raises(WrongKeyError):
+        open_vault(folder, passphrase=OTHER)
+
+    def write_elsewhere() -> None:
+        with open_vault(folder, passphrase=PASSPHRASE) as mine:
+            mine.records.add([Record("elsewhere")], "elsewhere")
+
+    for number in range(3):
+        vault.records.add([Record(f"here {number}")], "here")
+        assert run_in_child(write_elsewhere) == 0
+        assert (folder / "vault.db-wal").exists()  # nobody took it for the last one's
+        vault.log.append("note", number=number)
+    vault = reopen(vault)
+    assert [each.record.text for each in vault.records.newest(4)] == [
+        "here 2",
+        "here 1",
+        "elsewhere",
+        "here 0",
+    ]
+    assert len(vault.log.entries("note")) == 3
+    vault.close()
+
+
+def test_what_one_process_deleted_is_swept_while_another_has_it_open(folder: Path) -> None:
+    vault = make_vault(folder)
+    key = vault.keys["database"]
+
+    def delete_elsewhere() -> None:
+        with open_vault(folder, passphrase=PASSPHRASE) as mine, mine.database.transaction():
+            mine.records.delete(mine.records.matching(CANARY))
+
+    assert run_in_child(delete_elsewhere) == 0
+    assert len(vault.records) == len(RECORDS) - 1 and vault.records.search("train", 1)
+    vault.close()
+    assert CANARY.encode() not in b"\0".join(decrypted(folder / "vault.db", key))
 
 
 def test_threads_share_a_vault_while_its_keys_change(folder: Path) -> None:
