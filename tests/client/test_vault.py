@@ -460,7 +460,9 @@ def test_what_was_deleted_is_swept_by_the_next_close_where_a_kill_was_before(
         vault.adapters.keep("private", VECTOR, {}, [])
         with vault.database.transaction():
             vault.adapters.drop([1])
+        assert vault.database.read("SELECT count(*) FROM unswept") == [(1,)]
         vault.records.change(4, "another text")
+        assert vault.database.read("SELECT count(*) FROM unswept") == [(2,)]
         vault.sweep()
         assert vault.database.read("SELECT count(*) FROM unswept") == [(0,)]
     left = b"\0".join(decrypted(folder / "vault.db", key))
@@ -657,8 +659,9 @@ def test_two_processes_make_one_vault(folder: Path) -> None:
     open_vault(folder, passphrase=PASSPHRASE).close()
 
 
-def test_two_vaults_of_one_process_keep_their_locks(folder: Path) -> None:
-    """Who opens and closes a file beside SQLite takes its locks; others then take it for unused."""
+def test_two_open_at_once_in_one_process_lose_nothing_to_others_that_come_and_go(
+    folder: Path,
+) -> None:
     make_vault(folder).close()
 
     def write_elsewhere() -> None:
@@ -667,14 +670,15 @@ def test_two_vaults_of_one_process_keep_their_locks(folder: Path) -> None:
 
     with another_process(write_elsewhere, write_elsewhere) as run:
         vault = open_vault(folder, passphrase=PASSPHRASE)
-        open_vault(folder, passphrase=PASSPHRASE).close()
         with pytest.raises(WrongKeyError):
             open_vault(folder, passphrase=OTHER)
+        second = open_vault(folder, passphrase=PASSPHRASE)
         for number in range(2):
             vault.records.add([Record(f"here {number}")], "here")
             assert run() == 0
             assert (folder / "vault.db-wal").exists()  # nobody took it for the last one's
             vault.log.append("note", number=number)
+        second.close()
     vault = reopen(vault)
     found = [each.record.text for each in vault.records.newest(3)]
     assert found == ["here 1", "elsewhere", "here 0"]
