@@ -13,8 +13,8 @@ what privacy was spent: a vault that is put back from a backup is noticed by the
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homefire.client import vault_estate
 from homefire.client.database import Database
+from homefire.client.key_change import NewKeys, accept_keys, change_keys
 from homefire.client.keys import (
     Header,
     KeyFile,
     Protection,
-    Unlock,
     check_passphrase,
     new_data_keys,
     new_header,
@@ -42,7 +42,6 @@ from homefire.client.vault_files import (
     KEYS,
     LOG_LOCK,
     NEW_KEYS,
-    NEXT_KEYS,
     UseLock,
     account_store,
     file_lock,
@@ -54,18 +53,13 @@ from homefire.client.vault_files import (
 )
 from homefire.client.vault_log import VaultLog
 from homefire.client.vault_opening import (
-    KEYS_EVENT,
     Opened,
     Opening,
-    in_force,
-    key_entry,
-    newest_generation,
     open_locked,
 )
 from homefire.client.vault_records import Records
 from homefire.client.vault_schema import MIGRATIONS
 from homefire.common.errors import BusyVaultError, ConfigError, DamagedVaultError, VaultError
-from homefire.common.files import sync_folder
 from homefire.common.keystore import Keystore
 from homefire.common.secret_store import SecretStore
 
@@ -75,8 +69,9 @@ class Vault:
     """An open vault; made by `create` and `open_vault`.
 
     Guarantees:
-        Nothing in the clear: what a person wrote, what was learned from it and what was taken part
-            in is on the disk in encrypted form only.
+        Nothing in the clear: what a person wrote and what was learned from it is on the disk in
+            encrypted form only. What was taken part in is in the keystore too, as it is, so that it
+            outlives the vault.
         Killed at any moment: what was there before is there, or all of what was being written.
         No rollback: a vault, or a key file, that is older than the log's anchor is refused.
         Erased stays erased: copies of a vault that was erased here are refused.
@@ -162,11 +157,11 @@ class Vault:
         chosen = protection or self.header.protection
         _check_means(chosen, passphrase, self.header.store)
 
-        def change() -> tuple[Header, Unlock, Mapping[str, bytes]]:
+        def new() -> NewKeys:
             header = next_header(self.header, protection=chosen)
             return header, unlock_with(header, self.store, passphrase, make=True), self.keys
 
-        self._change_keys(change)
+        change_keys(self, new)
 
     def rotate(self, *, passphrase: str | None = None) -> None:
         """Encrypt everything under new data keys; who has old ones can read only old copies.
@@ -180,48 +175,14 @@ class Vault:
             VaultError: As `change_protection`.
         """
 
-        def change() -> tuple[Header, Unlock, Mapping[str, bytes]]:
+        def new() -> NewKeys:
             unlock = unlock_with(self.header, self.store, passphrase)
             KeyFile.read(self.folder / KEYS).open(unlock)
             # The identity stays: servers know it.
             keys = {**new_data_keys(), "identity": self.keys["identity"]}
             return next_header(self.header), unlock, keys
 
-        self._change_keys(change)
-
-    def _change_keys(
-        self, change: Callable[[], tuple[Header, Unlock, Mapping[str, bytes]]]
-    ) -> None:
-        """First the new key file beside the old one, then the log's word, then the rest."""
-        with io_errors(self.folder), self.lock.alone(), self.database.held():
-            header, unlock, keys = change()
-            file = KeyFile.seal(header, unlock, keys)
-            file.write(self.folder / NEXT_KEYS)
-            with self._taken_back(file):
-                with self.log.transaction(KEYS_EVENT, **key_entry(file)):
-                    if keys["adapters"] != self.keys["adapters"]:
-                        self.adapters.seal_anew(keys["adapters"])
-                if keys["database"] != self.keys["database"]:
-                    self.database.rekey(keys["database"])
-                put_in_place(self.folder, NEXT_KEYS)
-            self.header, self.keys = header, keys
-            self.adapters.key = keys["adapters"]
-
-    @contextmanager
-    def _taken_back(self, file: KeyFile) -> Iterator[None]:
-        """Undo a change that fails before the log has it; later only an opening can end it."""
-        try:
-            yield
-        except BaseException:
-            undone = False
-            with suppress(VaultError, OSError):
-                if not in_force(self.log, file):
-                    (self.folder / NEXT_KEYS).unlink()
-                    sync_folder(self.folder)
-                    undone = True
-            if not undone:
-                self.abandon()
-            raise
+        change_keys(self, new)
 
     def sweep(self) -> None:
         """Take what was deleted off the disk now, and not only when the vault is closed.
@@ -300,20 +261,21 @@ def create(
         make_private_folder(folder)
         lock = UseLock.open(folder)
         undo.callback(lock.close)
-        with lock.alone():
+        with lock.alone(), ExitStack() as begun:
             check_free(folder)
             clear_unfinished(folder, store)
             header, keys = new_header(chosen, kind), new_data_keys()
             owned = store or store_of(folder, header)
             take_over(owned, shared=store is not None)
-            undo.callback(clear_unfinished, folder, store)
+            begun.callback(clear_unfinished, folder, store)
             unlock = unlock_with(header, owned, passphrase, make=True)
             file = KeyFile.seal(header, unlock, keys)
             file.write(folder / NEW_KEYS)
             opened = Opening(folder, owned, passphrase, MIGRATIONS).make(file, keys)
-            undo.callback(opened.database.close)
+            begun.callback(opened.database.close)
             vault = _vault(folder, owned, opened, lock, heirs=store)
             put_in_place(folder, NEW_KEYS)
+            begun.pop_all()
         undo.pop_all()
     return vault
 
@@ -357,7 +319,7 @@ def open_vault(
         undo.callback(opened.database.close)
         vault = _vault(folder, owned, opened, lock, heirs=store)
         if accept_backup:
-            _accept_keys(vault, passphrase)
+            accept_keys(vault, passphrase)
         undo.pop_all()
     return vault
 
@@ -379,23 +341,6 @@ def _vault(
     vault = Vault(folder, header, store, opened.database, opened.keys, lock)
     vault.log.inherited = vault_estate.inherited(heirs or account_store(folder, header))
     return vault
-
-
-def _accept_keys(vault: Vault, passphrase: str | None) -> None:
-    """Put keys in force that the log does not know as its last ones, under a number of their own.
-
-    Raises:
-        BusyVaultError: Another process has it open.
-    """
-    if in_force(vault.log, KeyFile.read(vault.folder / KEYS)):
-        return
-
-    def change() -> tuple[Header, Unlock, Mapping[str, bytes]]:
-        newest = max(newest_generation(vault.log), vault.header.generation)
-        header = next_header(vault.header.model_copy(update={"generation": newest}))
-        return header, unlock_with(header, vault.store, passphrase), vault.keys
-
-    vault._change_keys(change)
 
 
 def _check_not_erasing(folder: Path) -> None:

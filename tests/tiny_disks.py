@@ -1,12 +1,13 @@
-"""Disks for tests: one that is soon full, and one that may only be read.
+"""Other processes for tests, and disks: one that is soon full, one that may only be read.
 
-They are mounted where only a child process sees them, so that nothing stays when it ends.
+Disks are mounted where only a child process sees them, so that nothing stays when it ends.
 """
 
 import ctypes
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,40 @@ def run_in_child(body: Callable[[], object]) -> int:
                 traceback.print_exc()
             os._exit(status)  # whatever it was: never back into the parent's code
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextmanager
+def another_process(*bodies: Callable[[], object]) -> Iterator[Callable[[], int]]:
+    """Processes that wait; each call lets the next one run its function, and gives its status.
+
+    They are begun before this process opens a database: SQLite does not work on across a fork.
+    """
+    waiting = []
+    for body in bodies:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(writer)
+            if not os.read(reader, 1):
+                os._exit(0)  # nobody lets it run any more
+            os._exit(run_in_child(body) % 256)
+        os.close(reader)
+        waiting.append((child, writer))
+    order = iter(list(waiting))
+
+    def run() -> int:
+        child, writer = next(order)
+        os.write(writer, b"x")
+        waiting.remove((child, writer))
+        os.close(writer)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    try:
+        yield run
+    finally:
+        for child, writer in waiting:
+            os.close(writer)
+            os.waitpid(child, 0)
 
 
 def on_small_disk(folder: Path, kib: int, body: Callable[[], object]) -> None:

@@ -12,7 +12,7 @@ import keyring
 import numpy as np
 import pytest
 from keyring.backends import null
-from tiny_disks import run_in_child
+from tiny_disks import another_process, run_in_child
 from tiny_steps import StoppedError, die_at, stop
 from tiny_vaults import (
     CANARY,
@@ -358,15 +358,17 @@ def test_while_another_process_has_it_open_nothing_is_erased(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vault_files, "WAIT_SECONDS", 0.05)
-    vault = made(folder)
-    before = elsewhere(lambda: snapshot(folder, folder.with_name("vault.keys")))
+    made(folder).close()
 
     def erase_elsewhere() -> None:
         with pytest.raises(BusyVaultError) as caught:
             erase(folder)
         assert caught.value.hint
 
-    assert run_in_child(erase_elsewhere) == 0
+    with another_process(erase_elsewhere) as run:
+        vault = open_vault(folder, passphrase=PASSPHRASE)
+        before = elsewhere(lambda: snapshot(folder, folder.with_name("vault.keys")))
+        assert run() == 0
     assert elsewhere(lambda: snapshot(folder, folder.with_name("vault.keys"))) == before
     assert vault.adapters.vector("private", 1).tolist() == VECTOR.tolist()
     erase(folder, vault=vault)

@@ -13,7 +13,7 @@ import keyring
 import numpy as np
 import pytest
 from keyring.backends import null
-from tiny_disks import on_read_only_disk, on_small_disk, run_in_child
+from tiny_disks import another_process, on_read_only_disk, on_small_disk, run_in_child
 from tiny_vaults import (
     CANARY,
     PASSPHRASE,
@@ -79,8 +79,8 @@ def check(vault: Vault) -> None:
 
 
 @contextmanager
-def another_process(folder: Path, passphrase: str | None = PASSPHRASE) -> Iterator[None]:
-    """While somebody else has the vault open."""
+def somebody_else(folder: Path, passphrase: str | None = PASSPHRASE) -> Iterator[None]:
+    """While another process has the vault open; this one must not have it open before."""
     ready, done = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
@@ -460,7 +460,9 @@ def test_what_was_deleted_is_swept_by_the_next_close_where_a_kill_was_before(
         vault.adapters.keep("private", VECTOR, {}, [])
         with vault.database.transaction():
             vault.adapters.drop([1])
+        assert vault.database.read("SELECT count(*) FROM unswept") == [(1,)]
         vault.records.change(4, "another text")
+        assert vault.database.read("SELECT count(*) FROM unswept") == [(2,)]
         vault.sweep()
         assert vault.database.read("SELECT count(*) FROM unswept") == [(0,)]
     left = b"\0".join(decrypted(folder / "vault.db", key))
@@ -486,8 +488,8 @@ def test_a_failing_opening_says_no_word_of_the_content(
 
 
 def test_two_processes_use_it_at_once(folder: Path) -> None:
-    vault = make_vault(folder)
-    identity = vault.identity.private_bytes_raw()
+    with make_vault(folder) as vault:
+        identity = vault.identity.private_bytes_raw()
 
     def use(name: str) -> None:
         with open_vault(folder, passphrase=PASSPHRASE) as mine:
@@ -510,7 +512,7 @@ def test_two_processes_use_it_at_once(folder: Path) -> None:
         children.append(child)
     use("three")
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    vault = reopen(vault)
+    vault = open_vault(folder, passphrase=PASSPHRASE)
     assert len(vault.records) == len(RECORDS) + 30
     assert len(vault.log.participations) == 30
     for name in ("one", "two", "three"):
@@ -523,8 +525,9 @@ def test_two_processes_use_it_at_once(folder: Path) -> None:
 def test_keys_do_not_change_while_another_process_has_it_open(
     folder: Path, impatient: None
 ) -> None:
-    vault = make_vault(folder)
-    with another_process(folder):
+    make_vault(folder).close()
+    with somebody_else(folder):
+        vault = open_vault(folder, passphrase=PASSPHRASE)
         before = elsewhere(lambda: snapshot(folder))
         for change in (
             lambda: vault.change_protection(passphrase=OTHER),
@@ -544,20 +547,23 @@ def test_keys_do_not_change_while_another_process_has_it_open(
 
 def test_kept_who_was_refused_has_it_open_still(folder: Path, impatient: None) -> None:
     """A lock that is to become exclusive is let go of first: the system promises no more."""
-    vault = make_vault(folder)
-    with another_process(folder), pytest.raises(BusyVaultError):
-        vault.rotate(passphrase=PASSPHRASE)
+    make_vault(folder).close()
 
     def rotate_elsewhere() -> None:
         with pytest.raises(BusyVaultError), open_vault(folder, passphrase=PASSPHRASE) as mine:
             mine.rotate(passphrase=PASSPHRASE)
 
-    assert run_in_child(rotate_elsewhere) == 0
+    with another_process(rotate_elsewhere) as run:
+        with somebody_else(folder):
+            vault = open_vault(folder, passphrase=PASSPHRASE)
+            with pytest.raises(BusyVaultError):
+                vault.rotate(passphrase=PASSPHRASE)
+        assert run() == 0
     vault.records.add([Record("still here")], "test")
     vault.close()
 
 
-def test_two_processes_change_the_keys_at_once_and_nothing_is_lost(folder: Path) -> None:
+def test_one_at_a_time_is_alone_with_it_and_nothing_is_lost(folder: Path) -> None:
     with make_vault(folder) as vault:
         fill(vault)
 
@@ -651,6 +657,49 @@ def test_two_processes_make_one_vault(folder: Path) -> None:
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert sorted(statuses) == [0, 2, 2]
     open_vault(folder, passphrase=PASSPHRASE).close()
+
+
+def test_two_open_at_once_in_one_process_lose_nothing_to_others_that_come_and_go(
+    folder: Path,
+) -> None:
+    make_vault(folder).close()
+
+    def write_elsewhere() -> None:
+        with open_vault(folder, passphrase=PASSPHRASE) as mine:
+            mine.records.add([Record("elsewhere")], "elsewhere")
+
+    with another_process(write_elsewhere, write_elsewhere) as run:
+        vault = open_vault(folder, passphrase=PASSPHRASE)
+        with pytest.raises(WrongKeyError):
+            open_vault(folder, passphrase=OTHER)
+        second = open_vault(folder, passphrase=PASSPHRASE)
+        for number in range(2):
+            vault.records.add([Record(f"here {number}")], "here")
+            assert run() == 0
+            assert (folder / "vault.db-wal").exists()  # nobody took it for the last one's
+            vault.log.append("note", number=number)
+        second.close()
+    vault = reopen(vault)
+    found = [each.record.text for each in vault.records.newest(3)]
+    assert found == ["here 1", "elsewhere", "here 0"]
+    assert len(vault.log.entries("note")) == 2
+    vault.close()
+
+
+def test_what_one_process_deleted_is_swept_while_another_has_it_open(folder: Path) -> None:
+    make_vault(folder).close()
+
+    def delete_elsewhere() -> None:
+        with open_vault(folder, passphrase=PASSPHRASE) as mine, mine.database.transaction():
+            mine.records.delete(mine.records.matching(CANARY))
+
+    with another_process(delete_elsewhere) as run:
+        vault = open_vault(folder, passphrase=PASSPHRASE)
+        key = vault.keys["database"]
+        assert run() == 0
+        assert len(vault.records) == len(RECORDS) - 1 and vault.records.search("train", 1)
+        vault.close()
+    assert CANARY.encode() not in b"\0".join(decrypted(folder / "vault.db", key))
 
 
 def test_threads_share_a_vault_while_its_keys_change(folder: Path) -> None:

@@ -278,6 +278,31 @@ def test_threads_keep_and_read_while_the_keys_change(vault: Vault) -> None:
     vault.close()
 
 
+@pytest.mark.parametrize("draft", [False, True])
+def test_keys_do_not_change_between_reading_an_adapter_and_opening_it(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch, draft: bool
+) -> None:
+    keep_three(vault)
+    vault.adapters.keep_draft("private", b"draft", [])
+    real = Adapters._open
+    changer = threading.Thread(target=lambda: vault.rotate(passphrase=PASSPHRASE))
+
+    def open_late(self: Adapters, *arguments: object) -> bytes:
+        if not changer.ident:
+            changer.start()
+            changer.join(0.2)  # time for it to change the keys, were it let
+        return real(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Adapters, "_open", open_late)
+    if draft:
+        assert vault.adapters.draft("private") == b"draft"
+    else:
+        assert vault.adapters.vector("private", 1).tolist() == ONE.tolist()
+    changer.join(60)
+    assert vault.header.generation == 2
+    assert vault.adapters.vector("private", 1).tolist() == ONE.tolist()
+
+
 def test_a_damaged_adapter_stops_new_keys_and_nothing_is_changed(vault: Vault) -> None:
     keep_three(vault)
     put(vault, "UPDATE adapters SET sealed = x'00' WHERE version = 1")

@@ -284,7 +284,7 @@ def test_spent_is_in_the_store_before_an_append_returns(
         assert spent(store) == [part(each) for each in range(1, number + 1)]
 
 
-def test_spent_is_kept_once_for_the_vaults_that_come_after(tmp_path: Path, log: VaultLog) -> None:
+def test_nothing_is_doubled_that_is_kept_again(tmp_path: Path, log: VaultLog) -> None:
     heirs = Keystore(tmp_path / "account.keys")
     take_part(log, 1, 2)
     assert heritage(log.store, heirs) == [part(1), part(2)]
@@ -305,7 +305,7 @@ def test_spent_twice_alike_is_twice(tmp_path: Path, log: VaultLog) -> None:
     assert inherited(heirs) == [part(1), part(1)]
 
 
-def test_spent_of_vaults_that_are_erased_at_once_is_all_kept(tmp_path: Path) -> None:
+def test_nothing_is_lost_of_vaults_that_are_erased_at_once(tmp_path: Path) -> None:
     children = []
     for number in range(4):
         child = os.fork()

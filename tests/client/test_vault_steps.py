@@ -162,7 +162,7 @@ def test_a_change_that_was_cut_short_is_ended_by_one_of_two_that_open_at_once(
 
     def change_and_die() -> None:
         vault = open_vault(folder, passphrase=PASSPHRASE)
-        monkeypatch.setattr("homefire.client.vault.put_in_place", lambda *_: die())
+        monkeypatch.setattr("homefire.client.key_change.put_in_place", lambda *_: die())
         do(vault)
 
     assert run_in_child(change_and_die) == -signal.SIGKILL

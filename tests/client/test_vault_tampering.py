@@ -77,7 +77,10 @@ def refused(
     *,
     accept_backup: bool = False,
 ) -> str:
-    """What is said of a vault that is refused with this error and no other, and left as it is."""
+    """What is said of a vault that is refused with this error and no other.
+
+    Checked first: it and its keystore are left as they are, byte for byte.
+    """
     places = folder, folder.with_name(f"{folder.name}.keys")
     before = snapshot(*places)
     with pytest.raises(HomefireError) as caught:
@@ -209,14 +212,14 @@ def test_something_else_in_the_databases_place(ann: Path, content: bytes) -> Non
 
 
 @pytest.mark.parametrize("other", ["bob", "eve"])
-def test_anothers_database(people: Path, other: str) -> None:
+def test_anothers_never_opens_its_database(people: Path, other: str) -> None:
     shutil.copy(people / other / DATABASE, people / "ann" / DATABASE)
     assert "another vault" in refused(people / "ann", ForeignVaultError)
     refused(people / "ann", ForeignVaultError, accept_backup=True)
 
 
 @pytest.mark.parametrize("other", ["bob", "eve"])
-def test_anothers_keys(people: Path, other: str) -> None:
+def test_anothers_never_opens_its_keys(people: Path, other: str) -> None:
     shutil.copy(people / other / KEYS, people / "ann" / KEYS)
     assert "another vault" in refused(people / "ann", ForeignVaultError, PEOPLE[other])
     if other == "bob":
@@ -224,20 +227,20 @@ def test_anothers_keys(people: Path, other: str) -> None:
 
 
 @pytest.mark.parametrize("other", ["bob", "eve"])
-def test_anothers_keys_and_database(people: Path, other: str) -> None:
+def test_anothers_never_opens_its_keys_and_database(people: Path, other: str) -> None:
     """Which are a vault, but not the one that the keystore knows."""
     for name in (KEYS, DATABASE):
         shutil.copy(people / other / name, people / "ann" / name)
     refused(people / "ann", OldVaultError, PEOPLE[other])
 
 
-def test_anothers_keystore(people: Path) -> None:
+def test_anothers_never_opens_its_keystore(people: Path) -> None:
     shutil.rmtree(people / "ann.keys")
     shutil.copytree(people / "bob.keys", people / "ann.keys")
     refused(people / "ann", OldVaultError)
 
 
-def test_anothers_write_ahead_log(people: Path) -> None:
+def test_anothers_never_opens_its_write_ahead_log(people: Path) -> None:
     """It is not even looked at twice: closing a database takes over what lies in its log."""
     kill_after(people / "bob", OTHER, lambda vault: vault.log.append("note"))
     shutil.copy(people / "bob" / WAL, people / "ann" / WAL)
@@ -248,7 +251,7 @@ def test_anothers_write_ahead_log(people: Path) -> None:
     opens(people / "bob", OTHER, "bob")
 
 
-def test_anothers_next_keys(people: Path) -> None:
+def test_anothers_never_opens_its_next_keys(people: Path) -> None:
     for other in ("bob", "eve"):
         shutil.copy(people / other / KEYS, people / "ann" / NEXT_KEYS)
         assert "another vault's keys" in refused(people / "ann", ForeignVaultError)
@@ -410,7 +413,7 @@ def opens_with(folder: Path, passphrase: str) -> None:
 
 
 @pytest.mark.parametrize(("deed", "part"), OUTCOMES, ids=lambda name: str(name))
-def test_an_old_copy(ann: Path, deed: str, part: str) -> None:
+def test_no_rollback_an_old_copy(ann: Path, deed: str, part: str) -> None:
     passphrase = put_back(ann, DEEDS[deed], part)
     outcome = OUTCOMES[deed, part]
     if outcome is None:
@@ -425,7 +428,7 @@ def test_an_old_copy(ann: Path, deed: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(("deed", "part"), OUTCOMES, ids=lambda name: str(name))
-def test_an_old_copy_that_is_accepted(ann: Path, deed: str, part: str) -> None:
+def test_no_rollback_but_what_is_accepted(ann: Path, deed: str, part: str) -> None:
     """It opens, once with a word in the log and then like any other; what was spent stays."""
     passphrase = put_back(ann, DEEDS[deed], part)
     if OUTCOMES[deed, part] is DAMAGED:
@@ -459,6 +462,15 @@ def test_old_keys_that_were_accepted_are_in_force_and_the_newer_ones_no_more(ann
     assert (newer / KEYS).read_bytes() != (ann / KEYS).read_bytes()
     shutil.copy(newer / KEYS, ann / KEYS)
     refused(ann, OldVaultError)
+
+
+def test_a_damaged_anchor(ann: Path) -> None:
+    anchor = ann.with_name("ann.keys") / "log"
+    anchor.write_bytes(anchor.read_bytes()[:-1])
+    refused(ann, LedgerError)
+    with open_vault(ann, passphrase=PASSPHRASE, accept_backup=True) as vault:
+        check(vault)
+    opens(ann)
 
 
 def test_an_old_keystore(ann: Path) -> None:
@@ -560,7 +572,7 @@ def test_an_accepted_copy_of_a_change_that_was_cut_short(ann: Path) -> None:
 # Erased
 
 
-def test_a_copy_of_an_erased_vault(ann: Path) -> None:
+def test_erased_stays_erased_also_for_who_accepts_backups(ann: Path) -> None:
     copy = Path(shutil.copytree(ann, ann.with_name("copy")))
     with open_vault(ann, passphrase=PASSPHRASE) as vault:
         erase(ann, vault=vault)

@@ -36,6 +36,7 @@ print(Keystore(Path(sys.argv[1])).secret("run").hex())
 USES: list[Callable[[Keystore, str], object]] = [
     lambda store, name: store.get(name),
     lambda store, name: store.put(name, b"secret"),
+    lambda store, name: store.change(name, lambda stored: b"s" * 32),
     lambda store, name: store.secret(name),
     lambda store, name: store.anchor(name),
     lambda store, name: store.keep_anchor(name, Anchor(1, HEADS[0])),
@@ -236,6 +237,30 @@ def test_one_secret_for_all_threads(store: Keystore, monkeypatch: pytest.MonkeyP
         worker.join(60)
     assert len(found) == threads
     assert set(found) == {store.secret("run")}
+
+
+def test_a_change_sees_what_is_there_and_nobody_else_writes_meanwhile(store: Keystore) -> None:
+    def longer(stored: bytes | None) -> bytes:
+        threading.Event().wait(0.01)  # time for the others to look, were they let
+        return (stored or b"") + b"x"
+
+    workers = [threading.Thread(target=store.change, args=("a", longer)) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert store.get("a") == b"x" * 8
+
+
+def test_a_change_that_fails_leaves_what_is_there(store: Keystore) -> None:
+    def fail(stored: bytes | None) -> bytes:
+        assert stored == b"old"
+        raise ValueError("no")
+
+    store.put("a", b"old")
+    with pytest.raises(ValueError, match="no"):
+        store.change("a", fail)
+    assert store.get("a") == b"old" and names(store) == ["a"]
 
 
 def test_destroyed_secret_is_overwritten_and_gone(store: Keystore) -> None:
