@@ -7,7 +7,7 @@ gives as well belongs to the domain, not to the person.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -158,26 +158,39 @@ def summarize(scores: Sequence[UserScores], *, seed: int) -> dict[str, Any] | No
             "perplexity": perplexity(loss),
             "rouge_l": fmean(rouge) if rouge else None,
         }
-    comparisons = {}
-    for name, (better, worse) in COMPARISONS.items():
-        result = compare([score.loss[worse] - score.loss[better] for score in scores], seed=seed)
-        comparisons[name] = {
-            "better": better,
-            "worse": worse,
-            "mean_gain": result.mean_gain,
-            "interval": list(result.interval),
-            "wins": result.wins,
-            "ties": result.ties,
-            "losses": result.losses,
-            "worst_decile": result.worst_decile,
-            "users": result.users,
-        }
+    losses = [score.loss for score in scores]
+    comparisons = {name: compared(losses, *pair, seed=seed) for name, pair in COMPARISONS.items()}
     return {
         "users": len(scores),
         "tokens": sum(score.tokens for score in scores),
         "variants": variants,
         "comparisons": comparisons,
         "per_user": [{"loss": score.loss, "rouge_l": score.rouge_l} for score in scores],
+    }
+
+
+def compared(
+    losses: Sequence[Mapping[str, float]], better: str, worse: str, *, seed: int
+) -> dict[str, Any]:
+    """What one variant gains over another, user by user.
+
+    Args:
+        losses: Of each user, by variant.
+        better: The one whose gain is meant.
+        worse: What it is compared with.
+        seed: Of the bootstrap.
+    """
+    result = compare([each[worse] - each[better] for each in losses], seed=seed)
+    return {
+        "better": better,
+        "worse": worse,
+        "mean_gain": result.mean_gain,
+        "interval": list(result.interval),
+        "wins": result.wins,
+        "ties": result.ties,
+        "losses": result.losses,
+        "worst_decile": result.worst_decile,
+        "users": result.users,
     }
 
 

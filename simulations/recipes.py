@@ -26,9 +26,8 @@ from homefire.common.adapted_model import AdaptedModel
 from homefire.common.privacy.randomness import new_key
 from homefire.common.records import Record, User
 from homefire.common.training import Example, LossSum, encode, mean_loss, perplexity
-from homefire.simulations.evaluation import held_out_examples
+from homefire.simulations.evaluation import compared, held_out_examples
 from homefire.simulations.experiment import EvaluationConfig
-from homefire.simulations.metrics import compare
 from homefire.simulations.preparation import Run
 from homefire.simulations.rounds import releases
 
@@ -166,20 +165,7 @@ def _examples(
 
 def _summary(losses: Sequence[dict[str, float]], *, seed: int) -> dict[str, Any]:
     means = {name: fmean(each[name] for each in losses) for name in VARIANTS}
-    comparisons = []
-    for better, worse in COMPARISONS:
-        result = compare([each[worse] - each[better] for each in losses], seed=seed)
-        comparisons.append(
-            {
-                "better": better,
-                "worse": worse,
-                "mean_gain": result.mean_gain,
-                "interval": list(result.interval),
-                "wins": result.wins,
-                "ties": result.ties,
-                "losses": result.losses,
-            }
-        )
+    comparisons = [compared(losses, *pair, seed=seed) for pair in COMPARISONS]
     return {
         "users": len(losses),
         "variants": {n: {"loss": m, "perplexity": perplexity(m)} for n, m in means.items()},

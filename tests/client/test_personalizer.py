@@ -61,6 +61,15 @@ def me(home: Path, tiny_llama: Path) -> Iterator[Personalizer]:
         yield opened
 
 
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def dying_at_five(step: int, steps: int) -> None:
+    if step == 5:
+        raise KilledError
+
+
 # Opening
 
 
@@ -174,19 +183,12 @@ def test_never_worse(me: Personalizer) -> None:
     assert worn.version == 1
 
 
-def test_taken_up_again(me: Personalizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    class KilledError(Exception):
-        pass
-
-    def dying(step: int, steps: int) -> None:
-        if step == 5:
-            raise KilledError
-
+def test_taken_up_again(me: Personalizer) -> None:
     whole = me.personalize()
     with me.vault.database.transaction():
         me.vault.adapters.drop([1])
     with pytest.raises(KilledError):
-        me.personalize(progress=dying)
+        me.personalize(progress=dying_at_five)
     steps: list[int] = []
     found = me.personalize(progress=lambda step, _: steps.append(step))
     assert steps == [5, 6]  # the last look was after 4
@@ -195,15 +197,8 @@ def test_taken_up_again(me: Personalizer, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_draft_of_another_training_is_not_taken_up(me: Personalizer) -> None:
-    class KilledError(Exception):
-        pass
-
-    def dying(step: int, steps: int) -> None:
-        if step == 5:
-            raise KilledError
-
     with pytest.raises(KilledError):
-        me.personalize(progress=dying)
+        me.personalize(progress=dying_at_five)
     me.remember("one more record")
     steps: list[int] = []
     me.personalize(progress=lambda step, _: steps.append(step))
@@ -307,15 +302,8 @@ def test_adapters_that_have_not_seen_it_stay(me: Personalizer) -> None:
 
 
 def test_a_training_that_was_put_down_forgets_too(me: Personalizer) -> None:
-    class KilledError(Exception):
-        pass
-
-    def dying(step: int, steps: int) -> None:
-        if step == 5:
-            raise KilledError
-
     with pytest.raises(KilledError):
-        me.personalize(progress=dying)
+        me.personalize(progress=dying_at_five)
     me.forget(ids=[1])
     assert me.vault.adapters.draft(PRIVATE) is None
 
