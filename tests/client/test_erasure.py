@@ -261,7 +261,8 @@ def test_spent_that_cannot_be_read_stops_the_erasure_and_nothing_is_changed(
 # Begun is done
 
 
-@pytest.mark.parametrize("with_vault", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("with_vault", [False, True])
 def test_begun_is_done_wherever_a_kill_falls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_vault: bool
 ) -> None:

@@ -66,8 +66,10 @@ def people(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ann(people: Path) -> Path:
-    return people / "ann"
+def ann(made: Path, tmp_path: Path) -> Path:
+    """A copy of hers."""
+    shutil.copytree(made / "ann.keys", tmp_path / "ann.keys")
+    return Path(shutil.copytree(made / "ann", tmp_path / "ann"))
 
 
 def refused(
@@ -490,17 +492,16 @@ def test_an_old_keystore(ann: Path) -> None:
         assert vault.log.entries("accepted") == [{"lost": 0}]
 
 
-def test_an_old_copy_of_everything_is_not_noticed_as_documented(ann: Path, people: Path) -> None:
+def test_an_old_copy_of_everything_is_not_noticed_as_documented(ann: Path) -> None:
     """`Vault` assumes that nobody puts back the whole machine, keystore included."""
-    copies = [
-        Path(shutil.copytree(each, people / f"copy-{each.name}"))
-        for each in (ann, people / "ann.keys")
-    ]
+    places = ann, ann.with_name("ann.keys")
+    for place in places:
+        shutil.copytree(place, place.with_name(f"old {place.name}"))
     with open_vault(ann, passphrase=PASSPHRASE) as vault:
         vault.log.append("participation", run="ann", round=2)
-    for copy, place in zip(copies, (ann, people / "ann.keys"), strict=True):
+    for place in places:
         shutil.rmtree(place)
-        shutil.copytree(copy, place)
+        shutil.copytree(place.with_name(f"old {place.name}"), place)
     with open_vault(ann, passphrase=PASSPHRASE) as vault:
         assert len(vault.log.participations) == 2
 
