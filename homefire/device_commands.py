@@ -126,7 +126,8 @@ def import_(
     """Read your history.
 
     JSON Lines, text files, a mailbox, an export of ChatGPT or of Claude. What
-    was imported from the same file before is left out.
+    was imported from the same file before is left out; what you forgot comes
+    back if it is still in the file.
     """
     with _vault(home) as own:
         found = own.import_records(path, format=format, me=me, on_bad=on_bad)
