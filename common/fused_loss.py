@@ -14,7 +14,7 @@ from torch import nn
 
 from homefire.common.frozen_linear import product
 
-LOGITS: Mapping[str, int] = MappingProxyType({"cpu": 1 << 22, "cuda": 1 << 26})
+LOGITS: Mapping[str, int] = MappingProxyType({"cpu": 1 << 21, "cuda": 1 << 26})
 """How many logits are held at a time, by kind of device."""
 
 Chunk = Callable[..., tuple[torch.Tensor, torch.Tensor]]

@@ -20,11 +20,11 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.client.personalize.private import PRIVATE
 from homefire.client.personalize.quick import quick_loss
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import AdapterConfig, resolve_spec
-from homefire.common.base_model import load_base_model
+from homefire.common.adapter import resolve_spec
+from homefire.common.base_model import load_base_model, locate
 from homefire.common.config import PrivateConfig
 from homefire.common.optimizer import make_optimizer
 from homefire.common.training import (
@@ -72,7 +72,12 @@ def measure(
         batch_size: Rows of a step.
         max_tokens: Of a row.
         say: Told what begins.
+
+    Raises:
+        ModelError: There is no such model.
     """
+    if model is not None:
+        locate(model)
     with tempfile.TemporaryDirectory() as folder:
         place = model or str(make_model(Path(folder) / "model"))
         found = {}
@@ -113,13 +118,9 @@ def _batches(tokenizer: Any, training: LocalTraining) -> Iterator[list[Example]]
 def train_ours(place: str, training: LocalTraining) -> Trained:
     """As a device does."""
     base = load_base_model(place)
-    specs = {
-        SHARED: resolve_spec(AdapterConfig(), base.model.config),
-        PRIVATE: resolve_spec(PrivateConfig().adapter, base.model.config),
-    }
-    model = AdaptedModel(base, specs)
+    model = AdaptedModel(base, {PRIVATE: resolve_spec(PrivateConfig().adapter, base.model.config)})
     loss_of = quick_loss(model)
-    parameters = model.activate(SHARED, PRIVATE, train=PRIVATE)
+    parameters = model.activate(PRIVATE, train=PRIVATE)
     optimizer = make_optimizer(parameters, training)
     batches = list(islice(_batches(base.tokenizer, training), training.steps))
     before, started, loss = _peak_mib(), 0.0, 0.0
