@@ -4,8 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import keyring
 import pytest
 from hypothesis import settings
+from keyring.backends import fail
 
 pytest_plugins = ["tiny_flower", "tiny_models", "tiny_runs", "tiny_vaults"]
 
@@ -19,6 +21,14 @@ def _no_fetched_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     """No test passes because somebody fetched a model here before."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOMEFIRE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_system_keystore() -> Iterator[None]:
+    """No test writes into the keystore of whoever runs it, nor takes another test's for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keyring, "get_keyring", fail.Keyring)
         yield
 
 
