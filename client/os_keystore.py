@@ -4,8 +4,6 @@ Which one it is differs by system: the Secret Service or KWallet on Linux, the k
 the credential vault on Windows. Backends that keep secrets in plain files, or nowhere, are refused.
 """
 
-import fcntl
-import os
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from keyring.backends.chainer import ChainerBackend
 from keyring.errors import KeyringError
 
 from homefire.common.errors import ConfigError
-from homefire.common.files import make_folder
+from homefire.common.files import locked, make_folder
 from homefire.common.secret_store import SecretStore, check_name
 
 SERVICE = "homefire"
@@ -84,13 +82,8 @@ class OSKeystore(SecretStore):
     @contextmanager
     def _locked(self) -> Iterator[None]:
         make_folder(self.lock.parent)
-        descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(self.lock):
             yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
 
     def _entry(self, name: str) -> str:
         check_name(name)

@@ -44,7 +44,6 @@ from homefire.client.vault_files import (
     NEW_KEYS,
     UseLock,
     account_store,
-    file_lock,
     io_errors,
     make_private_folder,
     put_in_place,
@@ -59,6 +58,7 @@ from homefire.client.vault_opening import (
 )
 from homefire.client.vault_records import Records
 from homefire.client.vault_schema import MIGRATIONS
+from homefire.common import files
 from homefire.common.errors import BusyVaultError, ConfigError, DamagedVaultError, VaultError
 from homefire.common.keystore import Keystore
 from homefire.common.secret_store import SecretStore
@@ -107,7 +107,7 @@ class Vault:
     def __post_init__(self) -> None:
         self.records = Records(self.database)
         self.adapters = Adapters(self.database, self.header.vault, self.keys["adapters"])
-        locked = partial(file_lock, self.folder / LOG_LOCK)
+        locked = partial(files.locked, self.folder / LOG_LOCK)
         self.log = VaultLog(self.database, self.store, locked, self.header.vault)
 
     @property

@@ -159,18 +159,6 @@ class UseLock:
             self.descriptor = -1
 
 
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Wait until nobody else holds this lock, thread or process, and hold it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
-
-
 def _taken(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)

@@ -14,11 +14,11 @@ from homefire.client.vault_files import (
     LOG_LOCK,
     NEXT_KEYS,
     UseLock,
-    file_lock,
     put_in_place,
     unlock_with,
 )
 from homefire.client.vault_log import VaultLog
+from homefire.common import files
 from homefire.common.errors import (
     DamagedVaultError,
     ForeignVaultError,
@@ -119,7 +119,7 @@ class Opening:
 
     def log(self, database: Database, header: Header) -> VaultLog:
         """The log of the vault that is being opened."""
-        locked = partial(file_lock, self.folder / LOG_LOCK)
+        locked = partial(files.locked, self.folder / LOG_LOCK)
         return VaultLog(database, self.store, locked, header.vault)
 
     def _checked_log(self, database: Database, header: Header) -> VaultLog:

@@ -1,5 +1,6 @@
 """Files that are whole or absent, whatever happens while they are written."""
 
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -62,6 +63,24 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[None]:
+    """Wait until nobody else holds this lock, thread or process, and hold it.
+
+    Args:
+        path: A file, made where it is absent; with other flags, anything that can be opened so.
+        flags: How it is opened.
+    """
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        # Not by closing alone: a process that was forked meanwhile would hold it on.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

@@ -1,6 +1,5 @@
 """The keystore: secrets and anchors, in a folder outside the state that they protect."""
 
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -9,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from homefire.common.errors import ConfigError
-from homefire.common.files import make_folder, open_plain, sync_folder, wipe, write_atomically
+from homefire.common.files import (
+    locked,
+    make_folder,
+    open_plain,
+    sync_folder,
+    wipe,
+    write_atomically,
+)
 from homefire.common.secret_store import SecretStore, check_name
 
 
@@ -108,14 +114,8 @@ class Keystore(SecretStore):
             sync_folder(self.folder.parent)
         if check:
             _check_private(self.folder, self.folder.lstat(), "700")
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(self.folder, os.O_RDONLY):
             yield
-        finally:
-            # Not by closing alone: a process that was forked meanwhile would hold it on.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
 
 
 def _check_private(path: Path, status: os.stat_result, mode: str) -> None:

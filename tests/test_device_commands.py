@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from tiny_vaults import CANARY, PASSPHRASE
+from tiny_vaults import CANARY, PASSPHRASE, TWO_STEPS
 from typer.testing import CliRunner
 
 from homefire import device_commands
@@ -27,15 +27,6 @@ from homefire.common.errors import (
 from homefire.device_commands import device_app, exit_code
 
 pytestmark = pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
-SETTINGS = """
-[private]
-validate_every = 1
-
-[private.training]
-steps = 2
-batch_size = 2
-max_tokens = 32
-"""
 
 
 @pytest.fixture
@@ -46,7 +37,7 @@ def home(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("HOMEFIRE_PASSPHRASE", PASSPHRASE)
     run("init", "--base-model", str(tiny_llama))
     settings = folder / "device.toml"
-    settings.write_text(settings.read_text() + SETTINGS)
+    settings.write_text(settings.read_text() + TWO_STEPS)
     for text in ("the first", "the second", "the third", f"the fourth, {CANARY}"):
         run("remember", text)
     return folder

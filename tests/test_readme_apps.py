@@ -5,22 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_vaults import PASSPHRASE, served_on_a_port
+from tiny_vaults import PASSPHRASE, TWO_STEPS, served_on_a_port
 
 from homefire.client import Personalizer
 from homefire.client.endpoint import make_app, token_of
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 pytestmark = pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
-SETTINGS = """
-[private]
-validate_every = 1
-
-[private.training]
-steps = 2
-batch_size = 2
-max_tokens = 32
-"""
 
 
 def app(first_line: str) -> str:
@@ -35,7 +26,7 @@ def home(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("HOMEFIRE_PASSPHRASE", PASSPHRASE)
     folder = tmp_path / "home"
     folder.mkdir()
-    settings = f'[base_model]\nname = "{tiny_llama}"\n{SETTINGS}'
+    settings = f'[base_model]\nname = "{tiny_llama}"\n{TWO_STEPS}'
     (folder / "device.toml").write_text(settings)
     return folder
 

@@ -29,6 +29,17 @@ CANARY = "Xylophonquux-7731"
 PAGE, RESERVED = 4096, 80
 """Bytes of a page of SQLCipher, and of what stands at its end besides content."""
 
+TWO_STEPS = """
+[private]
+validate_every = 1
+
+[private.training]
+steps = 2
+batch_size = 2
+max_tokens = 32
+"""
+"""Private training for `device.toml` that is over at once."""
+
 RECORDS = (
     Record("I moved to Lisbon last spring", None, "2024-03-01"),
     Record("The train to Porto takes three hours", "How long is the trip?", "2024-05-02"),

@@ -23,9 +23,9 @@ from homefire.client.vault_estate import (
     keep_spent,
     spent,
 )
-from homefire.client.vault_files import file_lock
 from homefire.client.vault_log import ANCHOR, VaultLog
 from homefire.client.vault_schema import MIGRATIONS
+from homefire.common import files
 from homefire.common.errors import (
     DamagedVaultError,
     HomefireError,
@@ -67,7 +67,7 @@ def open_log(folder: Path, store: Keystore) -> VaultLog:
     path = folder / "vault.db"
     database = Database(path, KEY, SALT, make=not path.exists())
     database.migrate(MIGRATIONS)
-    return VaultLog(database, store, partial(file_lock, folder / "log.lock"), "ann")
+    return VaultLog(database, store, partial(files.locked, folder / "log.lock"), "ann")
 
 
 def part(number: int) -> dict[str, Any]:
