@@ -7,10 +7,15 @@ from threading import RLock
 
 from homefire.client.device import adapted_model
 from homefire.client.learning import fits
-from homefire.client.personalize.decoding import FinishReason, Pass, Sampling, generate, stream_text
-from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.client.personalize.decoding import (
+    FinishReason,
+    Pass,
+    generate,
+    stream_text,
+)
 from homefire.client.personalize.prompt import Note, assemble
-from homefire.client.personalize.recipe import Recipe, named
+from homefire.client.personalize.recipe import AUTO, PRIVATE, SHARED, Recipe, named
+from homefire.client.personalize.sampling import Sampling
 from homefire.client.vault import Vault
 from homefire.client.vault_home import VaultHome
 from homefire.client.vault_records import StoredRecord
@@ -19,7 +24,6 @@ from homefire.common.adapter import AdapterConfig
 from homefire.common.chat import Message
 from homefire.common.errors import ConfigError
 
-AUTO = "auto"
 NOTES = 4
 """Records that are looked at for a reply; the first carries most of what they are good for."""
 

@@ -8,10 +8,10 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from homefire.client.assistant import AUTO, Reply
+from homefire.client.assistant import Reply
 from homefire.client.encoder import Encoder
-from homefire.client.personalize.decoding import Sampling
-from homefire.client.personalize.recipe import RECIPES
+from homefire.client.personalize.recipe import AUTO, RECIPES
+from homefire.client.personalize.sampling import Sampling
 from homefire.common.chat import Message
 from homefire.common.errors import ConfigError, DataError
 

@@ -10,21 +10,20 @@ from threading import Lock
 
 import numpy as np
 
-from homefire.client.example_dp import (
-    ExampleDPStatement,
-    example_epsilon,
-    example_statement,
-    train_private_steps,
-)
+from homefire.client.example_dp import example_epsilon, example_statement, train_private_steps
 from homefire.client.example_gradients import import_opacus
+from homefire.client.example_statement import ExampleDPStatement
 from homefire.client.home import DeviceHome, PrivateAdapter
 from homefire.client.participation import ParticipationLedger, open_participations
-from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult, train_private
+from homefire.client.personalize.private import PrivateResult, train_private
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector, resolve_spec
+from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector
 from homefire.common.base_model import load_base_model
 from homefire.common.config import BaseModelConfig, DeviceConfig, ExampleDPConfig
 from homefire.common.errors import AdapterError, DivergedError
+from homefire.common.local_training import LocalTraining
+from homefire.common.peft_adapter import resolve_spec
 from homefire.common.plan import RoundPlan, release_digest
 from homefire.common.policy import check_plan
 from homefire.common.privacy.clipping import Clipped, clip_to_grid, is_clipped
@@ -33,7 +32,6 @@ from homefire.common.records import User, split_newest
 from homefire.common.training import (
     Encoded,
     Example,
-    LocalTraining,
     batch_seed,
     cycle_batches,
     train,

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,16 +26,14 @@ from homefire.client.example_gradients import (
     import_opacus,
     listening,
 )
+from homefire.client.example_statement import ExampleDPStatement
 from homefire.common.config import ExampleDPConfig
 from homefire.common.errors import DataError, DivergedError, PrivacyError
+from homefire.common.local_training import LocalTraining
 from homefire.common.optimizer import make_optimizer
 from homefire.common.privacy.accounting import SMALLEST_PLD_NOISE, gaussian_epsilon
 from homefire.common.privacy.randomness import KeyStream, derive_key, new_key
-from homefire.common.training import Example, LocalTraining, TrainingLog
-
-UNIT = "one record of this user's history"
-ADJACENCY = "zero-out"
-"""A record is there or gives a zero gradient: add or remove one, the number of records public."""
+from homefire.common.training import Example, TrainingLog
 
 PROBE = (Example(tuple(range(1, 18)), 1), Example(tuple(range(18, 30)), 1))
 """Two made-up examples of unlike lengths, from tokens that every vocabulary has: what the check of
@@ -44,31 +42,6 @@ the gradients says depends on the network alone, not on the history."""
 LARGEST_PRV_EPSILON = 50.0
 """Where a coarser bound is above it, that one is stated: it protects nobody, and the accountant's
 grid would take gigabytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExampleDPStatement:
-    """What one contribution costs each record; it tells the number of examples: keep it here.
-
-    What several cost together is `example_epsilon` of all their statements.
-
-    Attributes:
-        noise_multiplier: z, of each step.
-        delta: The probability bound that goes with epsilon.
-        epsilon: Against whoever sees the trained tensors, of this one contribution.
-        steps: Noisy steps, K.
-        sampling_rate: The chance q of each example to be in a step's batch.
-        examples: The number of examples, which the adjacency takes as public.
-    """
-
-    noise_multiplier: float
-    delta: float
-    epsilon: float
-    steps: int
-    sampling_rate: float
-    examples: int
-    unit: str = UNIT
-    adjacency: str = ADJACENCY
 
 
 def train_private_steps(

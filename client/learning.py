@@ -1,18 +1,14 @@
 """Learning on the device: a private adapter is trained from the vault, and used if it helps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
+from homefire.client.outcomes import Learned, Progress
 from homefire.client.personalize.draft import Draft
-from homefire.client.personalize.private import (
-    PRIVATE,
-    SHARED,
-    Conduct,
-    PrivateResult,
-    train_private,
-)
+from homefire.client.personalize.private import Conduct, PrivateResult, train_private
 from homefire.client.personalize.quick import fit_memory, quick_loss, recomputing
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault import Vault
 from homefire.client.vault_records import StoredRecord
 from homefire.common.adapted_model import AdaptedModel
@@ -24,31 +20,6 @@ from homefire.common.records import split_newest
 from homefire.common.training import Encoded, LossSum, batch_seed, mean_loss
 
 FEWEST_RECORDS = 4
-Progress = Callable[[int, int], None]
-"""Called with the steps taken and the steps there are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """What a private training came to.
-
-    Attributes:
-        version: Of the private adapter in use now; None if none is.
-        kept: Whether that is the one just trained.
-        loss_without: On the person's newest records, without a private adapter, in nats a token.
-        loss_before: With the one that was in use; None if there was none that fits.
-        loss_trained: With the one just trained.
-        records: How many were learned from.
-        tokens: Predicted tokens that were trained on.
-    """
-
-    version: int | None
-    kept: bool
-    loss_without: float
-    loss_before: float | None
-    loss_trained: float
-    records: int
-    tokens: int
 
 
 def learn(
@@ -75,7 +46,7 @@ def learn(
 
     Guarantees:
         Never worse: the adapter in use afterwards does at least as well on the newest records as
-            the one before; one that does not beat the shared adapter alone is not used.
+            the one before, and better than the shared adapter alone; else none is used.
         Taken up again: a training that was killed goes on from its last look.
 
     Raises:
@@ -135,6 +106,8 @@ def _settle(
     else:
         with vault.database.transaction():
             vault.adapters.drop_draft(PRIVATE)
+            if before is not None and not before < result.validation_before:
+                vault.adapters.take_off(PRIVATE)
     worn = vault.adapters.worn(PRIVATE)
     return Learned(
         version=None if worn is None else worn.version,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from homefire.client.example_dp import ExampleDPStatement
+from homefire.client.example_statement import ExampleDPStatement
 from homefire.client.home import DeviceHome, EntryLog
 from homefire.common.errors import LedgerError
 from homefire.common.plan import RoundPlan

@@ -8,106 +8,40 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from homefire.client.assistant import AUTO, Assistant, Reply
 from homefire.client.erasure import Receipt, erase
+from homefire.client.forgetting import find_records, forget_records
 from homefire.client.importers import Format, read_history
 from homefire.client.joining import Condition, Link, Membership, Preview, preview
 from homefire.client.keys import Protection
-from homefire.client.learning import Learned, Progress, learn
-from homefire.client.participation import open_participations
-from homefire.client.personalize.decoding import Sampling
-from homefire.client.personalize.private import PRIVATE, SHARED
-from homefire.client.personalize.recipe import Recipe
+from homefire.client.outcomes import Forgotten, Imported, Learned, Progress
+from homefire.client.overview import Status, overview
+from homefire.client.personalize.recipe import AUTO, PRIVATE, SHARED, Recipe
+from homefire.client.personalize.sampling import Sampling
 from homefire.client.profile import Profile, describe
 from homefire.client.takeout import write_takeout
 from homefire.client.vault import Vault, create, open_vault
-from homefire.client.vault_adapters import StoredAdapter
 from homefire.client.vault_files import KEYS
 from homefire.client.vault_home import VaultHome, write_settings
 from homefire.client.vault_records import StoredRecord
 from homefire.common.chat import Message
 from homefire.common.config import BaseModelConfig
 from homefire.common.errors import ConfigError, DataError
-from homefire.common.policy import Participation, lifetime_epsilon
+from homefire.common.policy import Participation
 from homefire.common.records import Record, Skipped
+
+if TYPE_CHECKING:
+    from homefire.client.assistant import Assistant, Reply
 
 FACTS = "facts"
 
 
-@dataclass(frozen=True, slots=True)
-class Imported:
-    """What came of an import.
-
-    Attributes:
-        added: New records.
-        known: Records that were there already.
-        skipped: What was left out, by reason.
-    """
-
-    added: int
-    known: int
-    skipped: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """What was forgotten.
-
-    Attributes:
-        records: Records that were deleted.
-        adapters: Versions of the private adapter that had seen them, deleted too.
-        learned: The training without them; None where there was none.
-        shared: Rounds that were taken part in before: what they contributed stays in the shared
-            adapter, within the epsilon that its releases state.
-    """
-
-    records: int
-    adapters: tuple[int, ...]
-    learned: Learned | None
-    shared: int
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What is stored, and what was shared.
-
-    Attributes:
-        folder: Where the vault lies.
-        base_model: Its name.
-        protection: What opens the vault.
-        records: How many.
-        oldest: The date of the oldest record that has one.
-        newest: Likewise.
-        private: All versions of the private adapter, the newest first.
-        shared: The shared adapter in use.
-        participations: Rounds that were taken part in.
-        epsilon: What they cost together; None without bound.
-        lifetime_epsilon: What the policy allows.
-        delta: The policy's.
-        bytes: Of the vault on the disk.
-    """
-
-    folder: Path
-    base_model: str
-    protection: Protection
-    records: int
-    oldest: str | None
-    newest: str | None
-    private: tuple[StoredAdapter, ...]
-    shared: StoredAdapter | None
-    participations: int
-    epsilon: float | None
-    lifetime_epsilon: float
-    delta: float
-    bytes: int
-
-
-@dataclass(slots=True)
+@dataclass
 class Personalizer:
     """One person's vault and language model; made by `Personalizer.open`.
 
@@ -117,15 +51,10 @@ class Personalizer:
     Attributes:
         vault: Where all of it is kept.
         passphrase: What opened it, for the process that takes part in federations.
-        assistant: What replies.
     """
 
     vault: Vault
     passphrase: str | None = field(repr=False, default=None)
-    assistant: Assistant = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.assistant = Assistant(self.vault)
 
     @classmethod
     def open(
@@ -245,6 +174,8 @@ class Personalizer:
             DataError: Too few records.
             AdapterError: Training diverged; what was in use stays.
         """
+        from homefire.client.learning import learn
+
         with self.assistant.lock:
             try:
                 return learn(
@@ -256,7 +187,7 @@ class Personalizer:
                     progress=progress or (lambda step, steps: None),
                 )
             finally:
-                self.assistant.forget_loaded()
+                self._adapters_changed()
 
     def ask(
         self,
@@ -266,7 +197,7 @@ class Personalizer:
         max_tokens: int = 256,
         temperature: float = 0.0,
         seed: int = 0,
-    ) -> Reply:
+    ) -> "Reply":
         """Ask one question; `print` the reply, or iterate over it as it is made.
 
         Args:
@@ -290,7 +221,7 @@ class Personalizer:
         *,
         recipe: str | Recipe = AUTO,
         sampling: Sampling | None = None,
-    ) -> Reply:
+    ) -> "Reply":
         """Go on with a conversation.
 
         Args:
@@ -307,27 +238,7 @@ class Personalizer:
 
     def status(self) -> Status:
         """What is stored, and what was shared."""
-        adapters, home = self.vault.adapters, self._home
-        policy = home.policy
-        with open_participations(home, "") as ledger:
-            charges = [each.charge for each in ledger.history]
-        dates = self.vault.records.dates()
-        files = [path for path in self.vault.folder.iterdir() if path.is_file()]
-        return Status(
-            folder=self.vault.folder,
-            base_model=home.config.base_model.name,
-            protection=self.vault.header.protection,
-            records=len(self.vault.records),
-            oldest=dates[0],
-            newest=dates[1],
-            private=tuple(adapters.versions(PRIVATE)),
-            shared=adapters.worn(SHARED),
-            participations=len(charges),
-            epsilon=lifetime_epsilon(charges, delta=policy.delta),
-            lifetime_epsilon=policy.lifetime_epsilon,
-            delta=policy.delta,
-            bytes=sum(path.stat().st_size for path in files),
-        )
+        return overview(self.vault)
 
     def preview(self) -> Preview:
         """What taking part in a federation would send, before anything is."""
@@ -363,7 +274,7 @@ class Personalizer:
         try:
             return member.run(stop or Event())
         finally:
-            self.assistant.forget_loaded()
+            self._adapters_changed()
 
     def restore(self, version: int) -> None:
         """Use an earlier version of the private adapter.
@@ -401,30 +312,13 @@ class Personalizer:
             ConfigError: Nothing says what to forget.
             DataError: A date that is none.
         """
-        if not ids and query is None and before is None:
-            raise ConfigError("nothing says what to forget", hint="Give ids, a query or a date.")
-        doomed = set(ids)
-        doomed |= set(self.vault.records.matching(query)) if query is not None else set()
-        doomed |= set(self.vault.records.before(before)) if before is not None else set()
-        adapters = self.vault.adapters
-        worn = adapters.worn(PRIVATE)
-        seen = tuple(
-            each.version
-            for each in adapters.versions(PRIVATE)
-            if adapters.trained_on(each.version) & doomed
-        )
-        with self.vault.log.transaction("forgot", records=len(doomed), adapters=len(seen)):
-            count = self.vault.records.delete(sorted(doomed))
-            adapters.drop(seen)
-            if adapters.draft_trained_on(PRIVATE) & doomed:
-                adapters.drop_draft(PRIVATE)
-        self.vault.sweep()
-        self.assistant.forget_loaded()
-        learned = None
-        if retrain and worn is not None and worn.version in seen:
-            learned = self._learn_again(progress)
-        with open_participations(self._home, "") as ledger:
-            return Forgotten(count, seen, learned, len(ledger.history))
+        doomed = find_records(self.vault, ids=ids, query=query, before=before)
+        worn = self.vault.adapters.worn(PRIVATE)
+        found = forget_records(self.vault, doomed)
+        self._adapters_changed()
+        if not retrain or worn is None or worn.version not in found.adapters:
+            return found
+        return replace(found, learned=self._learn_again(progress))
 
     def _learn_again(self, progress: Progress | None) -> Learned | None:
         try:
@@ -460,6 +354,17 @@ class Personalizer:
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+
+    @cached_property
+    def assistant(self) -> "Assistant":
+        """What replies; made when first asked for, for it brings torch."""
+        from homefire.client.assistant import Assistant
+
+        return Assistant(self.vault)
+
+    def _adapters_changed(self) -> None:
+        if "assistant" in self.__dict__:
+            self.assistant.forget_loaded()
 
     @property
     def _home(self) -> VaultHome:

@@ -5,7 +5,7 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
-from homefire.client.personalize.private import PRIVATE
+from homefire.client.personalize.recipe import PRIVATE
 from homefire.client.profile import Profile
 from homefire.client.vault import Vault
 from homefire.common.errors import ConfigError

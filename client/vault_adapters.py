@@ -157,6 +157,10 @@ class Adapters:
                 )
             _wear(database, name, version)
 
+    def take_off(self, name: str) -> None:
+        """Use no version, within a transaction."""
+        self.database.write("DELETE FROM worn WHERE name = ?", (name,))
+
     def trained_on(self, version: int) -> frozenset[int]:
         """The ids of the records that a version has seen.
 

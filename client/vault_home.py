@@ -12,7 +12,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homefire.client.home import PrivateAdapter, read_once
-from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault import Vault
 from homefire.client.vault_log import PARTICIPATION, VaultLog
 from homefire.common.config import DeviceConfig

@@ -9,9 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from homefire.common.adapter import AdapterSpec, Vector, quiet_peft
+from homefire.common.adapter import AdapterSpec, Vector
 from homefire.common.base_model import BaseModel
 from homefire.common.errors import AdapterError
+from homefire.common.peft_adapter import lora_config, quiet_peft
 
 
 class AdaptedModel:
@@ -56,7 +57,7 @@ class AdaptedModel:
 
     def _peft_config(self, name: str) -> LoraConfig:
         spec = self.specs[name]
-        return spec.config.to_peft(list(spec.targets), transposed=spec.transposed)
+        return lora_config(spec.config, list(spec.targets), transposed=spec.transposed)
 
     @property
     def network(self) -> nn.Module:

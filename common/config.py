@@ -10,9 +10,9 @@ from pydantic_core import ErrorDetails
 
 from homefire.common.adapter import AdapterConfig
 from homefire.common.errors import ConfigError
+from homefire.common.local_training import LocalTraining
 from homefire.common.privacy.mechanism import LARGEST_SEPARATION
 from homefire.common.privacy.statement import WRONG_PATHS, MechanismName
-from homefire.common.training import LocalTraining
 
 Model = TypeVar("Model", bound=BaseModel)
 GradSampleMode = Literal["hooks", "ghost"]

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from homefire.common.adapter import AdapterConfig, Vector
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import PrivacyError
+from homefire.common.local_training import LocalTraining
 from homefire.common.privacy.mechanism import (
     LARGEST_SEPARATION,
     SMALLEST_NOISE,
@@ -17,7 +18,6 @@ from homefire.common.privacy.mechanism import (
     NoPrivacy,
 )
 from homefire.common.privacy.statement import MechanismName, mechanism_name
-from homefire.common.training import LocalTraining
 
 Hex = Field(pattern=r"^[0-9a-f]{64}$")
 

@@ -30,7 +30,7 @@ from homefire.common.errors import (
 from homefire.options import AsJson
 
 if TYPE_CHECKING:
-    from homefire.client.learning import Learned
+    from homefire.client.outcomes import Learned
     from homefire.client.personalizer import Personalizer
 
 device_app = typer.Typer(
@@ -198,7 +198,7 @@ def chat(
     home: HomeFolder = HOME,
 ) -> None:
     """Talk; an empty line or end of input ends it."""
-    from homefire.client.personalize.decoding import Sampling
+    from homefire.client.personalize.sampling import Sampling
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
     messages: list[Any] = []

@@ -8,10 +8,10 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from homefire.common.adapter import resolve_spec
 from homefire.common.base_model import load_base_model
 from homefire.common.config import FederationConfig, load_config
 from homefire.common.errors import ConfigError
+from homefire.common.peft_adapter import resolve_spec
 from homefire.server.federation import run_federation
 from homefire.server.planning import plan_privacy
 from homefire.server.roster import read_roster

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from homefire.common.adapter import AdapterSpec, Vector
 from homefire.common.encoding import canonical_json
 from homefire.common.errors import AdapterError, SignatureError
+from homefire.common.peft_adapter import export_adapter
 from homefire.common.plan import release_digest
 from homefire.common.signatures import public_key, sign, verify
 from homefire.common.vector_file import read_vector, write_vector
@@ -118,7 +119,7 @@ class ReleaseStore:
 
     def export(self, spec: AdapterSpec, folder: Path, *, base_model: str) -> None:
         """Write the newest release as a PEFT folder."""
-        spec.export(self.latest().vector, folder, base_model=base_model)
+        export_adapter(spec, self.latest().vector, folder, base_model=base_model)
 
     def _path(self, round_number: int) -> Path:
         return self.folder / f"{round_number:06d}.safetensors"

@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 
 from homefire.client.device import adapted_model, local_update
-from homefire.client.personalize.private import SHARED
+from homefire.client.personalize.recipe import SHARED
 from homefire.client.progress import Reporter
 from homefire.common.privacy.clipping import l2_norm, update_bound
 from homefire.common.protocol import STATISTICS

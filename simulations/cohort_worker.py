@@ -17,14 +17,15 @@ from flwr.common.constant import ErrorCode
 from homefire.client.app import Admitted, admit, constant_error
 from homefire.client.device import Device, adapted_model
 from homefire.client.home import Home
-from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult
+from homefire.client.personalize.private import PrivateResult
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig, Vector
 from homefire.common.encoding import digest
 from homefire.common.errors import DeviceError
+from homefire.common.local_training import LocalTraining
 from homefire.common.privacy.clipping import Clipped
 from homefire.common.records import UserFile
-from homefire.common.training import LocalTraining
 from homefire.simulations.cohort import mean_losses
 from homefire.simulations.engine_config import AvailabilityConfig, EngineConfig
 from homefire.simulations.evaluation import (

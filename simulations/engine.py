@@ -14,11 +14,11 @@ from uuid import uuid4
 from flwr.app import Message, MessageType
 
 from homefire.client.app import app as client_app
-from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.common.adapter import Vector
+from homefire.common.local_training import LocalTraining
 from homefire.common.protocol import ACTION
 from homefire.common.records import UserFile
-from homefire.common.training import LocalTraining
 from homefire.simulations.cohort_worker import CohortWorker, Entry, Office, Trained
 from homefire.simulations.experiment import EvaluationConfig
 from homefire.simulations.grid import InProcessGrid

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
 from homefire.common.records import Record

@@ -21,8 +21,8 @@ from homefire.common.config import (
     validate,
 )
 from homefire.common.errors import ConfigError
+from homefire.common.local_training import LocalTraining
 from homefire.common.policy import DevicePolicy
-from homefire.common.training import LocalTraining
 from homefire.simulations.engine_config import AvailabilityConfig, EngineConfig
 from homefire.simulations.populations import PopulationConfig, Synthetic
 

@@ -18,9 +18,9 @@ from homefire.client.assistant import NOTES, note_of
 from homefire.client.database import Database
 from homefire.client.device import adapted_model
 from homefire.client.home import Home
-from homefire.client.personalize.private import PRIVATE, SHARED
 from homefire.client.personalize.prompt import assemble
 from homefire.client.personalize.quick import quick_loss
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault_records import SCHEMA, Records
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.privacy.randomness import new_key

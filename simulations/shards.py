@@ -15,7 +15,7 @@ from flwr.app import Message
 
 from homefire.common.adapter import Vector
 from homefire.common.errors import ConfigError, HomefireError
-from homefire.common.training import LocalTraining
+from homefire.common.local_training import LocalTraining
 from homefire.simulations.cohort_worker import CohortWorker, Entry, Office, Trained
 from homefire.simulations.evaluation import UserScores
 from homefire.simulations.experiment import EvaluationConfig

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from homefire import __version__
-from homefire.client.personalize.private import SHARED
+from homefire.client.personalize.recipe import SHARED
 from homefire.client.progress import Reporter
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.errors import DataError

@@ -10,11 +10,13 @@ from typing import TypeVar
 import torch
 
 from homefire.client.device import Device, Task, bounded
-from homefire.client.personalize.private import PRIVATE, SHARED, PrivateResult
+from homefire.client.personalize.private import PrivateResult
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.errors import AdapterError
+from homefire.common.local_training import LocalTraining
 from homefire.common.privacy.clipping import Clipped
-from homefire.common.training import Example, LocalTraining
+from homefire.common.training import Example
 from homefire.simulations.bank import LoraBank
 from homefire.simulations.cohort import train_cohort
 from homefire.simulations.engine_config import EngineConfig

@@ -13,10 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import AdapterConfig, AdapterSpec, resolve_spec
+from homefire.common.adapter import AdapterConfig, AdapterSpec
 from homefire.common.base_model import BaseModel
+from homefire.common.local_training import LocalTraining
 from homefire.common.optimizer import make_optimizer
-from homefire.common.training import Example, LocalTraining, cycle_batches, take_step
+from homefire.common.peft_adapter import resolve_spec
+from homefire.common.training import Example, cycle_batches, take_step
 from homefire.simulations.bank import LoraBank
 from homefire.simulations.cohort import train_cohort
 

@@ -12,6 +12,7 @@ from tiny_runs import LOCAL, SERVER, SHARED, make_roster
 from homefire.client.app import app as client_app
 from homefire.client.home import Home
 from homefire.client.participation import open_participations
+from homefire.common.local_training import LocalTraining
 from homefire.common.plan import RoundPlan
 from homefire.common.protocol import (
     Contribution,
@@ -19,7 +20,6 @@ from homefire.common.protocol import (
     decode_refusal,
     encode_plan,
 )
-from homefire.common.training import LocalTraining
 from homefire.simulations.cohort_worker import Office
 from homefire.simulations.engine import CohortEngine, CohortGrid
 from homefire.simulations.engine_config import AvailabilityConfig, EngineConfig

@@ -13,13 +13,13 @@ from tiny_runs import RUN, SERVER, device_key, make_roster
 
 from homefire.common.adapter import AdapterConfig
 from homefire.common.encoding import canonical_json, digest
+from homefire.common.local_training import LocalTraining
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
 from homefire.common.privacy.clipping import Clipped, clip_to_grid
 from homefire.common.privacy.ledger import Anchor
 from homefire.common.privacy.mechanism import BandedSqrt, Gaussian, Mechanism, NoPrivacy, Past
 from homefire.common.protocol import STATISTICS, ContributionHeader, encode_contribution
 from homefire.common.signatures import public_key, sign
-from homefire.common.training import LocalTraining
 from homefire.server.aggregator import (
     NoisyAverage,
     OpenRound,

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from homefire.client import device as device_module
 from homefire.client.app import app as client_app
 from homefire.client.home import Home
-from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector, resolve_spec
+from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector
 from homefire.common.base_model import BaseModel, load_base_model
 from homefire.common.config import (
     BaseModelConfig,
@@ -29,11 +29,12 @@ from homefire.common.config import (
     RoundsConfig,
 )
 from homefire.common.keystore import Keystore
+from homefire.common.local_training import LocalTraining
+from homefire.common.peft_adapter import resolve_spec
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
 from homefire.common.policy import DevicePolicy
 from homefire.common.records import Record, User, write_users
 from homefire.common.signatures import public_key
-from homefire.common.training import LocalTraining
 from homefire.server.planning import plan_privacy
 from homefire.server.run_state import SIGNING_KEY, Federation
 from homefire.simulations.grid import InProcessGrid

@@ -19,10 +19,10 @@ from homefire.common.config import (
     PrivacyConfig,
     RoundsConfig,
 )
+from homefire.common.local_training import LocalTraining
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import clip_to_grid, is_clipped
 from homefire.common.protocol import STATISTICS, decode_plan, encode_contribution
-from homefire.common.training import LocalTraining
 from homefire.server.planning import plan_privacy
 from homefire.server.run_ledger import RunLedger
 from homefire.server.run_state import LEDGER, RUN_KEY, Federation

@@ -45,6 +45,7 @@ from homefire.common.config import (
 )
 from homefire.common.errors import FederationError, HomefireError, LedgerError
 from homefire.common.keystore import Keystore
+from homefire.common.local_training import LocalTraining
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import STEPS, Clipped, clip_to_grid
 from homefire.common.privacy.ledger import Ledger
@@ -52,7 +53,6 @@ from homefire.common.privacy.mechanism import FINER, BandedSqrt, ClippedSum, Pas
 from homefire.common.protocol import STATISTICS, decode_plan, encode_contribution
 from homefire.common.records import Record, User, write_users
 from homefire.common.signatures import public_key
-from homefire.common.training import LocalTraining
 from homefire.server.aggregator import noise_stream, sum_name
 from homefire.server.federation import run_federation
 from homefire.server.planning import plan_privacy

@@ -8,16 +8,15 @@ to every pass.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from transformers import DynamicCache
 
+from homefire.client.personalize.sampling import Sampling
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.base_model import BaseModel
-from homefire.common.config import Frozen
 from homefire.common.errors import AdapterError, DataError
 
 FinishReason = Literal["stop", "length"]
@@ -32,22 +31,6 @@ drawn from the softmax of the result.
 
 _COLDEST = 1e-6  # what is colder takes the likeliest token too, and float32 overflows
 _NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-
-
-class Sampling(Frozen):
-    """How tokens are picked, and when a reply ends at the latest."""
-
-    max_tokens: int = Field(256, ge=1)
-    temperature: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="0 takes the likeliest token."
-    )
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Draw from the fewest likeliest tokens whose mass reaches it."
-    )
-    seed: int = Field(0, ge=0, description="Of the draws.")
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="Texts that end a reply, without being part of it."
-    )
 
 
 @dataclass(frozen=True, slots=True)

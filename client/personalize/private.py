@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from homefire.client.personalize.draft import Draft, moments_of, restore_moments
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
 from homefire.common.config import PrivateConfig
@@ -23,9 +24,6 @@ from homefire.common.training import (
     mean_loss,
     take_step,
 )
-
-SHARED = "shared"
-PRIVATE = "private"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,21 @@ how the passes through the model become one distribution of the next token.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from homefire.common.config import Frozen
 from homefire.common.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
+AUTO = "auto"
+"""What works best for a vault: not a recipe, but a choice among them."""
+
+SHARED: Literal["shared"] = "shared"
+PRIVATE: Literal["private"] = "private"
 AdapterName = Literal["shared", "private"]
 Strength = Annotated[float, Field(gt=0, le=2)]
 
@@ -23,7 +30,7 @@ class Plain(Frozen):
 
     kind: Literal["plain"] = "plain"
 
-    def combine(self, logits: torch.Tensor) -> torch.Tensor:
+    def combine(self, logits: "torch.Tensor") -> "torch.Tensor":
         """The only row of logits.
 
         Args:

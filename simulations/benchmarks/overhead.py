@@ -31,10 +31,10 @@ from homefire.common.config import (
     PrivacyConfig,
     RoundsConfig,
 )
+from homefire.common.local_training import LocalTraining
 from homefire.common.privacy.clipping import clip_to_grid
 from homefire.common.protocol import ACTION, STATISTICS, decode_plan, encode_contribution
 from homefire.common.signatures import public_key
-from homefire.common.training import LocalTraining
 from homefire.server.federation import run_federation
 from homefire.server.planning import plan_privacy
 from homefire.server.run_state import Federation

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from homefire.client.device import Device, adapted_model
-from homefire.client.personalize.private import SHARED
+from homefire.client.personalize.recipe import SHARED
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import Vector
 from homefire.common.optimizer import make_optimizer

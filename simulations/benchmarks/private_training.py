@@ -20,16 +20,16 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from homefire.client.personalize.private import PRIVATE
 from homefire.client.personalize.quick import quick_loss
+from homefire.client.personalize.recipe import PRIVATE
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import resolve_spec
 from homefire.common.base_model import load_base_model, locate
 from homefire.common.config import PrivateConfig
+from homefire.common.local_training import LocalTraining
 from homefire.common.optimizer import make_optimizer
+from homefire.common.peft_adapter import resolve_spec
 from homefire.common.training import (
     Example,
-    LocalTraining,
     collate,
     cycle_batches,
     encode,

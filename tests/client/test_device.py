@@ -24,15 +24,17 @@ from homefire.client.device import Device, adapted_model
 from homefire.client.home import Home
 from homefire.client.participation import ParticipationLedger, open_participations
 from homefire.client.personalize.private import train_private
-from homefire.common.adapter import AdapterConfig, resolve_spec
+from homefire.common.adapter import AdapterConfig
 from homefire.common.config import PrivacyConfig
 from homefire.common.errors import AdapterError, ConfigError, LedgerError, ModelError
+from homefire.common.local_training import LocalTraining
+from homefire.common.peft_adapter import resolve_spec
 from homefire.common.plan import RoundPlan, release_digest
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS, Clipped, clip_to_grid
 from homefire.common.protocol import LOSS_SCALE, STATISTICS, Refusal
 from homefire.common.records import User, split_newest
-from homefire.common.training import Example, LocalTraining, batch_seed, train
+from homefire.common.training import Example, batch_seed, train
 from homefire.server.run_state import Federation
 from homefire.simulations.preparation import write_toml
 

@@ -13,10 +13,10 @@ from homefire.client.home import Home
 from homefire.client.participation import open_participations
 from homefire.common.config import ExampleDPConfig
 from homefire.common.errors import HomefireError
+from homefire.common.local_training import LocalTraining
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import STATISTIC_SHARE, STEPS, Clipped
 from homefire.common.protocol import STATISTICS
-from homefire.common.training import LocalTraining
 from homefire.simulations.preparation import write_toml
 
 pytest.importorskip("opacus")

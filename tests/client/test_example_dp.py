@@ -17,22 +17,20 @@ from scipy import stats
 from torch import nn
 
 from homefire.client import example_dp
-from homefire.client.example_dp import (
-    ExampleDPStatement,
-    example_epsilon,
-    example_statement,
-    train_private_steps,
-)
+from homefire.client.example_dp import example_epsilon, example_statement, train_private_steps
 from homefire.client.example_gradients import import_opacus
+from homefire.client.example_statement import ExampleDPStatement
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import AdapterConfig, Vector, resolve_spec
+from homefire.common.adapter import AdapterConfig, Vector
 from homefire.common.base_model import BaseModel
 from homefire.common.config import ExampleDPConfig, GradSampleMode
 from homefire.common.errors import DataError, DivergedError, PrivacyError
+from homefire.common.local_training import LocalTraining
 from homefire.common.optimizer import make_optimizer
+from homefire.common.peft_adapter import resolve_spec
 from homefire.common.privacy.accounting import gaussian_epsilon, poisson_epsilon
 from homefire.common.privacy.randomness import KeyStream, derive_key
-from homefire.common.training import Example, LocalTraining, collate, loss_sum
+from homefire.common.training import Example, collate, loss_sum
 
 EXAMPLES = tuple(Example(tuple(range(5 + i, 17 + 3 * i)), 1 + i) for i in range(5))
 MODES: tuple[GradSampleMode, ...] = ("hooks", "ghost")

@@ -22,13 +22,14 @@ from homefire.client.example_gradients import (
     listening,
 )
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import AdapterConfig, resolve_spec
+from homefire.common.adapter import AdapterConfig
 from homefire.common.base_model import BaseModel, load_base_model
 from homefire.common.config import GradSampleMode
 from homefire.common.errors import HomefireError, PrivacyError
+from homefire.common.local_training import LocalTraining
+from homefire.common.peft_adapter import resolve_spec
 from homefire.common.training import (
     Example,
-    LocalTraining,
     collate,
     cycle_batches,
     loss_sum,

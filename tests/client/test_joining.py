@@ -17,7 +17,7 @@ from homefire.client.app import app
 from homefire.client.conditions import is_idle, on_mains_power
 from homefire.client.executor import PinnedExecutor
 from homefire.client.joining import Link, Membership, is_this_machine
-from homefire.client.personalize.private import SHARED
+from homefire.client.personalize.recipe import SHARED
 from homefire.client.vault_home import VaultHome
 from homefire.common.errors import ConfigError
 from homefire.common.protocol import STATISTICS

@@ -15,12 +15,12 @@ from homefire.client.participation import ParticipationLedger, open_participatio
 from homefire.common.adapter import AdapterConfig
 from homefire.common.errors import ConfigError, LedgerError
 from homefire.common.keystore import Keystore
+from homefire.common.local_training import LocalTraining
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
 from homefire.common.policy import Participation
 from homefire.common.privacy.ledger import Ledger
 from homefire.common.privacy.mechanism import BandedSqrt, Gaussian, Mechanism, NoPrivacy
 from homefire.common.signatures import public_key
-from homefire.common.training import LocalTraining
 
 SPEC, OTHER_RUN = "5" * 64, "f" * 32
 

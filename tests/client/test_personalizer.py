@@ -11,8 +11,8 @@ from tiny_vaults import PASSPHRASE
 
 from homefire.client import Personalizer
 from homefire.client import learning as learning_module
-from homefire.client.personalize.private import PRIVATE
 from homefire.client.personalize.quick import fit_memory
+from homefire.client.personalize.recipe import PRIVATE
 from homefire.client.vault_files import KEYS
 from homefire.common.errors import ConfigError, DataError, VaultError, WrongKeyError
 from homefire.common.records import Record
@@ -181,6 +181,24 @@ def test_never_worse(me: Personalizer) -> None:
     worn = me.vault.adapters.worn(PRIVATE)
     assert worn is not None
     assert worn.version == 1
+
+
+def test_an_adapter_that_no_longer_helps_is_taken_off(me: Personalizer) -> None:
+    me.personalize()
+    adapters = me.vault.adapters
+    about = adapters.versions(PRIVATE)[0].about
+    noise = np.random.default_rng(0).normal(size=adapters.vector(PRIVATE, 1).shape)
+    adapters.keep(PRIVATE, noise.astype(np.float32), about, [])
+    settings = me.vault.folder / "device.toml"
+    settings.write_text(
+        settings.read_text().replace("learning_rate = 0.02", "learning_rate = 1e-40")
+    )
+    found = me.personalize()
+    assert not found.kept
+    assert found.version is None
+    assert found.loss_before is not None
+    assert found.loss_before > found.loss_without
+    assert [each.version for each in adapters.versions(PRIVATE)] == [2, 1]
 
 
 def test_taken_up_again(me: Personalizer) -> None:

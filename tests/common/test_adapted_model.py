@@ -12,10 +12,12 @@ from tiny_models import CONTEXT, make_model, make_tiny_model
 from tiny_runs import some_vector
 
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import AdapterConfig, Vector, resolve_spec
+from homefire.common.adapter import AdapterConfig, Vector
 from homefire.common.base_model import BaseModel, load_base_model
 from homefire.common.errors import AdapterError
-from homefire.common.training import Example, LocalTraining, cycle_batches, train
+from homefire.common.local_training import LocalTraining
+from homefire.common.peft_adapter import resolve_spec
+from homefire.common.training import Example, cycle_batches, train
 
 TOKENS = torch.arange(CONTEXT)[None]
 SHARED = AdapterConfig(method="ffa", rank=2, alpha=4)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from homefire.common.local_training import LocalTraining
 from homefire.common.optimizer import make_optimizer
-from homefire.common.training import LocalTraining
 
 
 def stepped(settings: LocalTraining, gradients: list[float]) -> float:

@@ -29,13 +29,13 @@ from torch import nn
 from homefire.common import training as training_module
 from homefire.common.base_model import BaseModel, load_base_model
 from homefire.common.errors import DataError
+from homefire.common.local_training import LocalTraining
 from homefire.common.optimizer import make_optimizer
 from homefire.common.records import Record
 from homefire.common.training import (
     IGNORED,
     Encoded,
     Example,
-    LocalTraining,
     batch_seed,
     collate,
     cycle_batches,

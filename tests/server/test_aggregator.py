@@ -30,6 +30,7 @@ from tiny_rounds import (
 from tiny_runs import device_key, make_roster
 
 from homefire.common.errors import PrivacyError, RejectedContributionError
+from homefire.common.local_training import LocalTraining
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import STEPS, clip_to_grid
 from homefire.common.privacy.mechanism import Gaussian
@@ -41,7 +42,6 @@ from homefire.common.protocol import (
     encode_refusal,
 )
 from homefire.common.signatures import public_key
-from homefire.common.training import LocalTraining
 from homefire.server.aggregator import accept, open_round
 
 

@@ -21,6 +21,7 @@ from homefire.common.config import (
     RoundsConfig,
 )
 from homefire.common.errors import HomefireError, PrivacyError
+from homefire.common.local_training import LocalTraining
 from homefire.common.privacy.accounting import (
     calibrate_poisson,
     check_small_delta,
@@ -29,7 +30,6 @@ from homefire.common.privacy.accounting import (
 )
 from homefire.common.privacy.factorization import coefficients
 from homefire.common.privacy.mechanism import BandedSqrt, Gaussian, NoPrivacy
-from homefire.common.training import LocalTraining
 from homefire.server import app
 from homefire.server.app import open_federation
 from homefire.server.planning import PrivacyPlan, plan_privacy

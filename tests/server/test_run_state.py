@@ -26,8 +26,8 @@ from tiny_servers import (
 from homefire.common.adapter import AdapterConfig
 from homefire.common.config import OptimizerConfig, PrivacyConfig, RoundsConfig
 from homefire.common.errors import AdapterError, ConfigError, FederationError, LedgerError
+from homefire.common.local_training import LocalTraining
 from homefire.common.signatures import public_key
-from homefire.common.training import LocalTraining
 from homefire.server import federation as federation_module
 from homefire.server.federation import run_federation
 from homefire.server.run_ledger import RunLedger

@@ -26,7 +26,7 @@ from tiny_banks import (
 from tiny_models import Family
 
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.training import LocalTraining
+from homefire.common.local_training import LocalTraining
 from homefire.simulations.bank import LoraBank
 from homefire.simulations.cohort import train_cohort
 

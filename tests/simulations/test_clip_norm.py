@@ -7,7 +7,7 @@ import pytest
 from tiny_simulations import NO_PRIVACY, SMALL, quiet
 
 from homefire.client.device import adapted_model, local_update
-from homefire.client.personalize.private import SHARED
+from homefire.client.personalize.recipe import SHARED
 from homefire.common.privacy.clipping import is_clipped
 from homefire.common.protocol import STATISTICS
 from homefire.common.training import encode

@@ -22,7 +22,8 @@ from tiny_models import EOS_ID, PAD_ID, Family
 from transformers import GenerationConfig
 
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.training import LocalTraining, mean_loss, train
+from homefire.common.local_training import LocalTraining
+from homefire.common.training import mean_loss, train
 from homefire.simulations import cohort
 from homefire.simulations.bank import LoraBank
 from homefire.simulations.cohort import (

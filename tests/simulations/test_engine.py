@@ -32,10 +32,10 @@ from homefire.client import device as device_module
 from homefire.client.home import Home
 from homefire.common.adapter import AdapterConfig
 from homefire.common.config import ExampleDPConfig, OptimizerConfig, PrivacyConfig, RoundsConfig
+from homefire.common.local_training import LocalTraining
 from homefire.common.plan import RoundPlan
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.clipping import STEPS
-from homefire.common.training import LocalTraining
 from homefire.server.federation import run_federation
 from homefire.server.run_state import Federation
 from homefire.simulations.cohort_worker import CohortWorker

@@ -12,8 +12,9 @@ import torch
 from tiny_runs import PRIVATE, SHARED, make_users, some_vector
 
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import Vector, resolve_spec
+from homefire.common.adapter import Vector
 from homefire.common.base_model import BaseModel, load_base_model
+from homefire.common.peft_adapter import resolve_spec
 from homefire.common.records import Record
 from homefire.common.training import encode, mean_loss, prompt_tokens
 from homefire.simulations import evaluation

@@ -34,7 +34,8 @@ from transformers import (
 
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.errors import AdapterError
-from homefire.common.training import Example, LocalTraining
+from homefire.common.local_training import LocalTraining
+from homefire.common.training import Example
 from homefire.simulations.bank import LoraBank
 from homefire.simulations.passes import PACKED, Seat
 

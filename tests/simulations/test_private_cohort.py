@@ -13,7 +13,7 @@ from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig
 from homefire.common.config import PrivateConfig
 from homefire.common.errors import AdapterError, DataError
-from homefire.common.training import LocalTraining
+from homefire.common.local_training import LocalTraining
 from homefire.simulations.bank import LoraBank
 from homefire.simulations.private_cohort import PrivateTask, train_private_cohort
 

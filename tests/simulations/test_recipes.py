@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from homefire.__main__ import app
 from homefire.client.device import adapted_model
-from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.progress import Reporter
 from homefire.common.training import encode, mean_loss
 from homefire.simulations import recipes as recipes_module

@@ -15,7 +15,7 @@ from tiny_engines import (
 from tiny_runs import LOCAL, make_federation, make_home, make_plan, make_users, some_vector
 
 from homefire.client.home import Home
-from homefire.client.personalize.private import PRIVATE, SHARED
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.common.config import PrivacyConfig, RoundsConfig
 from homefire.common.errors import ConfigError
 from homefire.common.records import UserFile

@@ -19,6 +19,7 @@ from homefire.client.home import Home
 from homefire.common.adapter import AdapterConfig, AdapterSpec, TargetModule
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.keystore import Keystore
+from homefire.common.local_training import LocalTraining
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
 from homefire.common.privacy.clipping import STEPS, Clipped, clip_to_grid, is_clipped
 from homefire.common.privacy.factorization import coefficients
@@ -48,7 +49,6 @@ from homefire.common.protocol import (
     encode_refusal,
 )
 from homefire.common.signatures import public_key, sign
-from homefire.common.training import LocalTraining
 from homefire.server.aggregator import sum_name
 from homefire.server.cohorts import cohort_of
 from homefire.server.releases import ReleaseStore

@@ -19,16 +19,16 @@ from transformers import PreTrainedTokenizerFast
 from homefire.client.personalize.decoding import (
     FinishReason,
     Pass,
-    Sampling,
     end_tokens,
     generate,
     stream_text,
 )
 from homefire.client.personalize.recipe import Plain
+from homefire.client.personalize.sampling import Sampling
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import resolve_spec
 from homefire.common.base_model import BaseModel, load_base_model
 from homefire.common.errors import AdapterError, DataError
+from homefire.common.peft_adapter import resolve_spec
 
 T = TypeVar("T")
 

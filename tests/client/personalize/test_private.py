@@ -12,10 +12,11 @@ from tiny_runs import PRIVATE, SHARED, make_users, some_vector
 from homefire.client.personalize import private as private_module
 from homefire.client.personalize.private import PrivateResult, train_private
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import Vector, resolve_spec
+from homefire.common.adapter import Vector
 from homefire.common.base_model import BaseModel
 from homefire.common.config import PrivateConfig
 from homefire.common.errors import AdapterError, DataError
+from homefire.common.peft_adapter import resolve_spec
 from homefire.common.records import Record, split_newest
 from homefire.common.training import Example, encode, mean_loss, take_step
 

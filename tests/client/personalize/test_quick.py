@@ -9,13 +9,7 @@ import torch
 
 from homefire.client.personalize import quick as quick_module
 from homefire.client.personalize.draft import Draft
-from homefire.client.personalize.private import (
-    PRIVATE,
-    SHARED,
-    Conduct,
-    PrivateResult,
-    train_private,
-)
+from homefire.client.personalize.private import Conduct, PrivateResult, train_private
 from homefire.client.personalize.quick import (
     MIB,
     bytes_kept,
@@ -23,13 +17,16 @@ from homefire.client.personalize.quick import (
     quick_loss,
     recomputing,
 )
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import AdapterConfig, resolve_spec
+from homefire.common.adapter import AdapterConfig
 from homefire.common.base_model import load_base_model
 from homefire.common.config import PrivateConfig
 from homefire.common.errors import AdapterError, ConfigError
 from homefire.common.fused_loss import token_losses
-from homefire.common.training import Example, LocalTraining, collate, loss_sum
+from homefire.common.local_training import LocalTraining
+from homefire.common.peft_adapter import resolve_spec
+from homefire.common.training import Example, collate, loss_sum
 
 CONFIG = PrivateConfig(
     training=LocalTraining(steps=6, batch_size=3, max_tokens=32, learning_rate=0.01),

@@ -9,8 +9,10 @@ from tiny_runs import make_federation, make_home, make_plan
 
 from homefire.client.device import Device, contribute
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.adapter import AdapterConfig, resolve_spec
+from homefire.common.adapter import AdapterConfig
 from homefire.common.base_model import load_base_model
+from homefire.common.local_training import LocalTraining
+from homefire.common.peft_adapter import resolve_spec
 from homefire.common.plan import PrivacyBlock, RoundPlan
 from homefire.common.policy import DevicePolicy, check_plan
 from homefire.common.privacy.clipping import STEPS, Clipped
@@ -18,7 +20,7 @@ from homefire.common.privacy.mechanism import BandedSqrt, ClippedSum, Gaussian, 
 from homefire.common.privacy.randomness import KeyStream
 from homefire.common.protocol import STATISTICS
 from homefire.common.records import Record, User
-from homefire.common.training import LocalTraining, encode
+from homefire.common.training import encode
 from homefire.simulations.attacks.inversion import first_layer_inputs, reconstruct
 
 SENTENCE = "iris has asthma"

@@ -25,12 +25,12 @@ from homefire.client.home import Home
 from homefire.client.participation import open_participations
 from homefire.common.config import FederationConfig, PrivacyConfig, RoundsConfig
 from homefire.common.errors import ConfigError
+from homefire.common.local_training import LocalTraining
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.mechanism import BandedSqrt, Gaussian, Mechanism, NoPrivacy
 from homefire.common.protocol import encode_plan
 from homefire.common.signatures import public_key
-from homefire.common.training import LocalTraining
 from homefire.server import app as server_module
 from homefire.server.federation import run_federation
 from homefire.server.roster import write_roster

@@ -22,9 +22,9 @@ from tiny_servers import SmallGrid, released, small_federation
 
 from homefire.common.config import RoundsConfig
 from homefire.common.errors import DeviceError
+from homefire.common.local_training import LocalTraining
 from homefire.common.protocol import decode_plan, encode_contribution
 from homefire.common.signatures import public_key
-from homefire.common.training import LocalTraining
 from homefire.server.aggregator import OpenRound
 from homefire.server.federation import run_federation
 from homefire.server.run_state import Federation

@@ -23,9 +23,9 @@ from homefire.common.adapter import AdapterConfig
 from homefire.common.base_model import load_base_model
 from homefire.common.config import OptimizerConfig, PrivacyConfig, RoundsConfig
 from homefire.common.gguf import quiet_transformers
+from homefire.common.local_training import LocalTraining
 from homefire.common.privacy.clipping import Clipped
 from homefire.common.records import Record, User
-from homefire.common.training import LocalTraining
 from homefire.server import federation as rounds_module
 from homefire.server import run_state
 from homefire.server.federation import run_federation

@@ -9,7 +9,7 @@ import pytest
 from tiny_simulations import NO_PRIVACY, prepare_small
 
 from homefire.client.device import Device, adapted_model, local_update
-from homefire.client.personalize.private import SHARED
+from homefire.client.personalize.recipe import SHARED
 from homefire.common.adapter import Vector
 from homefire.common.errors import HomefireError
 from homefire.simulations.benchmarks import peer_pfl
