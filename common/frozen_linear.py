@@ -5,12 +5,14 @@ uses half of their vector width; `homefire bench ceiling` measures both. The res
 rounding alone.
 """
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+KERNELS, MOST_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32"
 _HAS_ONEDNN: bool = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -80,10 +82,15 @@ class FrozenLinear(nn.Module):
 def use_frozen_layers(network: nn.Module, *, but: Iterable[nn.Module | None]) -> None:
     """Put a `FrozenLinear` in the place of every plain linear layer that is not trained.
 
+    oneDNN keeps a kernel for every shape of batch that it saw, a thousand by default: with rows of
+    all lengths that is a tenth of a training's memory, and saves no time. It reads its limit when
+    it is first used, so the limit is set here, unless the environment has one.
+
     Args:
         network: Changed in place.
         but: Layers that stay as they are.
     """
+    os.environ.setdefault(KERNELS, MOST_KERNELS)
     spared = {id(module) for module in but}
     for path, module in list(network.named_modules()):
         if type(module) is not nn.Linear or module.weight.requires_grad or id(module) in spared:

@@ -22,11 +22,8 @@ from homefire.privacy_experiments import clip, compare
 
 # Set before torch, Flower and Ray are imported, unless the caller chose otherwise. No command of
 # homefire tells anybody that it runs; Flower and Ray would. Threads that wait for each other sleep
-# instead of spinning: on cores shared with other work that is ten times faster. oneDNN keeps a
-# kernel for every shape of batch that it saw, a thousand by default: with rows of all lengths that
-# is a tenth of a training's memory, and saves no time.
+# instead of spinning: on cores shared with other work that is ten times faster.
 _ENVIRONMENT = {
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
     "OMP_WAIT_POLICY": "PASSIVE",
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -157,6 +157,29 @@ def training(
     _show(found, as_json, training_table(found))
 
 
+@bench_app.command()
+def memory(
+    model: Annotated[str, typer.Option(help="A base model.")] = "smollm2-135m",
+    max_tokens: Annotated[int, typer.Option(min=8, help="Of a record, and of a reply.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, help="MiB, for the limited training.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """How much memory a device needs, verb by verb.
+
+    The peak of a whole process: remember, ask, personalize, and personalize
+    with --memory-limit.
+
+    Example:
+      homefire bench memory --model smollm2-135m
+    """
+    need("simulation", "plotly")
+    from homefire.simulations.benchmarks import device_memory as benchmark
+    from homefire.simulations.benchmarks.show import memory_table
+
+    found = benchmark.measure(model, max_tokens=max_tokens, limit_mib=limit, say=_teller(as_json))
+    _show(found, as_json, memory_table(found))
+
+
 @bench_app.command("overhead")
 def bench_overhead(
     users: Annotated[

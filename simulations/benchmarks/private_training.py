@@ -35,6 +35,7 @@ from homefire.common.training import (
     encode,
     take_step,
 )
+from homefire.simulations.benchmarks.device_memory import peak_mib
 from homefire.simulations.benchmarks.tiny_model import make_model
 from homefire.simulations.benchmarks.vault import made_up
 
@@ -123,7 +124,7 @@ def train_ours(place: str, training: LocalTraining) -> Trained:
     parameters = model.activate(PRIVATE, train=PRIVATE)
     optimizer = make_optimizer(parameters, training)
     batches = list(islice(_batches(base.tokenizer, training), training.steps))
-    before, started, loss = _peak_mib(), 0.0, 0.0
+    before, started, loss = peak_mib(), 0.0, 0.0
     for number, batch in enumerate(batches):
         if number == WARM_UP:
             started = time.perf_counter()
@@ -165,7 +166,7 @@ def train_theirs(place: str, training: LocalTraining) -> Trained:
             data_collator=_collate_rows,
             callbacks=[clock],
         )
-        before = _peak_mib()
+        before = peak_mib()
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return _result(clock.seconds, batches, before, float(losses[-1]))
@@ -214,13 +215,7 @@ def _result(
     seconds: float, batches: Sequence[Sequence[Example]], before: float, loss: float
 ) -> Trained:
     tokens = sum(row.targets for batch in batches[WARM_UP:] for row in batch)
-    return Trained(seconds, tokens / seconds, _peak_mib(), before, loss)
-
-
-def _peak_mib() -> float:
-    """Of this process since it began."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
+    return Trained(seconds, tokens / seconds, peak_mib(), before, loss)
 
 
 def main(arguments: Sequence[str]) -> None:

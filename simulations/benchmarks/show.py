@@ -169,6 +169,13 @@ def training_table(found: Found) -> Sequence[RenderableType]:
     return [_table(title, head, rows), ratios]
 
 
+def memory_table(found: Found) -> Sequence[RenderableType]:
+    """What a device's verbs take."""
+    rows = [(verb, f"{peak:.0f}") for verb, peak in found["peak_mib"].items()]
+    title = f"{found['model']}, records and replies of {found['max_tokens']} tokens at most"
+    return [_table(title, ("homefire device", "peak MiB"), rows)]
+
+
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(title=markup.escape(title), box=None, title_justify="left")
     for number, name in enumerate(head):
