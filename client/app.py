@@ -165,7 +165,8 @@ def open_device(context: Context) -> Device:
     place = Path(str(folder)).expanduser()
     if (place / KEYS).exists():
         vault_home = VaultHome(_vault(place))
-        return Device(vault_home, vault_home.user)
+        forgettings = vault_home.forgettings  # before the history is read
+        return Device(vault_home, vault_home.user, forgettings)
     home = Home(place)
     number, participants = int(context.node_config.get("partition-id", 0)), home.config.participants
     if participants is not None and number >= participants:

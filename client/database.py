@@ -135,10 +135,15 @@ class Database:
     def transaction(self) -> Iterator["Database"]:
         """All that is written in the block, or nothing; it is on the disk when this returns.
 
+        Within another transaction it is a part of that one.
+
         Raises:
             VaultError: It could not be written; nothing was.
         """
         with self._lock, self._room_again():
+            if self._connection.in_transaction:
+                yield self
+                return
             self.write("BEGIN IMMEDIATE")
             try:
                 yield self

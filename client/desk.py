@@ -46,8 +46,8 @@ class Desk:
 
     def change(self, query: Query, body: Body) -> Any:
         """Put another text in place of a record's."""
-        self._me.vault.records.change(_number(query.get("id", "")), _text(body, "text"))
-        return {}
+        number = _number(query.get("id", ""))
+        return {"id": self._me.change(number, _text(body, "text"))}
 
     def forget(self, query: Query, body: Body) -> Any:
         """Forget records; the private adapter is trained again by the person's own word alone."""

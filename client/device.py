@@ -47,20 +47,31 @@ class Device:
     Attributes:
         home: Settings and private adapters.
         user: The history.
+        forgettings: How often something had been forgotten when the history was read.
     """
 
     home: DeviceHome
     user: User
+    forgettings: int = 0
 
     def answer(self, plan: RoundPlan) -> Clipped | Refusal:
         """Check a plan against policy and ledger, charge, train on this user's records, clip.
 
         What `admit` guarantees and raises holds here. The ledger stays locked while the device
         trains, so a second plan that comes meanwhile is not answered.
+
+        Guarantees:
+            Forgotten meanwhile: where the person forgets something during the training, zeros are
+                the answer.
         """
         with open_participations(self.home, self.user.user_id) as ledger:
             admitted = self._admit(ledger, plan)
-            return admitted.train() if isinstance(admitted, Task) else admitted
+            if not isinstance(admitted, Task):
+                return admitted
+            contribution = admitted.train()
+            if self.home.forgettings != self.forgettings:
+                return nothing(plan)
+            return contribution
 
     def admit(self, plan: RoundPlan) -> "Task | Clipped | Refusal":
         """Check a plan against policy and ledger, and charge: all that comes before training.

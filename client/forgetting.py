@@ -1,12 +1,12 @@
 """Forgetting: records go, and with them every private adapter that has seen one of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from homefire.client.outcomes import Forgotten
-from homefire.client.participation import open_participations
 from homefire.client.personalize.recipe import PRIVATE
 from homefire.client.vault import Vault
-from homefire.client.vault_home import VaultHome
+from homefire.client.vault_log import FORGOT
 from homefire.common.errors import ConfigError
 
 
@@ -27,27 +27,87 @@ def find_records(
     return frozenset(found)
 
 
-def forget_records(vault: Vault, ids: frozenset[int]) -> Forgotten:
+@dataclass(slots=True)
+class Gone:
+    """What is deleted within one transaction.
+
+    Attributes:
+        records: How many.
+        adapters: Versions of the private adapter.
+        worn: Whether the one in use is among them.
+    """
+
+    records: int = 0
+    adapters: tuple[int, ...] = ()
+    worn: bool = False
+
+
+def forget_records(
+    vault: Vault, *, ids: Sequence[int] = (), query: str | None = None, before: str | None = None
+) -> Gone:
     """Delete records, their index, and every version of the private adapter that saw one of them.
 
+    Args:
+        vault: Open.
+        ids: As in `find_records`; so are the others.
+        query: These.
+        before: These too.
+
     Guarantees:
-        All or nothing: a kill leaves either everything of them or nothing.
+        All or nothing: a kill leaves either all of them or nothing, with the adapters that saw
+            them.
         No trace: afterwards no file of the vault holds them, not even encrypted.
 
-    Returns:
-        What was deleted; nothing is learned again here.
+    Raises:
+        ConfigError: Nothing says which.
+        DataError: A date that is none.
+        LedgerError: The keystore cannot be written; they are deleted all the same.
+        BusyVaultError: Another process reads what they were written over with; they are deleted,
+            and leave the disk when the vault is closed.
     """
+    with _forgetting(vault) as gone:
+        doomed = find_records(vault, ids=ids, query=query, before=before)
+        gone.records = vault.records.delete(sorted(doomed))
+        _drop(vault, doomed, gone)
+    return gone
+
+
+def change_record(vault: Vault, identifier: int, text: str) -> int:
+    """Put another text in place of a record's; the old one is forgotten.
+
+    Returns:
+        The record's new id.
+
+    Guarantees:
+        The old text is forgotten: with it goes every private adapter that has seen it.
+
+    Raises:
+        DataError: No such record, or no text.
+        LedgerError: As `forget_records`; so is BusyVaultError.
+    """
+    with _forgetting(vault) as gone:
+        changed = vault.records.change(identifier, text)
+        gone.records = 1
+        _drop(vault, frozenset([identifier]), gone)
+    return changed
+
+
+@contextmanager
+def _forgetting(vault: Vault) -> Iterator[Gone]:
+    gone, told = Gone(), dict[str, int]()
+    try:
+        with vault.log.transaction(FORGOT, told):
+            yield gone
+            told.update(records=gone.records, adapters=len(gone.adapters))
+    finally:
+        vault.sweep()
+
+
+def _drop(vault: Vault, doomed: frozenset[int], gone: Gone) -> None:
     adapters = vault.adapters
-    seen = tuple(
-        each.version
-        for each in adapters.versions(PRIVATE)
-        if adapters.trained_on(each.version) & ids
-    )
-    with vault.log.transaction("forgot", records=len(ids), adapters=len(seen)):
-        count = vault.records.delete(sorted(ids))
-        adapters.drop(seen)
-        if adapters.draft_trained_on(PRIVATE) & ids:
-            adapters.drop_draft(PRIVATE)
-    vault.sweep()
-    with open_participations(VaultHome(vault), "") as ledger:
-        return Forgotten(count, seen, None, len(ledger.history))
+    seen = [v for v in adapters.versions(PRIVATE) if adapters.trained_on(v.version) & doomed]
+    gone.adapters = tuple(each.version for each in seen)
+    gone.worn = any(each.worn for each in seen)
+    adapters.drop(gone.adapters)
+    if adapters.draft_trained_on(PRIVATE) & doomed:
+        adapters.drop_draft(PRIVATE)

@@ -72,6 +72,10 @@ class DeviceHome(Protocol):
     def policy(self) -> DevicePolicy:
         """What servers may ask of this device."""
 
+    @property
+    def forgettings(self) -> int:
+        """How often something of a history was forgotten; grows before a deletion returns."""
+
     def identity(self, user_id: str) -> Ed25519PrivateKey:
         """The key that signs this user's contributions."""
 
@@ -127,6 +131,11 @@ class Home:
     def keystore(self) -> Keystore:
         """Secrets and anchors, outside of this folder."""
         return Keystore.beside(self.folder)
+
+    @property
+    def forgettings(self) -> int:
+        """None: what lies here stays as it is."""
+        return 0
 
     def identity(self, user_id: str) -> Ed25519PrivateKey:
         """The key that signs this user's contributions."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
-from homefire.client.participation import open_participations
 from homefire.client.vault import Vault
 from homefire.client.vault_home import POLICY, VaultHome
 from homefire.common.adapter import AdapterSpec
@@ -74,7 +73,8 @@ def preview(vault: Vault, spec: AdapterSpec) -> Preview:
     Raises:
         ConfigError: The policy cannot be read.
     """
-    policy = VaultHome(vault).policy
+    home, policy = VaultHome(vault), VaultHome(vault).policy
+    charges = [each.charge for each in home.history]
     least = policy.smallest_noise_multiplier
     charge = 1 / least**2 if least > 0 else None
     return Preview(
@@ -82,7 +82,7 @@ def preview(vault: Vault, spec: AdapterSpec) -> Preview:
         bytes_up=NUMBER_BYTES * (spec.contribution_size + STATISTICS),
         bytes_down=NUMBER_BYTES * spec.size,
         largest_epsilon=lifetime_epsilon([charge], delta=policy.delta),
-        spent_epsilon=lifetime_epsilon([p.charge for p in _history(vault)], delta=policy.delta),
+        spent_epsilon=lifetime_epsilon(charges, delta=policy.delta),
         lifetime_epsilon=policy.lifetime_epsilon,
         delta=policy.delta,
         servers=policy.server_keys,
@@ -167,7 +167,7 @@ class Membership:
                 f"{self.vault.folder / POLICY} trusts no server",
                 hint="Put the server's key, 64 hex digits, into server_keys.",
             )
-        before, pause = len(_history(self.vault)), SHORTEST_PAUSE
+        before, pause = len(VaultHome(self.vault).history), SHORTEST_PAUSE
         while not stop.is_set():
             if not self._allowed():
                 stop.wait(POLL_SECONDS)
@@ -186,7 +186,7 @@ class Membership:
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 pause = SHORTEST_PAUSE
-        return _history(self.vault)[before:]
+        return VaultHome(self.vault).history[before:]
 
     def _allowed(self) -> bool:
         return all(condition() for condition in self.conditions)
@@ -226,11 +226,6 @@ class Membership:
             os.close(descriptor)
             for process in reversed(processes):
                 _end(process)
-
-
-def _history(vault: Vault) -> tuple[Participation, ...]:
-    with open_participations(VaultHome(vault), "") as ledger:
-        return ledger.history
 
 
 def _tell(process: "subprocess.Popen[bytes]", line: str) -> None:

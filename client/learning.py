@@ -1,7 +1,7 @@
 """Learning on the device: a private adapter is trained from the vault, and used if it helps."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 
 from homefire.client.outcomes import Learned, Progress
@@ -49,11 +49,33 @@ def learn(
             the one before, and better than the shared adapter alone; else none is used.
         Taken up again: a training that was killed goes on from its last look.
 
+        Forgotten meanwhile: an adapter is not stored if a record that it has seen is gone; the
+            training begins anew without it.
+
     Raises:
         DataError: Too few records.
         AdapterError: Training diverged; what was in use stays.
         ConfigError: The limit is too low for a single record.
     """
+    while True:
+        try:
+            return _learn(vault, model, config, seed, memory_limit, progress)
+        except _ForgottenError:
+            continue
+
+
+class _ForgottenError(Exception):
+    """A record that a training has seen is gone."""
+
+
+def _learn(
+    vault: Vault,
+    model: AdaptedModel,
+    config: PrivateConfig,
+    seed: int,
+    memory_limit: int | None,
+    progress: Progress,
+) -> Learned:
     history = vault.records.history()
     if len(history) < FEWEST_RECORDS:
         raise DataError(
@@ -74,7 +96,7 @@ def learn(
         rows=rows,
         of=of,
         draft=_draft(vault, of),
-        keep=lambda draft: vault.adapters.keep_draft(PRIVATE, draft.pack(), seen),
+        keep=lambda draft: _keep_draft(vault, draft, seen),
         on_step=lambda step: progress(step, config.training.steps),
     )
     order = batch_seed("private", vault.header.vault, seed)
@@ -82,6 +104,20 @@ def learn(
         result = train_private(model, training, validation, config, seed=order, conduct=conduct)
     before = _loss_in_use(vault, model, validation, loss_of)
     return _settle(vault, model, result, before, seen)
+
+
+@contextmanager
+def _all_there(vault: Vault, seen: Sequence[int]) -> Iterator[None]:
+    """A transaction in which all records that were learned from still exist."""
+    with vault.database.transaction():
+        if vault.records.missing(seen):
+            raise _ForgottenError
+        yield
+
+
+def _keep_draft(vault: Vault, draft: Draft, seen: Sequence[int]) -> None:
+    with _all_there(vault, seen):
+        vault.adapters.keep_draft(PRIVATE, draft.pack(), seen)
 
 
 def _settle(
@@ -102,7 +138,8 @@ def _settle(
             "validation_before": result.validation_before,
             "validation_after": result.validation_after,
         }
-        vault.adapters.keep(PRIVATE, result.vector, about, seen)
+        with _all_there(vault, seen):
+            vault.adapters.keep(PRIVATE, result.vector, about, seen)
     else:
         with vault.database.transaction():
             vault.adapters.drop_draft(PRIVATE)

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from homefire.client.keys import Protection
-from homefire.client.participation import open_participations
 from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault import Vault
 from homefire.client.vault_adapters import StoredAdapter
 from homefire.client.vault_home import VaultHome
+from homefire.client.vault_log import FORGOT
 from homefire.common.policy import lifetime_epsilon
 
 
@@ -25,6 +25,8 @@ class Status:
         newest: Likewise.
         private: All versions of the private adapter, the newest first.
         shared: The shared adapter in use.
+        forgotten: Records that were forgotten or changed so far.
+        forgotten_adapters: Versions of the private adapter that were deleted with them.
         participations: Rounds that were taken part in.
         epsilon: What they cost together; None without bound.
         lifetime_epsilon: What the policy allows.
@@ -40,6 +42,8 @@ class Status:
     newest: str | None
     private: tuple[StoredAdapter, ...]
     shared: StoredAdapter | None
+    forgotten: int
+    forgotten_adapters: int
     participations: int
     epsilon: float | None
     lifetime_epsilon: float
@@ -54,8 +58,8 @@ def overview(vault: Vault) -> Status:
         ConfigError: `device.toml` or `policy.toml` cannot be read.
     """
     home, policy = VaultHome(vault), VaultHome(vault).policy
-    with open_participations(home, "") as ledger:
-        charges = [each.charge for each in ledger.history]
+    charges = [each.charge for each in home.history]
+    forgotten = vault.log.entries(FORGOT)
     oldest, newest = vault.records.dates()
     files = [path for path in vault.folder.iterdir() if path.is_file()]
     return Status(
@@ -67,6 +71,8 @@ def overview(vault: Vault) -> Status:
         newest=newest,
         private=tuple(vault.adapters.versions(PRIVATE)),
         shared=vault.adapters.worn(SHARED),
+        forgotten=sum(each["records"] for each in forgotten),
+        forgotten_adapters=sum(each["adapters"] for each in forgotten),
         participations=len(charges),
         epsilon=lifetime_epsilon(charges, delta=policy.delta),
         lifetime_epsilon=policy.lifetime_epsilon,

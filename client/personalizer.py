@@ -8,14 +8,15 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from homefire.client.erasure import Receipt, erase
-from homefire.client.forgetting import find_records, forget_records
+from homefire.client.forgetting import change_record, forget_records
 from homefire.client.importers import Format, read_history
 from homefire.client.joining import Condition, Link, Membership, Preview, preview
 from homefire.client.keys import Protection
@@ -87,15 +88,17 @@ class Personalizer:
             vault = open_vault(place, passphrase=phrase, accept_backup=accept_backup)
         else:
             vault = create(place, passphrase=phrase, protection=protection)
-        me = cls(vault, phrase)
-        write_settings(place, base_model or BaseModelConfig().name)
-        kept = me._home.config.base_model.name
-        if base_model is not None and base_model != kept:
-            me.close()
-            raise ConfigError(
-                f"this vault's base model is {kept!r}, not {base_model!r}",
-                hint=f"Change it in {place / 'device.toml'}, and personalize again.",
-            )
+        with ExitStack() as undo:
+            undo.callback(vault.close)
+            me = cls(vault, phrase)
+            write_settings(place, base_model or BaseModelConfig().name)
+            kept = me._home.config.base_model.name
+            if base_model is not None and base_model != kept:
+                raise ConfigError(
+                    f"this vault's base model is {kept!r}, not {base_model!r}",
+                    hint=f"Change it in {place / 'device.toml'}, and personalize again.",
+                )
+            undo.pop_all()
         return me
 
     # What it knows
@@ -142,6 +145,22 @@ class Personalizer:
         records = list(read_history(place, format=format, me=me, skipped=skipped))
         added = self.vault.records.add(records, place.name)
         return Imported(added, len(records) - added, dict(skipped.reasons) if skipped else {})
+
+    def change(self, number: int, text: str) -> int:
+        """Put another text in place of a record's; the old one is forgotten.
+
+        With it goes every version of the private adapter that has seen it.
+
+        Returns:
+            The record's new id.
+
+        Raises:
+            DataError: No such record, or no text.
+        """
+        try:
+            return change_record(self.vault, number, text)
+        finally:
+            self._adapters_changed()
 
     def search(self, question: str, count: int = 10) -> list[StoredRecord]:
         """The records that fit a question best, best first."""
@@ -312,19 +331,43 @@ class Personalizer:
             ConfigError: Nothing says what to forget.
             DataError: A date that is none.
         """
-        doomed = find_records(self.vault, ids=ids, query=query, before=before)
-        worn = self.vault.adapters.worn(PRIVATE)
-        found = forget_records(self.vault, doomed)
-        self._adapters_changed()
-        if not retrain or worn is None or worn.version not in found.adapters:
-            return found
-        return replace(found, learned=self._learn_again(progress))
+        try:
+            gone = forget_records(self.vault, ids=ids, query=query, before=before)
+        finally:
+            self._adapters_changed()
+        learned = self._learn_again(progress) if retrain and gone.worn else None
+        shared = len(self._home.history)
+        return Forgotten(gone.records, gone.adapters, learned, shared)
 
     def _learn_again(self, progress: Progress | None) -> Learned | None:
         try:
             return self.personalize(progress=progress)
         except DataError:
             return None  # too little is left: the adapter is dropped
+
+    def protect(
+        self, *, passphrase: str | None = None, protection: Protection | None = None
+    ) -> None:
+        """Open the vault by another passphrase, or by other means, from now on.
+
+        Args:
+            passphrase: The new one, where one is needed.
+            protection: "passphrase", "keystore" or "both"; by default what it was.
+
+        Raises:
+            ConfigError: No passphrase where one is needed, a guessable one, or no keystore.
+            BusyVaultError: Another process has it open.
+        """
+        self.vault.change_protection(passphrase=passphrase, protection=protection)
+        self.passphrase = passphrase
+
+    def rotate(self) -> None:
+        """Encrypt everything under new keys; who has old ones can read only old copies.
+
+        Raises:
+            BusyVaultError: Another process has it open.
+        """
+        self.vault.rotate(passphrase=self.passphrase)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
         """Write everything that is kept about the person into one ZIP file, in the clear.

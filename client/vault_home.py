@@ -12,14 +12,15 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homefire.client.home import PrivateAdapter, read_once
+from homefire.client.participation import ParticipationLedger
 from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault import Vault
-from homefire.client.vault_log import PARTICIPATION, VaultLog
+from homefire.client.vault_log import FORGOT, PARTICIPATION, VaultLog
 from homefire.common.config import DeviceConfig
 from homefire.common.errors import LedgerError
 from homefire.common.files import write_atomically
 from homefire.common.plan import RoundPlan
-from homefire.common.policy import DevicePolicy
+from homefire.common.policy import DevicePolicy, Participation
 from homefire.common.records import User
 
 SETTINGS, POLICY, LEDGER_LOCK = "device.toml", "policy.toml", "ledger.lock"
@@ -67,6 +68,20 @@ class VaultHome:
         records = tuple(stored.record for stored in self.vault.records.history())
         return User(self.vault.header.vault, records)
 
+    @property
+    def forgettings(self) -> int:
+        """How often something of the history was forgotten or changed."""
+        return len(self.vault.log.entries(FORGOT))
+
+    @property
+    def history(self) -> tuple[Participation, ...]:
+        """What was taken part in, oldest first; also while a plan is being answered.
+
+        Raises:
+            LedgerError: An entry cannot be read.
+        """
+        return ParticipationLedger(VaultLedger(self.vault.log)).history
+
     def identity(self, user_id: str) -> Ed25519PrivateKey:
         """The key that signs this person's contributions."""
         return self.vault.identity
@@ -81,13 +96,14 @@ class VaultHome:
         path = self.vault.folder / LEDGER_LOCK
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LedgerError(
+                    f"{path}: the ledger is in use by another process",
+                    hint="Wait until it has ended, or end it.",
+                ) from error
             yield VaultLedger(self.vault.log)
-        except BlockingIOError as error:
-            raise LedgerError(
-                f"{path}: the ledger is in use by another process",
-                hint="Wait until it has ended, or end it.",
-            ) from error
         finally:
             os.close(descriptor)
 

@@ -18,7 +18,7 @@ from homefire.common.secret_store import SecretStore
 
 ANCHOR = "log"
 KIND = "vault"
-PARTICIPATION = "participation"
+PARTICIPATION, FORGOT = "participation", "forgot"
 
 SCHEMA = """
 CREATE TABLE log (
@@ -103,8 +103,15 @@ class VaultLog:
             pass
 
     @contextmanager
-    def transaction(self, event: str, **fields: Any) -> Iterator[Database]:
+    def transaction(
+        self, event: str, told: Mapping[str, Any] | None = None, **fields: Any
+    ) -> Iterator[Database]:
         """A transaction of the database, of which an entry is part; anchored when it returns.
+
+        Args:
+            event: The entry's kind.
+            told: More of the entry; read when the block ends, so that it can be filled in there.
+            fields: The rest of the entry.
 
         Raises:
             VaultError: It could not be written; nothing was.
@@ -114,7 +121,7 @@ class VaultLog:
             self._check()
             with self.database.transaction() as database:
                 yield database
-                self._insert(event, fields)
+                self._insert(event, {**fields, **(told or {})})
             self._check()
 
     def accept(self) -> int:

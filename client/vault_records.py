@@ -49,7 +49,7 @@ CREATE TRIGGER record_deleted AFTER DELETE ON records BEGIN
     VALUES ('delete', old.id, old.text, old.prompt);
 END
 
-CREATE TRIGGER record_changed AFTER UPDATE OF text, prompt ON records BEGIN
+CREATE TRIGGER record_changed AFTER UPDATE OF id, text, prompt ON records BEGIN
     INSERT INTO words (words, rowid, text, prompt)
     VALUES ('delete', old.id, old.text, old.prompt);
     INSERT INTO words (rowid, text, prompt) VALUES (new.id, new.text, new.prompt);
@@ -212,8 +212,11 @@ class Records:
         )
         return [int(row[0]) for row in rows]
 
-    def change(self, identifier: int, text: str) -> None:
+    def change(self, identifier: int, text: str) -> int:
         """Put another text in place of a record's.
+
+        Returns:
+            Its new id: who has learned from the old text has not learned from this one.
 
         Raises:
             DataError: No such record, or no text.
@@ -223,9 +226,20 @@ class Records:
             changed = replace(stored.record, text=text)
             parse_record(changed.to_json(), where=f"record {identifier}")
             proof = _proof(changed, stored.source, stored.added_at)
+            ((newest,),) = database.read("SELECT seq FROM sqlite_sequence WHERE name = 'records'")
             database.write(
-                "UPDATE records SET text = ?, proof = ? WHERE id = ?", (text, proof, identifier)
+                "UPDATE records SET id = ?, text = ?, proof = ? WHERE id = ?",
+                (newest + 1, text, proof, identifier),
             )
+            database.write(
+                "UPDATE sqlite_sequence SET seq = ? WHERE name = 'records'", (newest + 1,)
+            )
+        return int(newest) + 1
+
+    def missing(self, identifiers: Iterable[int]) -> frozenset[int]:
+        """Those of these ids that no record has any more."""
+        rows = self.database.read("SELECT id FROM records")
+        return frozenset(identifiers) - {int(row[0]) for row in rows}
 
     def delete(self, identifiers: Sequence[int]) -> int:
         """Delete records within a transaction; returns how many there were."""

@@ -235,6 +235,8 @@ def status(home: HomeFolder = HOME, as_json: AsJson = False) -> None:
         "shared adapter": "none"
         if found.shared is None
         else f"round {found.shared.about['round']} of run {found.shared.about['run'][:8]}",
+        "forgotten": f"{found.forgotten} records, and {found.forgotten_adapters} private adapters "
+        "that had seen them",
         "taken part in": f"{found.participations} rounds",
         "ε spent": _spent(found.epsilon, found.lifetime_epsilon, found.delta),
     }

@@ -11,10 +11,12 @@ from tiny_vaults import PASSPHRASE
 
 from homefire.client import Personalizer
 from homefire.client import learning as learning_module
+from homefire.client.erasure import erase
 from homefire.client.personalize.quick import fit_memory
 from homefire.client.personalize.recipe import PRIVATE
 from homefire.client.vault_files import KEYS
-from homefire.common.errors import ConfigError, DataError, VaultError, WrongKeyError
+from homefire.client.vault_home import VaultHome
+from homefire.common.errors import ConfigError, DataError, LedgerError, VaultError, WrongKeyError
 from homefire.common.records import Record
 from homefire.common.training import encode, mean_loss
 
@@ -97,6 +99,26 @@ def test_another_base_model_is_refused_and_the_vault_let_go(me: Personalizer) ->
     with pytest.raises(ConfigError, match="base model is"):
         Personalizer.open(me.vault.folder, base_model="another", passphrase=PASSPHRASE)
     me.vault.change_protection(passphrase="another passphrase")  # nobody else has it open
+
+
+def test_settings_that_cannot_be_read_let_the_vault_go(me: Personalizer, home: Path) -> None:
+    me.close()
+    (home / "device.toml").write_text("no settings")
+    with pytest.raises(ConfigError):
+        Personalizer.open(home, passphrase=PASSPHRASE)
+    assert erase(home).records is None  # which nobody else may have open
+
+
+def test_another_passphrase_opens_it_and_serves_the_next_change(
+    me: Personalizer, home: Path
+) -> None:
+    me.protect(passphrase="quite another one")
+    me.rotate()
+    me.close()
+    with pytest.raises(WrongKeyError):
+        Personalizer.open(home, passphrase=PASSPHRASE)
+    with Personalizer.open(home, passphrase="quite another one") as again:
+        assert len(again.vault.records) == 12
 
 
 # Replies
@@ -259,6 +281,58 @@ def test_forgotten_is_gone(me: Personalizer, home: Path) -> None:
     assert canary not in json.dumps([r.record.text for r in me.vault.records.history()])
     assert [each.version for each in me.vault.adapters.versions(PRIVATE)] == [2]
     assert number not in me.vault.adapters.trained_on(2)
+
+
+def test_forgotten_meanwhile_is_not_learned_from(me: Personalizer) -> None:
+    """Another process forgets a record while a training that has seen it is under way."""
+    steps: list[int] = []
+
+    def progress(step: int, _: int) -> None:
+        steps.append(step)
+        if len(steps) == 3:
+            with Personalizer.open(me.vault.folder, passphrase=PASSPHRASE) as other:
+                other.forget(ids=[5], retrain=False)
+
+    found = me.personalize(progress=progress)
+    assert steps == [1, 2, 3, 1, 2, 3, 4, 5, 6]  # the look after step 4 is where it is seen
+    assert found.records == 11
+    assert found.version is not None
+    assert 5 not in me.vault.adapters.trained_on(found.version)
+
+
+def test_the_old_text_is_forgotten_where_a_record_is_changed(me: Personalizer) -> None:
+    number = me.remember("I live in Lisbon")
+    me.personalize()
+    changed = me.change(number, "I live in Porto")
+    assert changed > number
+    assert [each.record.text for each in me.search("live")] == ["I live in Porto"]
+    assert me.vault.adapters.versions(PRIVATE) == []
+    status = me.status()
+    assert (status.forgotten, status.forgotten_adapters) == (1, 1)
+
+
+def test_forgetting_and_looking_work_while_a_plan_is_answered(me: Personalizer) -> None:
+    with VaultHome(me.vault).participations(""):
+        assert me.forget(ids=[1]).records == 1
+        assert me.status().records == 11
+        assert me.preview().spent_epsilon == 0
+
+
+def test_a_model_lays_a_forgotten_adapter_down_where_the_keystore_fails(
+    me: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me.personalize()
+    assert str(me.ask("the quick", recipe="private", max_tokens=4)) is not None
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(me.vault.store), "keep_anchor", full)
+    with pytest.raises(LedgerError, match="cannot be written"):
+        me.forget(ids=[1])
+    with pytest.raises(ConfigError, match="needs a private adapter"):
+        me.ask("the quick", recipe="private")
+    assert me.vault.database.read("SELECT count(*) FROM unswept") == [(0,)]
 
 
 def test_a_forgotten_canary_is_no_longer_extractable(me: Personalizer) -> None:

@@ -365,15 +365,18 @@ def test_common_words_are_left_out_where_rare_ones_are_enough(
 def test_a_change_is_indexed_anew(records: Records) -> None:
     records.add([Record("old words here", "question", "2024", "note")], "test")
     before = records[1]
-    records.change(1, "fresh text")
-    assert records[1].record == Record("fresh text", "question", "2024", "note")
-    assert (records[1].source, records[1].added_at) == (before.source, before.added_at)
-    assert records.matching("old") == [] and records.matching("fresh question") == [1]
+    assert records.change(1, "fresh text") == 2
+    assert records[2].record == Record("fresh text", "question", "2024", "note")
+    assert (records[2].source, records[2].added_at) == (before.source, before.added_at)
+    assert records.missing([1, 2]) == {1}
+    assert records.matching("old") == [] and records.matching("fresh question") == [2]
     assert records.add([Record("old words here", "question", "2024", "note")], "test") == 0
     for bad in ("", "  ", "\ud800"):
         with pytest.raises(DataError):
-            records.change(1, bad)
-    assert records[1].record.text == "fresh text"
+            records.change(2, bad)
+    assert records[2].record.text == "fresh text"
+    forget(records, 2)
+    assert records.remember(Record("another")) > 2  # no id is used again
 
 
 def test_the_index_agrees_with_the_records_after_everything(records: Records) -> None:
