@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from threading import RLock
 
 from homefire.client.device import adapted_model
-from homefire.client.learning import fits
+from homefire.client.learning import fits, is_proven
 from homefire.client.personalize.decoding import (
     FinishReason,
     Pass,
     generate,
     stream_text,
 )
-from homefire.client.personalize.prompt import Note, assemble
+from homefire.client.personalize.prompt import Note, assemble, check_conversation
 from homefire.client.personalize.recipe import AUTO, PRIVATE, SHARED, Recipe, named
 from homefire.client.personalize.sampling import Sampling
 from homefire.client.vault import Vault
@@ -128,7 +128,10 @@ class Assistant:
         self._loaded = {}
 
     def recipe(self, name: str = AUTO) -> Recipe:
-        """A recipe by name; "auto" takes what this vault has and what has won on its own records.
+        """A recipe by name.
+
+        "auto" looks into the records where there are any, and wears the private adapter where that
+        was found to help, on the person's newest records, on top of this very shared adapter.
 
         Raises:
             ConfigError: There is no such recipe, or it needs a private adapter that is not there.
@@ -136,7 +139,9 @@ class Assistant:
         with self.lock:
             _ = self.model  # which loads what there is
             private = self._loaded.get(PRIVATE) is not None
+            proven = private and name == AUTO and is_proven(self.vault, self.model)
         if name == AUTO:
+            private = proven
             chosen = named("both" if private else "retrieval")
             return chosen if len(self.vault.records) else named("private" if private else "shared")
         recipe = named(name)
@@ -160,6 +165,7 @@ class Assistant:
         """
         with self.lock:
             model = self.model
+            check_conversation(messages)
             found = self._retrieve(messages) if recipe.context == "retrieval" else []
             room = max(1, model.base.context_length - sampling.max_tokens)
             notes = [note_of(stored) for stored in found]
@@ -176,8 +182,7 @@ class Assistant:
         return Reply(recipe, used, len(prompt.tokens), self._in_turns(pieces), counted)
 
     def _retrieve(self, messages: Sequence[Message]) -> list[StoredRecord]:
-        question = messages[-1]["content"] if messages else ""
-        return self.vault.records.search(question, NOTES)
+        return self.vault.records.search(messages[-1]["content"], NOTES)
 
     def _in_turns(self, pieces: Pieces) -> Pieces:
         """Each piece is made while nobody else uses the model."""

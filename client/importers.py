@@ -81,7 +81,7 @@ def _read(
 ) -> Iterator[Record]:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    match format or _detect(path):
+    match format or format_of(path):
         case "jsonl":
             return _read_jsonl(path, skipped)
         case "text":
@@ -94,7 +94,13 @@ def _read(
             raise DataError(f"{path}: unknown format {format!r}", hint=_FORMATS)
 
 
-def _detect(path: Path) -> Format:
+def format_of(path: Path) -> Format:
+    """What a file or folder holds, by name and content.
+
+    Raises:
+        DataError: Nobody can tell.
+        OSError: It is not there, or cannot be read.
+    """
     found: Format | None
     if path.is_dir():
         found = detect_service(path) or ("text" if _text_files(path) else None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from homefire.client.outcomes import Learned, Progress
 from homefire.client.personalize.draft import Draft
@@ -20,6 +20,9 @@ from homefire.common.records import split_newest
 from homefire.common.training import Encoded, LossSum, batch_seed, mean_loss
 
 FEWEST_RECORDS = 4
+VERDICT = "verdict"
+LOOKED_AT = 64
+"""Records of the validation slice at most: else looks at a long history outlast its training."""
 
 
 def learn(
@@ -82,7 +85,7 @@ def _learn(
             f"{len(history)} records are too few to learn from",
             hint=f"At least {FEWEST_RECORDS}: `homefire device import` or `remember` some.",
         )
-    older, newest = split_newest(tuple(history), config.validation_share)
+    older, newest = split_newest(tuple(history), config.validation_share, most=LOOKED_AT)
     longest, tokenizer = config.training.max_tokens, model.base.tokenizer
     training = Encoded(tokenizer, [stored.record for stored in older], longest)
     validation = Encoded(tokenizer, [stored.record for stored in newest], longest)
@@ -90,6 +93,7 @@ def _learn(
     loss_of = quick_loss(model)
     model.activate(SHARED, PRIVATE, train=PRIVATE)
     rows, again = fit_memory(model.network, training, loss_of, limit_mib=memory_limit)
+    progress(0, config.training.steps)
     of = _training_of(vault, model, config, history, seed)
     conduct = Conduct(
         loss_of=loss_of,
@@ -103,7 +107,8 @@ def _learn(
     with recomputing(model.network) if again else nullcontext():
         result = train_private(model, training, validation, config, seed=order, conduct=conduct)
     before = _loss_in_use(vault, model, validation, loss_of)
-    return _settle(vault, model, result, before, seen)
+    visited = min(len(training), config.training.steps * config.training.batch_size)
+    return replace(_settle(vault, model, result, before, seen), visited=visited)
 
 
 @contextmanager
@@ -153,8 +158,44 @@ def _settle(
         loss_before=before,
         loss_trained=result.validation_after,
         records=len(seen),
+        visited=0,
         tokens=result.tokens,
     )
+
+
+def recheck(vault: Vault, model: AdaptedModel, config: PrivateConfig) -> bool:
+    """Compare the private adapter in use with the shared one in place, on the newest records.
+
+    What comes of it is kept, for `is_proven`; to be called when the shared adapter is another one.
+
+    Returns:
+        Whether it helps; False where there is none that fits, or nothing to compare it on.
+    """
+    worn, history = vault.adapters.worn(PRIVATE), tuple(vault.records.history())
+    if worn is None or not fits(model, worn.about) or len(history) < 2:
+        return False
+    newest = split_newest(history, config.validation_share, most=LOOKED_AT)[1]
+    longest, tokenizer = config.training.max_tokens, model.base.tokenizer
+    validation = Encoded(tokenizer, [stored.record for stored in newest], longest)
+    loss_of = quick_loss(model)
+    model.activate(SHARED)
+    without, _ = mean_loss(model.network, validation, loss_of=loss_of)
+    within = _loss_in_use(vault, model, validation, loss_of)
+    model.activate()
+    release, helps = release_digest(model.vector(SHARED)), within is not None and within < without
+    vault.set(VERDICT, {"version": worn.version, "release": release, "helps": helps})
+    return helps
+
+
+def is_proven(vault: Vault, model: AdaptedModel) -> bool:
+    """Whether the private adapter in use was found to help on top of this very shared adapter."""
+    worn = vault.adapters.worn(PRIVATE)
+    if worn is None or not fits(model, worn.about):
+        return False
+    release, verdict = release_digest(model.vector(SHARED)), vault.setting(VERDICT, {})
+    if (verdict.get("version"), verdict.get("release")) == (worn.version, release):
+        return bool(verdict["helps"])
+    return worn.about.get("release_digest") == release
 
 
 def _loss_in_use(

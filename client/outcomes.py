@@ -32,7 +32,8 @@ class Learned:
         loss_without: On the person's newest records, without a private adapter, in nats a token.
         loss_before: With the one that was in use; None if there was none that fits.
         loss_trained: With the one just trained.
-        records: How many were learned from.
+        records: How many the history has.
+        visited: How many of them the steps trained on; more steps in `device.toml` visit more.
         tokens: Predicted tokens that were trained on.
     """
 
@@ -42,6 +43,7 @@ class Learned:
     loss_before: float | None
     loss_trained: float
     records: int
+    visited: int
     tokens: int
 
 
@@ -53,6 +55,7 @@ class Forgotten:
         records: Records that were deleted.
         adapters: Versions of the private adapter that had seen them, deleted too.
         learned: The training without them; None where there was none.
+        failure: Why there was none although one was due; what was forgotten is forgotten.
         shared: Rounds that were taken part in before: what they contributed stays in the shared
             adapter, within the epsilon that its releases state.
     """
@@ -60,4 +63,5 @@ class Forgotten:
     records: int
     adapters: tuple[int, ...]
     learned: Learned | None
+    failure: str | None
     shared: int

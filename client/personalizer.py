@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from homefire.client.erasure import Receipt, erase
 from homefire.client.forgetting import change_record, forget_records
-from homefire.client.importers import Format, read_history
+from homefire.client.importers import Format, format_of, read_history
 from homefire.client.joining import Condition, Link, Membership, Preview, preview
 from homefire.client.keys import Protection
 from homefire.client.outcomes import Forgotten, Imported, Learned, Progress
@@ -31,10 +31,10 @@ from homefire.client.vault_files import KEYS
 from homefire.client.vault_home import VaultHome, write_settings
 from homefire.client.vault_records import StoredRecord
 from homefire.common.chat import Message
-from homefire.common.config import BaseModelConfig
-from homefire.common.errors import ConfigError, DataError
+from homefire.common.config import BaseModelConfig, validate
+from homefire.common.errors import ConfigError, HomefireError
 from homefire.common.policy import Participation
-from homefire.common.records import Record, Skipped
+from homefire.common.records import Record, Skipped, check_text
 
 if TYPE_CHECKING:
     from homefire.client.assistant import Assistant, Reply
@@ -143,7 +143,8 @@ class Personalizer:
         skipped = Skipped() if on_bad == "skip" else None
         place = Path(path).expanduser()
         records = list(read_history(place, format=format, me=me, skipped=skipped))
-        added = self.vault.records.add(records, place.name)
+        dated = (format or format_of(place)) != "text"
+        added = self.vault.records.add(records, place.name, dated=dated)
         return Imported(added, len(records) - added, dict(skipped.reasons) if skipped else {})
 
     def change(self, number: int, text: str) -> int:
@@ -162,9 +163,17 @@ class Personalizer:
         finally:
             self._adapters_changed()
 
+    def records(self, count: int = 50, *, before: int | None = None) -> list[StoredRecord]:
+        """The records that came last, the last one first; `before` an id, for the next page."""
+        return self.vault.records.newest(count, **({} if before is None else {"before": before}))
+
     def search(self, question: str, count: int = 10) -> list[StoredRecord]:
         """The records that fit a question best, best first."""
         return self.vault.records.search(question, count)
+
+    def participations(self) -> tuple[Participation, ...]:
+        """The rounds that were taken part in, and what each cost, oldest first."""
+        return self._home.history
 
     def profile(self) -> Profile:
         """What the person said to be true, and what the history shows."""
@@ -172,10 +181,17 @@ class Personalizer:
         return describe(facts, self.vault.records.history())
 
     def set_fact(self, name: str, value: str | None) -> None:
-        """Say something about oneself, such as `set_fact("name", "Ann")`; None takes it back."""
-        facts: dict[str, str] = self.vault.setting(FACTS, {})
-        facts.pop(name, None)
-        self.vault.set(FACTS, facts if value is None else {**facts, name: value})
+        """Say something about oneself, such as `set_fact("name", "Ann")`; None takes it back.
+
+        Raises:
+            DataError: One of them is no text.
+        """
+        for part, text in (("name", name), ("value", value or "")):
+            check_text(part, text, where="a fact")
+        with self.vault.database.transaction():
+            facts: dict[str, str] = self.vault.setting(FACTS, {})
+            facts.pop(name, None)
+            self.vault.set(FACTS, facts if value is None else {**facts, name: value})
 
     # What it does
 
@@ -208,6 +224,25 @@ class Personalizer:
             finally:
                 self._adapters_changed()
 
+    def recheck(self) -> bool:
+        """Compare the private adapter with the shared one, on the person's newest records.
+
+        Until then, "auto" does not wear it on top of a shared adapter that it was not trained on.
+
+        Returns:
+            Whether it helps.
+
+        Raises:
+            ModelError: The base model is missing.
+        """
+        from homefire.client.learning import recheck
+
+        with self.assistant.lock:
+            try:
+                return recheck(self.vault, self.assistant.model, self._home.config.private)
+            finally:
+                self._adapters_changed()
+
     def ask(
         self,
         question: str,
@@ -231,7 +266,8 @@ class Personalizer:
             ModelError: The base model is missing.
         """
         messages: list[Message] = [{"role": "user", "content": question}]
-        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        asked = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        sampling = validate(Sampling, asked, where="what was asked for")
         return self.chat(messages, recipe=recipe, sampling=sampling)
 
     def chat(
@@ -335,15 +371,15 @@ class Personalizer:
             gone = forget_records(self.vault, ids=ids, query=query, before=before)
         finally:
             self._adapters_changed()
-        learned = self._learn_again(progress) if retrain and gone.worn else None
-        shared = len(self._home.history)
-        return Forgotten(gone.records, gone.adapters, learned, shared)
-
-    def _learn_again(self, progress: Progress | None) -> Learned | None:
-        try:
-            return self.personalize(progress=progress)
-        except DataError:
-            return None  # too little is left: the adapter is dropped
+        learned, failure = None, None
+        if retrain and gone.worn:
+            try:
+                learned = self.personalize(progress=progress)
+            except HomefireError as error:  # such as too few records: the adapter stays dropped
+                failure = str(error)
+        return Forgotten(
+            gone.records, gone.adapters, learned, failure, shared=len(self._home.history)
+        )
 
     def protect(
         self, *, passphrase: str | None = None, protection: Protection | None = None

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from homefire.common.vector_file import pack_vector
 
 README = """Exported by homefire, in the clear.
 
-history.jsonl       records, one a line: text, prompt, created_at, kind, and where they came from
+history.jsonl       records, one a line: text, prompt, created_at, kind; `homefire device import`
+                    reads it
+origins.jsonl       where each of them came from, in the same order: id, source, added_at
 profile.json        what was said to be true, and what the history shows
 participations.json rounds of federations that were taken part in, and what each cost (mu squared)
 adapters/*.safetensors
@@ -43,13 +46,14 @@ def write_takeout(vault: Vault, profile: Profile, path: Path) -> Path:
 
 
 def _files(vault: Vault, profile: Profile) -> dict[str, bytes]:
-    lines = [
-        json.dumps({**stored.record.to_json(), "source": stored.source}, ensure_ascii=False)
-        for stored in vault.records.history()
+    history = vault.records.history()
+    origins = [
+        {"id": each.id, "source": each.source, "added_at": each.added_at} for each in history
     ]
     files = {
         "README.txt": README.encode(),
-        "history.jsonl": "".join(line + "\n" for line in lines).encode(),
+        "history.jsonl": _lines([each.record.to_json() for each in history]),
+        "origins.jsonl": _lines(origins),
         "profile.json": json.dumps(asdict(profile), indent=2, ensure_ascii=False).encode(),
         "participations.json": json.dumps(vault.log.participations, indent=2).encode(),
     }
@@ -58,3 +62,7 @@ def _files(vault: Vault, profile: Profile) -> dict[str, bytes]:
         name = f"adapters/private-{each.version}.safetensors"
         files[name] = pack_vector(vector, each.about, kind=PRIVATE)
     return files
+
+
+def _lines(objects: Sequence[Mapping[str, object]]) -> bytes:
+    return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects).encode()

@@ -83,22 +83,22 @@ class Records:
 
     Guarantees:
         Right or refused: a record that is not the one which was stored is not read.
-        Once only: an id is never used again, and what comes a second time from one source is left
-            out.
+        Once only: an id is never used again, and what comes a second time is left out.
         Found as it is: a search ranks by the words that the index holds now, in any script.
     """
 
     database: Database
 
-    def add(self, records: Iterable[Record], source: str) -> int:
+    def add(self, records: Iterable[Record], source: str, *, dated: bool = True) -> int:
         """Add records, all of them or none.
 
-        What comes a second time from the same source is left out, so that an export can be read
-        again when it has grown; a text that is there twice in one source stays twice.
+        What comes a second time is left out, also from a file of another name, so that an export
+        can be read again when it has grown; what is there twice in one source stays twice.
 
         Args:
             records: In the order of the source.
             source: Where they come from, such as a file's name.
+            dated: Whether another date makes it another record; not where a date is a file's.
 
         Returns:
             How many were new.
@@ -113,7 +113,7 @@ class Records:
         with self.database.transaction() as database:
             for number, given in enumerate(records, 1):
                 record = parse_record(given.to_json(), where=f"{source}, record {number}")
-                content = _content(record, source)
+                content = _content(record if dated else replace(record, created_at=None))
                 seen[content] = seen.get(content, 0) + 1
                 key = digest("homefire/record/v1", content.encode(), str(seen[content]).encode())
                 added += _insert(database, record, source, now, key)
@@ -126,7 +126,9 @@ class Records:
         dated = replace(said, created_at=said.created_at or now)
         with self.database.transaction() as database:
             ((number,),) = database.read("SELECT coalesce(max(id), 0) + 1 FROM records")
-            key = digest("homefire/record/v1", _content(dated, now).encode(), str(number).encode())
+            key = digest(
+                "homefire/record/v1", _content(dated).encode(), now.encode(), str(number).encode()
+            )
             _insert(database, dated, "said", now, key)
             ((identifier,),) = database.read("SELECT id FROM records WHERE digest = ?", (key,))
         return int(identifier)
@@ -206,9 +208,13 @@ class Records:
         return [int(row[0]) for row in rows]
 
     def before(self, date: str) -> list[int]:
-        """The ids of all records that are older than a date; what has no date is not."""
+        """The ids of all records that are older than a date.
+
+        What has no date is at least as old as the day when it came here.
+        """
         rows = self.database.read(
-            "SELECT id FROM records WHERE moment < ?", (_moment(date, where="before"),)
+            "SELECT id FROM records WHERE coalesce(moment, strftime('%s', added_at) + 0) < ?",
+            (_moment(date, where="before"),),
         )
         return [int(row[0]) for row in rows]
 
@@ -305,8 +311,8 @@ def _proof(record: Record, source: str, added_at: str) -> str:
     return digest("homefire/record-proof/v1", canonical_json(content))
 
 
-def _content(record: Record, source: str) -> str:
-    return canonical_json([record.to_json(), source]).decode()
+def _content(record: Record) -> str:
+    return canonical_json(record.to_json()).decode()
 
 
 def _moment(date: str, *, where: str) -> float:

@@ -294,12 +294,15 @@ def utc_date(seconds: object, *, where: str) -> str:
     raise DataError(f"{where}: its time is not in seconds since 1970", reason="bad date")
 
 
-def split_newest(records: tuple[T, ...], share: float) -> tuple[tuple[T, ...], tuple[T, ...]]:
+def split_newest(
+    records: tuple[T, ...], share: float, *, most: int | None = None
+) -> tuple[tuple[T, ...], tuple[T, ...]]:
     """Split a history in time: (older, newest), at least one record on each side.
 
     Args:
         records: Oldest first.
         share: The share of the newest part, rounded to a whole number of records.
+        most: Of the newest part; without a limit if None.
 
     Raises:
         DataError: Fewer than two records.
@@ -309,7 +312,8 @@ def split_newest(records: tuple[T, ...], share: float) -> tuple[tuple[T, ...], t
     """
     if len(records) < 2:
         raise DataError(f"a history of {len(records)} record(s) cannot be split in time")
-    newest = min(len(records) - 1, max(1, round(len(records) * share)))
+    wanted = max(1, round(len(records) * share))
+    newest = min(len(records) - 1, wanted if most is None else min(most, wanted))
     return records[:-newest], records[-newest:]
 
 

@@ -1,7 +1,7 @@
 """Assembling a prompt: what the user wrote earlier, the conversation, and the question."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -84,6 +84,28 @@ def assemble(
     return Prompt(_encode(tokenizer, system, kept)[-room:], used)
 
 
+def check_conversation(messages: Sequence[Message]) -> None:
+    """Check that messages are a conversation that ends with a question.
+
+    Raises:
+        DataError: They are not, or a text is not Unicode.
+    """
+    for number, message in enumerate(messages, start=1):
+        where = f"message {number}"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise DataError(f"{where} has no role and content", reason="no message")
+        if message["role"] not in get_args(Role):
+            raise DataError(
+                f"{where}: unknown role {message['role']!r}",
+                hint=f"One of: {', '.join(get_args(Role))}.",
+            )
+        if not isinstance(message["content"], str):
+            raise DataError(f"{where}: its content is no text", reason="no message")
+        check_text("content", message["content"], where=where)
+    if not messages or messages[-1]["role"] != "user":
+        raise DataError("a conversation must end with a question", hint='Its role is "user".')
+
+
 def _check(messages: Sequence[Message], notes: Sequence[Note], room: int) -> None:
     if room < 1:
         raise DataError(
@@ -91,15 +113,7 @@ def _check(messages: Sequence[Message], notes: Sequence[Note], room: int) -> Non
             hint="Ask for a shorter reply.",
             reason="no room",
         )
-    if not messages or messages[-1]["role"] != "user":
-        raise DataError("a conversation must end with a question", hint='Its role is "user".')
-    for number, message in enumerate(messages, start=1):
-        if message["role"] not in get_args(Role):
-            raise DataError(
-                f"message {number}: unknown role {message['role']!r}",
-                hint=f"One of: {', '.join(get_args(Role))}.",
-            )
-        check_text("content", message["content"], where=f"message {number}")
+    check_conversation(messages)
     for number, note in enumerate(notes, start=1):
         check_text("text", note.line, where=f"note {number}")
 

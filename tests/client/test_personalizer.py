@@ -4,6 +4,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from homefire.client import Personalizer
 from homefire.client import learning as learning_module
 from homefire.client.erasure import erase
 from homefire.client.personalize.quick import fit_memory
-from homefire.client.personalize.recipe import PRIVATE
+from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault_files import KEYS
 from homefire.client.vault_home import VaultHome
 from homefire.common.errors import ConfigError, DataError, LedgerError, VaultError, WrongKeyError
@@ -135,6 +136,20 @@ def test_a_reply_is_whole_piecewise_and_the_same_every_time(me: Personalizer) ->
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"max_tokens": 0}, {"temperature": float("nan")}, {"temperature": -1}, {"seed": -1}]
+)
+def test_what_cannot_be_sampled_is_refused(me: Personalizer, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        me.ask("anything", **wrong)
+
+
+@pytest.mark.parametrize("messages", ["hi", [{"role": "user"}], [{"content": "hi"}], ["hi"], []])
+def test_what_is_no_conversation_is_refused(me: Personalizer, messages: Any) -> None:
+    with pytest.raises(DataError):
+        me.chat(messages)
+
+
 def test_a_reply_can_be_stopped(me: Personalizer) -> None:
     reply = me.ask("the quick", max_tokens=50)
     next(iter(reply))
@@ -176,7 +191,7 @@ def test_what_was_learned_changes_replies_and_outlives_the_process(
     before = str(me.ask("the quick", recipe="plain", max_tokens=8))
     steps: list[tuple[int, int]] = []
     found = me.personalize(progress=lambda step, all_: steps.append((step, all_)))
-    assert steps == [(n, 6) for n in range(1, 7)]
+    assert steps == [(n, 6) for n in range(7)]
     assert found.kept
     assert found.version == 1
     assert found.loss_trained < found.loss_without
@@ -231,7 +246,7 @@ def test_taken_up_again(me: Personalizer) -> None:
         me.personalize(progress=dying_at_five)
     steps: list[int] = []
     found = me.personalize(progress=lambda step, _: steps.append(step))
-    assert steps == [5, 6]  # the last look was after 4
+    assert steps == [0, 5, 6]  # the last look was after 4
     assert found.loss_trained == whole.loss_trained
     assert me.vault.adapters.draft(PRIVATE) is None
 
@@ -242,7 +257,31 @@ def test_a_draft_of_another_training_is_not_taken_up(me: Personalizer) -> None:
     me.remember("one more record")
     steps: list[int] = []
     me.personalize(progress=lambda step, _: steps.append(step))
-    assert steps[0] == 1
+    assert steps[:2] == [0, 1]
+
+
+def test_auto_wears_an_adapter_on_a_new_release_only_where_it_was_found_to_help(
+    me: Personalizer,
+) -> None:
+    me.personalize()
+    spec = me.assistant.model.specs[SHARED]
+    about = {"adapter": spec.config.model_dump(mode="json"), "round": 1, "run": "r"}
+    draw = np.random.default_rng(0)
+    release = (spec.initial() + 0.01 * draw.normal(size=spec.size)).astype(np.float32)
+    me.vault.adapters.keep(SHARED, release, about, [])
+    assert set(me.assistant.recipe().weights) == {SHARED}
+    assert me.recheck()
+    assert set(me.assistant.recipe().weights) == {SHARED, PRIVATE}
+    noise = draw.normal(size=me.vault.adapters.vector(PRIVATE, 1).shape).astype(np.float32)
+    me.vault.adapters.keep(PRIVATE, noise, about_of(me), [])
+    assert set(me.assistant.recipe().weights) == {SHARED}
+    assert not me.recheck()
+    assert set(me.assistant.recipe().weights) == {SHARED}
+    assert set(me.assistant.recipe("private").weights) == {SHARED, PRIVATE}  # who asks gets it
+
+
+def about_of(me: Personalizer) -> dict[str, Any]:
+    return me.vault.adapters.versions(PRIVATE)[-1].about
 
 
 def test_too_few_records_are_not_learned_from(home: Path, tiny_llama: Path) -> None:
@@ -294,7 +333,7 @@ def test_forgotten_meanwhile_is_not_learned_from(me: Personalizer) -> None:
                 other.forget(ids=[5], retrain=False)
 
     found = me.personalize(progress=progress)
-    assert steps == [1, 2, 3, 1, 2, 3, 4, 5, 6]  # the look after step 4 is where it is seen
+    assert steps == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6]  # the look after step 4 is where it is seen
     assert found.records == 11
     assert found.version is not None
     assert 5 not in me.vault.adapters.trained_on(found.version)
@@ -376,6 +415,18 @@ def test_forgetting_by_time_and_by_words(me: Personalizer) -> None:
         me.forget()
 
 
+def test_what_is_forgotten_is_forgotten_also_where_nothing_can_be_learned_again(
+    me: Personalizer, tiny_llama: Path
+) -> None:
+    me.personalize()
+    settings = me.vault.folder / "device.toml"
+    settings.write_text(settings.read_text().replace(str(tiny_llama), "/no/model"))
+    found = me.forget(ids=[1])
+    assert (found.records, found.adapters, found.learned) == (1, (1,), None)
+    assert found.failure is not None
+    assert "/no/model" in found.failure
+
+
 def test_without_training_again_the_adapter_is_dropped(me: Personalizer) -> None:
     me.personalize()
     found = me.forget(ids=[1], retrain=False)
@@ -434,15 +485,10 @@ def test_an_export_can_be_imported_again(
 ) -> None:
     with zipfile.ZipFile(me.export(tmp_path / "out.zip")) as archive:
         archive.extract("history.jsonl", tmp_path)
-    lines = [json.loads(each) for each in (tmp_path / "history.jsonl").read_text().splitlines()]
-    plain = "".join(
-        json.dumps({k: v for k, v in line.items() if k != "source"}) + "\n" for line in lines
-    )
-    (tmp_path / "again.jsonl").write_text(plain)
     other = tmp_path / "other"
     with Personalizer.open(other, base_model=str(tiny_llama), passphrase=PASSPHRASE) as again:
-        assert again.import_records(tmp_path / "again.jsonl").added == 12
-        assert again.import_records(tmp_path / "again.jsonl").known == 12
+        assert again.import_records(tmp_path / "history.jsonl").added == 12
+        assert again.import_records(tmp_path / "history.jsonl").known == 12
 
 
 def test_bad_records_stop_an_import_or_are_left_out(me: Personalizer, tmp_path: Path) -> None:

@@ -106,9 +106,20 @@ def test_once_only_a_source_that_has_grown_adds_only_what_is_new(records: Record
     assert records.add([*first, Record("yes"), Record("later")], "chat") == 2
     assert records.add([Record("yes")], "chat") == 0
     assert texts(records.history()) == ["yes", "no", "yes", "yes", "later", "maybe"]
-    assert records.add(first, "mail") == 4
+    assert records.add(first, "the same chat, another name") == 0
     assert records.add([Record("maybe", created_at="2024")], "chat") == 1
     assert records.add([Record("yes", "prompt")], "chat") == 1
+
+
+def test_once_only_whatever_date_a_file_has(records: Records) -> None:
+    assert records.add([Record("note", created_at="2024-01-01")], "notes", dated=False) == 1
+    assert records.add([Record("note", created_at="2025-01-01")], "notes", dated=False) == 0
+
+
+def test_what_has_no_date_is_as_old_as_its_coming(records: Records) -> None:
+    records.add([Record("undated"), Record("old", created_at="1990")], "test")
+    assert records.before("2000") == [2]
+    assert records.before("2200") == [1, 2]
 
 
 def test_once_only_what_a_person_says_twice_is_there_twice(records: Records) -> None:
@@ -230,9 +241,7 @@ def test_found_as_it_is_by_bm25_like_a_search_by_hand(
 
 
 def test_of_equals_the_later_one_comes_first(records: Records) -> None:
-    add(records, "tea", source="one")
-    add(records, "tea", source="two")
-    add(records, "tea", "bread", "song", source="three")
+    add(records, "tea", "tea", "tea", "bread", "song")
     assert [each.id for each in records.search("tea", 2)] == [3, 2]
     assert [each.id for each in records.search("tea", 9)] == [3, 2, 1]
 
