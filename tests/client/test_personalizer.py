@@ -272,8 +272,11 @@ def test_auto_wears_an_adapter_on_a_new_release_only_where_it_was_found_to_help(
     assert set(me.assistant.recipe().weights) == {SHARED}
     assert me.recheck()
     assert set(me.assistant.recipe().weights) == {SHARED, PRIVATE}
-    noise = draw.normal(size=me.vault.adapters.vector(PRIVATE, 1).shape).astype(np.float32)
-    me.vault.adapters.keep(PRIVATE, noise, about_of(me), [])
+    harmful = me.vault.adapters.vector(PRIVATE, 1)
+    for slot in me.assistant.model.specs[PRIVATE].slots:
+        if slot.factor == "B":
+            harmful[slot.start : slot.stop] *= -1
+    me.vault.adapters.keep(PRIVATE, harmful, about_of(me), [])
     assert set(me.assistant.recipe().weights) == {SHARED}
     assert not me.recheck()
     assert set(me.assistant.recipe().weights) == {SHARED}
