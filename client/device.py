@@ -401,7 +401,7 @@ def adapted_model(config: DeviceConfig, shared: AdapterConfig) -> AdaptedModel:
 def _adapted_model(
     base_model: BaseModelConfig, shared: AdapterConfig, private: AdapterConfig
 ) -> AdaptedModel:
-    base = load_base_model(base_model.name, dtype=base_model.dtype)
+    base = load_base_model(base_model.name, dtype=base_model.dtype, fetch=False)
     specs: dict[str, AdapterSpec] = {
         SHARED: resolve_spec(shared, base.model.config),
         PRIVATE: resolve_spec(private, base.model.config),

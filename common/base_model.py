@@ -71,7 +71,11 @@ class BaseModel:
 
 
 def load_base_model(
-    name: str, *, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu"
+    name: str,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
+    fetch: bool = True,
 ) -> BaseModel:
     """Load a base model.
 
@@ -79,6 +83,7 @@ def load_base_model(
         name: An alias, else a folder or a `.gguf` file, else an id of the Hugging Face hub.
         dtype: Of the weights in memory; the fingerprint is taken before the cast.
         device: Where torch puts the weights.
+        fetch: Whether a hub may be asked for what is not here yet.
 
     Raises:
         ModelError: Not found, not fetched yet, damaged, not a causal language model, without a
@@ -89,9 +94,9 @@ def load_base_model(
     _check_device(device)
     place = locate(name)
     with quiet_transformers():
-        _check_config(name, place)
-        tokenizer = _load_tokenizer(name, place)
-        model = _load_weights(name, place)
+        _check_config(name, place, fetch)
+        tokenizer = _load_tokenizer(name, place, fetch)
+        model = _load_weights(name, place, fetch)
     if len(tokenizer) > (rows := model.config.get_text_config().vocab_size):
         raise ModelError(f"base model {name!r} has {rows} embeddings for {len(tokenizer)} tokens")
     found = fingerprint(model, tokenizer)
@@ -162,9 +167,11 @@ def locate(name: str) -> str:
     return name
 
 
-def _check_config(name: str, place: str) -> None:
+def _check_config(name: str, place: str, fetch: bool) -> None:
     with _explain(name, place):
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            place, trust_remote_code=False, local_files_only=not fetch
+        )
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
     wanted = {causal} if isinstance(causal, str) else set(causal)
     stated = set(config.architectures or wanted)
@@ -180,9 +187,11 @@ def _check_config(name: str, place: str) -> None:
         )
 
 
-def _load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str, place: str, fetch: bool) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, trust_remote_code=False, local_files_only=not fetch
+        )
     except Exception as error:  # a damaged tokenizer.json raises Exception itself
         raise ModelError(
             f"base model {name!r} has no usable tokenizer ({_first_line(error)})",
@@ -195,13 +204,14 @@ def _load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_weights(name: str, place: str) -> PreTrainedModel:
+def _load_weights(name: str, place: str, fetch: bool) -> PreTrainedModel:
     with _explain(name, place):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             dtype="auto",
             use_safetensors=True,
             trust_remote_code=False,
+            local_files_only=not fetch,
             output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]
@@ -238,7 +248,7 @@ def _first_line(error: Exception) -> str:
 def _remedy(place: str) -> str:
     folder = Path(place)
     if not folder.is_dir():
-        return "Check the id and the network. HF_HUB_OFFLINE=1 uses what was fetched before."
+        return f"Fetch it once, with a network: homefire models get {place}"
     files = {file.name for file in folder.iterdir()}
     if "adapter_config.json" in files and "config.json" not in files:
         return "This is an adapter: name the base model that it was trained on."

@@ -273,12 +273,24 @@ def recipes(
 
 @models_app.command("get")
 def models_get(
-    alias: Annotated[str, typer.Argument(help="Such as smollm2-135m; see `homefire models list`.")],
+    alias: Annotated[
+        str, typer.Argument(help="An alias, see `homefire models list`, or an id of a hub.")
+    ],
 ) -> None:
-    """Fetch a base model once, check its digest, and keep it in the cache folder."""
-    from homefire.common.model_cache import get_model
+    """Fetch a base model once; devices never do by themselves.
+
+    An alias is checked against its digest and kept in homefire's cache folder,
+    another model in that of huggingface_hub.
+    """
+    from homefire.common.model_cache import ALIASES, get_model
 
     console = Console()
+    if alias not in ALIASES:
+        from homefire.common.base_model import load_base_model
+
+        found = load_base_model(alias)
+        console.print(f"{escape(alias)}: {found.parameters:,} parameters, {found.fingerprint}")
+        return
     folder = get_model(alias, progress=lambda step: console.print(escape(step)))
     console.print(f"{escape(alias)}: {escape(str(folder))}", soft_wrap=True)
 

@@ -30,6 +30,7 @@ from homefire.common.errors import (
 from homefire.options import AsJson
 
 if TYPE_CHECKING:
+    from homefire.client.assistant import Reply
     from homefire.client.outcomes import Learned
     from homefire.client.personalizer import Personalizer
 
@@ -51,6 +52,7 @@ HomeFolder = Annotated[
     Path, typer.Option("--home", envvar="HOMEFIRE_HOME", help="Folder of the vault.")
 ]
 HOME = Path("~/.homefire")
+LONGEST_LINE = 60
 RecipeName = Annotated[str, typer.Option(help="auto, plain, shared, private, retrieval or both.")]
 MostTokens = Annotated[int, typer.Option(min=1, help="Tokens of a reply at most.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
@@ -109,6 +111,43 @@ def remember(
         _show(as_json, {"id": number}, f"Record {number}.")
 
 
+@device_app.command()
+def records(
+    search: Annotated[str | None, typer.Option(help="Those that fit these words best.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    before: Annotated[int | None, typer.Option(help="Older than this one: the next page.")] = None,
+    change: Annotated[int | None, typer.Option(metavar="ID", help="Give it another text.")] = None,
+    text: Annotated[str | None, typer.Option(help="The other text.")] = None,
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """What is kept of what you wrote, the newest first; change one.
+
+    With another text a record gets another id, and private adapters that have
+    seen the old one are deleted.
+
+    Examples:
+      homefire device records --search "train to Porto"
+      homefire device records --change 12 --text "I live in Porto now"
+    """
+    if (change is None) != (text is None):
+        raise ConfigError("--change and --text go together")
+    with _vault(home) as me:
+        if change is not None and text is not None:
+            number = me.change(change, text)
+            _show(as_json, {"id": number}, f"Record {number}.")
+            return
+        found = me.search(search, count) if search else me.records(count, before=before)
+    if as_json:
+        _show(True, [asdict(each) for each in found], "")
+        return
+    table = Table("id", "date", "text", "source", box=None)
+    for each in found:
+        date, shown = (each.record.created_at or "")[:10], escape(_one_line(each.record.text))
+        table.add_row(str(each.id), date, shown, escape(each.source))
+    Console().print(table)
+
+
 @device_app.command("import")
 def import_(
     path: Annotated[Path, typer.Argument(help="A file or a folder.")],
@@ -126,8 +165,8 @@ def import_(
     """Read your history.
 
     JSON Lines, text files, a mailbox, an export of ChatGPT or of Claude. What
-    was imported from the same file before is left out; what you forgot comes
-    back if it is still in the file.
+    was imported before is left out; what you forgot comes back if it is still
+    in the file.
     """
     with _vault(home) as own:
         found = own.import_records(path, format=format, me=me, on_bad=on_bad)
@@ -180,9 +219,7 @@ def ask(
             words, recipe=recipe, max_tokens=max_tokens, temperature=temperature, seed=seed
         )
         if as_json:
-            text = str(reply)
-            about = {"records": reply.records, "finish_reason": reply.finish_reason}
-            typer.echo(json.dumps({"text": text, "recipe": reply.recipe.model_dump(), **about}))
+            typer.echo(_reply(reply))
             return
         for piece in reply:
             typer.echo(piece, nl=False)
@@ -194,21 +231,32 @@ def chat(
     recipe: RecipeName = "auto",
     max_tokens: MostTokens = 256,
     temperature: Temperature = 0.0,
+    seed: Seed = 0,
     learn: Annotated[bool, typer.Option(help="Remember what you say.")] = False,
     home: HomeFolder = HOME,
+    as_json: AsJson = False,
 ) -> None:
-    """Talk; an empty line or end of input ends it."""
+    """Talk; an empty line or end of input ends it. With --json, a line a reply."""
     from homefire.client.personalize.sampling import Sampling
+    from homefire.common.config import validate
 
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
+    asked: dict[str, object] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    sampling = validate(Sampling, asked, where="the options")
     messages: list[Any] = []
     with _vault(home) as me:
-        while question := _line("> "):
+        while question := _line("" if as_json else "> "):
             messages.append({"role": "user", "content": question})
             reply = me.chat(messages, recipe=recipe, sampling=sampling)
-            for piece in reply:
-                typer.echo(piece, nl=False)
-            typer.echo()
+            if as_json:
+                typer.echo(_reply(reply))
+            else:
+                for piece in reply:
+                    typer.echo(piece, nl=False)
+                typer.echo()
             messages.append({"role": "assistant", "content": reply.text})
             if learn:
                 me.remember(question)
@@ -231,7 +279,8 @@ def status(home: HomeFolder = HOME, as_json: AsJson = False) -> None:
         "records": str(found.records) + (dates if found.oldest else ""),
         "private adapter": "none in use"
         if worn is None
-        else f"version {worn.version} of {len(found.private)}, {worn.created_at}",
+        else f"version {worn.version}, {worn.created_at}",
+        "versions": ", ".join(str(each.version) for each in reversed(found.private)) or "none",
         "shared adapter": "none"
         if found.shared is None
         else f"round {found.shared.about['round']} of run {found.shared.about['run'][:8]}",
@@ -278,7 +327,10 @@ def profile(
 def forget(
     ids: Annotated[list[int] | None, typer.Option("--id", help="This record. Repeatable.")] = None,
     query: Annotated[str | None, typer.Option(help="Records that hold all these words.")] = None,
-    before: Annotated[str | None, typer.Option(help="Records older than this date.")] = None,
+    before: Annotated[
+        str | None,
+        typer.Option(help="Records older than this date; without one, that came before it."),
+    ] = None,
     retrain: Annotated[bool, typer.Option(help="Train again without them.")] = True,
     home: HomeFolder = HOME,
     as_json: AsJson = False,
@@ -295,6 +347,8 @@ def forget(
     said = f"{found.records} records forgotten, {len(found.adapters)} private adapters deleted."
     if found.learned is not None:
         said += " " + _learned(found.learned)
+    if found.failure is not None:
+        said += f" None was trained again: {found.failure}."
     if found.shared:
         said += (
             f" {found.shared} rounds were taken part in before: what they contributed stays in "
@@ -473,6 +527,17 @@ def _ask_passphrase(*, confirm: bool) -> str:
     if not sys.stdin.isatty():
         raise ConfigError("a passphrase is needed", hint="Set HOMEFIRE_PASSPHRASE.")
     return str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm))
+
+
+def _reply(reply: "Reply") -> str:
+    text = str(reply)
+    about = {"records": reply.records, "finish_reason": reply.finish_reason}
+    return json.dumps({"text": text, "recipe": reply.recipe.model_dump(), **about})
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…"
 
 
 def _line(mark: str) -> str:

@@ -88,6 +88,19 @@ def test_plain_output_is_for_people(home: Path) -> None:
     assert run("doctor") == "The vault is whole.\n"
 
 
+def test_records_are_listed_found_and_changed(home: Path) -> None:
+    assert [each["id"] for each in as_json("records", "--count", "2")] == [4, 3]
+    assert [each["id"] for each in as_json("records", "--before", "3")] == [2, 1]
+    (found,) = as_json("records", "--search", "second")
+    changed = as_json("records", "--change", str(found["id"]), "--text", "quite\nanother")["id"]
+    said = run("records")
+    assert "quite another" in said
+    assert "second" not in said
+    assert str(changed) in said
+    assert isinstance(device("records", "--change", "1").exception, ConfigError)
+    assert "1 records" in run("status")  # forgotten
+
+
 def test_standard_input_is_read(home: Path) -> None:
     run("remember", "-", stdin="said through a pipe")
     assert as_json("status")["records"] == 5
@@ -99,6 +112,16 @@ def test_a_chat_ends_with_an_empty_line(home: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("builtins.input", lambda mark: next(lines))
     run("chat", "--max-tokens", "2", "--learn")
     assert as_json("status")["records"] == 6
+    lines = iter(["the first", "and then?", ""])
+    said = run("chat", "--max-tokens", "2", "--json").splitlines()
+    assert [set(json.loads(line)) for line in said] == 2 * [
+        {"text", "recipe", "records", "finish_reason"}
+    ]
+
+
+def test_what_cannot_be_sampled_is_refused(home: Path) -> None:
+    assert isinstance(device("ask", "hi", "--temperature", "nan").exception, ConfigError)
+    assert isinstance(device("chat", "--temperature", "inf").exception, ConfigError)
 
 
 def test_the_passphrase_changes_and_the_old_one_ends(
