@@ -37,7 +37,7 @@ def change_keys(vault: "Vault", new: Callable[[], NewKeys]) -> None:
         file = KeyFile.seal(header, unlock, keys)
         file.write(vault.folder / NEXT_KEYS)
         with _taken_back(vault, file):
-            with vault.log.transaction(KEYS_EVENT, **key_entry(file)):
+            with vault.log.transaction(KEYS_EVENT, key_entry(file)):
                 if keys["adapters"] != vault.keys["adapters"]:
                     vault.adapters.seal_anew(keys["adapters"])
             if keys["database"] != vault.keys["database"]:

@@ -2,6 +2,7 @@
 
 import reprlib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -265,7 +266,7 @@ def load_config(model: type[Model], path: Path) -> Model:
     return validate(model, read_toml(path), where=str(path))
 
 
-def validate(model: type[Model], tables: dict[str, object], *, where: str) -> Model:
+def validate(model: type[Model], tables: Mapping[str, object], *, where: str) -> Model:
     """Check settings against a model.
 
     Raises:

@@ -240,7 +240,7 @@ def chat(
     from homefire.client.personalize.sampling import Sampling
     from homefire.common.config import validate
 
-    asked: dict[str, object] = {
+    asked = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "seed": seed,

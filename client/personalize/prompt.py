@@ -90,6 +90,7 @@ def check_conversation(messages: Sequence[Message]) -> None:
     Raises:
         DataError: They are not, or a text is not Unicode.
     """
+    message: Any  # whatever a caller has put there
     for number, message in enumerate(messages, start=1):
         where = f"message {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
