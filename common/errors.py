@@ -20,6 +20,7 @@ HomefireError
 │   ├── DivergedError           training gave values that say nothing; a device then sends zeros
 │   ├── LedgerError             a ledger is damaged, rolled back or in use; nothing may be spent
 │   └── BudgetExhaustedError    the privacy that was planned is spent; nothing was released
+├── EnrolmentError         a device cannot be enrolled
 └── FederationError        a run cannot go on
 """
 
@@ -130,6 +131,10 @@ class LedgerError(PrivacyError):
 
 class BudgetExhaustedError(PrivacyError):
     """The privacy that was planned is spent; nothing was released."""
+
+
+class EnrolmentError(HomefireError):
+    """A device cannot be enrolled; no ticket was used up."""
 
 
 class FederationError(HomefireError):

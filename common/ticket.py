@@ -1,0 +1,80 @@
+"""A ticket: what a person needs to enrol one device with one server, as one line of text.
+
+It says where the server is and how to know it, and holds a secret that is good once. Whoever gets
+hold of it can enrol a device in the person's place, and nothing else.
+"""
+
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from binascii import Error as Base64Error
+
+from pydantic import Field, ValidationError
+
+from homefire.common.config import Frozen
+from homefire.common.encoding import canonical_json, digest
+from homefire.common.errors import ConfigError
+
+ENROLMENT = "homefire/enrolment/v1"
+"""What a device's signature says when it redeems a ticket."""
+
+ENROL_PATH = "/homefire/v1/enrol"
+PREFIX = "homefire1."
+LONGEST = 8192  # characters
+Hex64 = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Ticket(Frozen):
+    """What is in a ticket.
+
+    Attributes:
+        superlink: host:port of the public listener.
+        registry: host:port of the release registry; None where there is none.
+        authority: The certificate that signs the server's, PEM.
+        server_key: What signs plans and releases, 64 hex digits.
+        secret: 32 bytes in hex; good once.
+    """
+
+    superlink: str = Field(pattern=r"^[^\s/]+:[0-9]{1,5}$", max_length=300)
+    registry: str | None = Field(None, pattern=r"^[^\s/]+:[0-9]{1,5}$", max_length=300)
+    authority: str = Field(max_length=4096)
+    server_key: str = Hex64
+    secret: str = Hex64
+
+    @property
+    def text(self) -> str:
+        """The ticket as one line."""
+        return PREFIX + urlsafe_b64encode(canonical_json(self.model_dump())).decode()
+
+    @property
+    def digest(self) -> str:
+        """What a server keeps of the secret."""
+        return secret_digest(self.secret)
+
+    @classmethod
+    def read(cls, text: str) -> "Ticket":
+        """Read what `text` wrote.
+
+        Raises:
+            ConfigError: It is no ticket; the text is not quoted, for it is a secret.
+        """
+        try:
+            if len(text) > LONGEST:
+                raise ValueError("too long")
+            prefix, content = text.strip()[: len(PREFIX)], text.strip()[len(PREFIX) :]
+            if prefix != PREFIX:
+                raise ValueError("another beginning")
+            return cls.model_validate_json(urlsafe_b64decode(content.encode()))
+        except (ValueError, ValidationError, Base64Error):
+            raise ConfigError(
+                "this is no ticket, or only a part of one",
+                hint=f"A ticket is one line that begins with {PREFIX}; ask the operator for one.",
+            ) from None
+
+
+def secret_digest(secret: str) -> str:
+    """The digest by which a server knows a ticket's secret."""
+    return digest("homefire/ticket/v1", bytes.fromhex(secret))
+
+
+def signed_parts(secret: str, node_key: str) -> tuple[bytes, bytes]:
+    """What a device signs to redeem a ticket: the secret's digest and its node key, PEM."""
+    return secret_digest(secret).encode(), node_key.encode()

@@ -1,0 +1,304 @@
+"""The door to the public listener: what a stranger may ask of a SuperLink, and how much of it.
+
+Flower serves devices, operators and its own programs on one port. This stands in front of it and
+lets in what devices need, under limits, and the redemption of tickets; nothing else is there.
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from starlette.concurrency import run_in_threadpool
+
+from homefire.common.errors import EnrolmentError, HomefireError, SignatureError
+from homefire.common.ticket import ENROL_PATH
+from homefire.server.operator_home import LimitsConfig
+
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Enrol = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+FLEET = "/v1/fleet/"
+OPEN = frozenset(
+    f"{FLEET}{name}"
+    for name in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    )
+)
+"""Registering is not among them: devices are enrolled by tickets."""
+
+SIGNED_SECONDS = 330.0
+"""How long Flower takes a signed time stamp for fresh, and a little more."""
+
+LARGEST_TICKET = 16_384  # bytes of a request that redeems one
+MOST_KEYS = 65_536  # whose rates are remembered
+ANYBODY = b""
+
+
+@dataclass(slots=True)
+class _RefusedError(Exception):
+    """Why a request is not let in."""
+
+    status: int
+    reason: str
+
+
+@dataclass(slots=True)
+class Door:
+    """An ASGI app in front of another.
+
+    Guarantees:
+        Fleet only: of Flower's API nothing but what devices need is reached.
+        Bounded: no request has a longer body, or takes longer over it, than the limits say, and no
+            device asks more often; what is under way at once is bounded too.
+        Not twice: a request whose signed headers were seen before is refused.
+        Counted only: what is kept of refusals is how many there were, by reason.
+
+    Assumes:
+        A proxy in front of it passes requests on as they are. Rates are by the key that a request
+        shows; who makes up keys shares one rate with all who show none.
+
+    Attributes:
+        app: Flower's.
+        names: Host names that a request may be for.
+        enrol: Redeems a ticket.
+        limits: How much is let in.
+        known: Whether a public key, PEM, is that of an enrolled device.
+        refused: How many requests were not let in, by reason.
+        served: How many were.
+    """
+
+    app: App
+    names: Collection[str]
+    enrol: Enrol
+    limits: LimitsConfig
+    known: Callable[[bytes], bool]
+    refused: Counter[str] = field(default_factory=Counter)
+    served: int = 0
+    _under_way: int = 0
+    _rates: "OrderedDict[bytes, _Bucket]" = field(default_factory=OrderedDict)
+    _seen: "_Seen" = field(default_factory=lambda: _Seen(SIGNED_SECONDS))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in, or refuse it."""
+        if scope["type"] != "http":
+            return  # no web sockets here: the server closes them
+        try:
+            headers = _headers(scope)
+            self._check(scope, headers)
+        except _RefusedError as refusal:
+            await self._refuse(refusal, send)
+            return
+        self._under_way += 1
+        answer = _Answer(send)
+        try:
+            within = _bounded(receive, self._largest(scope), self.limits.seconds)
+            if scope["path"] == ENROL_PATH:
+                await self._redeem(within, answer)
+            else:
+                await self.app(scope, within, answer)
+            self.served += 1
+        except _RefusedError as refusal:
+            if not answer.begun:
+                await self._refuse(refusal, send)
+            else:
+                self.refused[refusal.reason] += 1
+        finally:
+            self._under_way -= 1
+
+    def _largest(self, scope: Scope) -> int:
+        return LARGEST_TICKET if scope["path"] == ENROL_PATH else self.limits.body_bytes
+
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+        path, fleet = scope["path"], scope["path"] in OPEN
+        if not fleet and path != ENROL_PATH:
+            raise _RefusedError(404, "no such path")
+        if scope["method"] != "POST":
+            raise _RefusedError(405, "no such method")
+        if _host(headers.get(b"host", b"")) not in self.names:
+            raise _RefusedError(421, "another host")
+        if self._under_way >= self.limits.connections:
+            raise _RefusedError(503, "too many at once")
+        self._check_length(headers.get(b"content-length"), self._largest(scope))
+        shown = headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), ANYBODY) if fleet else ANYBODY
+        if fleet and not shown:
+            raise _RefusedError(401, "no key")
+        signature = headers.get(FLEET_HTTP_SIGNATURE_HEADER.encode(), b"")
+        if not self._within_rate(shown if self.known(shown) else ANYBODY):
+            raise _RefusedError(429, "too often")
+        if fleet and not self._seen.first(signature):
+            raise _RefusedError(401, "seen before")
+
+    def _check_length(self, stated: bytes | None, largest: int) -> None:
+        if stated is None:
+            return
+        if not stated.isdigit() or len(stated) > 20:
+            raise _RefusedError(400, "no length")
+        if int(stated) > largest:
+            raise _RefusedError(413, "too large")
+
+    def _within_rate(self, key: bytes) -> bool:
+        bucket = self._rates.pop(key, None) or _Bucket(float(self.limits.burst))
+        self._rates[key] = bucket
+        if len(self._rates) > MOST_KEYS:
+            self._rates.popitem(last=False)
+        return bucket.take(self.limits.requests, self.limits.burst)
+
+    async def _redeem(self, receive: Receive, send: Send) -> None:
+        body = b"".join([part async for part in _parts(receive)])
+        try:
+            wanted = json.loads(body)
+            if not isinstance(wanted, dict):
+                raise ValueError("no object")
+        except (ValueError, RecursionError):
+            raise _RefusedError(400, "no request") from None
+        try:
+            status, said = 200, dict(await run_in_threadpool(self.enrol, wanted))
+        except (EnrolmentError, SignatureError) as error:
+            self.refused["no enrolment"] += 1
+            status, said = 403, {"error": str(error), "hint": error.hint}
+        except HomefireError:
+            self.refused["enrolment failed"] += 1
+            status, said = 503, {"error": "the server cannot enrol now", "hint": "Try again later."}
+        await send_json(send, status, said)
+
+    async def _refuse(self, refusal: _RefusedError, send: Send) -> None:
+        self.refused[refusal.reason] += 1
+        with suppress(OSError):
+            await send_json(send, refusal.status, {"error": refusal.reason})
+
+
+@dataclass(slots=True)
+class _Answer:
+    """Passes an answer on, and knows whether it has begun."""
+
+    send: Send
+    begun: bool = False
+
+    async def __call__(self, event: Event) -> None:
+        self.begun = True
+        await self.send(event)
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """So many requests are left; they come back with time."""
+
+    left: float
+    at: float = field(default_factory=time.monotonic)
+
+    def take(self, rate: float, most: float) -> bool:
+        """One of them, if there is one."""
+        now = time.monotonic()
+        self.left, self.at = min(most, self.left + rate * (now - self.at)), now
+        if self.left < 1:
+            return False
+        self.left -= 1
+        return True
+
+
+class _Seen:
+    """What was seen within the last seconds, by digests of 16 bytes."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._known: set[bytes] = set()
+        self._order: deque[tuple[float, bytes]] = deque()
+
+    def first(self, what: bytes) -> bool:
+        """Whether it is seen for the first time."""
+        now = time.monotonic()
+        while self._order and now - self._order[0][0] > self._seconds:
+            self._known.discard(self._order.popleft()[1])
+        short = sha256(what).digest()[:16]
+        if short in self._known:
+            return False
+        self._known.add(short)
+        self._order.append((now, short))
+        return True
+
+
+def _headers(scope: Scope) -> dict[bytes, bytes]:
+    """The headers; one that is there twice could be read in two ways."""
+    found: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        lowered = bytes(name).lower()
+        if lowered in found:
+            raise _RefusedError(400, "header twice")
+        found[lowered] = bytes(value)
+    return found
+
+
+def _host(header: bytes) -> str:
+    """The name in a Host header, without its port; nothing if it is no plain one."""
+    try:
+        text = header.decode("ascii").lower()
+    except UnicodeDecodeError:
+        return ""
+    name, colon, port = text.rpartition(":")
+    if not colon:
+        return text
+    return name.strip("[]") if port.isdigit() else text.strip("[]")
+
+
+def _bounded(receive: Receive, largest: int, seconds: float) -> Receive:
+    """Reads a body up to a length, and for so long."""
+    deadline, taken, whole = time.monotonic() + seconds, 0, False
+
+    async def reading() -> Event:
+        nonlocal taken, whole
+        if whole:
+            return await receive()  # whether the other side has gone
+        try:
+            event = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise _RefusedError(408, "too slow") from None
+        if event["type"] == "http.request":
+            taken += len(event.get("body", b""))
+            whole = not event.get("more_body", False)
+            if taken > largest:
+                raise _RefusedError(413, "too large")
+        return event
+
+    return reading
+
+
+async def _parts(receive: Receive) -> Any:
+    while True:
+        event = await receive()
+        if event["type"] != "http.request":
+            raise _RefusedError(400, "gone")
+        yield event.get("body", b"")
+        if not event.get("more_body", False):
+            return
+
+
+async def send_json(send: Send, status: int, content: Mapping[str, Any]) -> None:
+    """Answer with a JSON object, and end the connection."""
+    body = json.dumps(content).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

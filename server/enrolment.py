@@ -1,0 +1,208 @@
+"""Who is enrolled: tickets that are good once, and the devices that redeemed them.
+
+One file, `enrolment.jsonl`, to which lines are appended; of a ticket only a digest is kept. A
+device is known by two keys: with its node key it shows at the SuperLink which node it is, with its
+identity it signs contributions.
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from homefire.common.encoding import canonical_json
+from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
+from homefire.common.files import locked, sync_folder
+from homefire.common.signatures import verify
+from homefire.common.ticket import ENROLMENT, secret_digest, signed_parts
+
+FILE, LOCK = "enrolment.jsonl", "enrolment.lock"
+SECRET_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a device sends to redeem a ticket.
+
+    Attributes:
+        secret: The ticket's, 64 hex digits.
+        identity: The public key that signs its contributions, 64 hex digits.
+        node_key: The public key of its node, PEM.
+        signature: By the identity, over secret and node key, 128 hex digits.
+    """
+
+    secret: str
+    identity: str
+    node_key: str
+    signature: str
+
+    def verify(self) -> None:
+        """Check that the sender has the identity's key.
+
+        Raises:
+            SignatureError: It has not.
+        """
+        try:
+            signature = bytes.fromhex(self.signature)
+        except ValueError as error:
+            raise SignatureError("the signature is not in hex") from error
+        verify(self.identity, signature, ENROLMENT, *signed_parts(self.secret, self.node_key))
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """An enrolled device.
+
+    Attributes:
+        node: Flower's id of it, a 64-bit word.
+        identity: 64 hex digits.
+        node_key: PEM.
+    """
+
+    node: int
+    identity: str
+    node_key: str
+
+
+@dataclass(slots=True)
+class Enrolment:
+    """The tickets and devices of one server.
+
+    Guarantees:
+        Once: a ticket enrols one device, also where many ask at once; the device that redeemed it
+            may ask again and gets the same answer.
+        Nothing to steal: the file holds digests of secrets.
+        One person one device: an identity, or a node key, that is enrolled is not enrolled again.
+
+    Attributes:
+        folder: Where the file is.
+        now: Tells the time in seconds since 1970.
+    """
+
+    folder: Path
+    now: Callable[[], float] = field(default=time.time)
+
+    def issue(self, *, valid_seconds: float) -> str:
+        """Draw a ticket's secret; 64 hex digits.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        secret = secrets.token_hex(SECRET_BYTES)
+        entry = {"ticket": secret_digest(secret), "expires": round(self.now() + valid_seconds)}
+        with locked(self.folder / LOCK):
+            self._append({"event": "issued", **entry})
+        return secret
+
+    def redeem(self, request: Request, register: Callable[[str], int]) -> Device:
+        """Enrol a device.
+
+        Args:
+            request: What it sent.
+            register: Makes its node known to the SuperLink, or finds it there; gives its id.
+
+        Raises:
+            EnrolmentError: No such ticket, used, expired, or keys that are enrolled already.
+            SignatureError: The sender does not have the identity's key.
+        """
+        request.verify()
+        ticket = secret_digest(request.secret)
+        with locked(self.folder / LOCK):
+            book = self._book()
+            if (known := book.redeemed.get(ticket)) is not None:
+                if (known.identity, known.node_key) != (request.identity, request.node_key):
+                    raise EnrolmentError("this ticket was used by another device", hint=_ASK)
+                return known
+            if (expires := book.issued.get(ticket)) is None:
+                raise EnrolmentError("there is no such ticket", hint=_ASK)
+            if self.now() > expires:
+                raise EnrolmentError("this ticket has expired", hint=_ASK)
+            for device in book.redeemed.values():
+                if request.identity == device.identity or request.node_key == device.node_key:
+                    raise EnrolmentError("this device is enrolled already")
+            device = Device(register(request.node_key), request.identity, request.node_key)
+            entry = {"node": device.node, "identity": device.identity, "key": device.node_key}
+            self._append({"event": "redeemed", "ticket": ticket, **entry})
+        return device
+
+    def devices(self) -> list[Device]:
+        """All enrolled ones, in the order of enrolment.
+
+        Raises:
+            LedgerError: The file is damaged.
+        """
+        return list(self._book().redeemed.values())
+
+    def open_tickets(self) -> int:
+        """How many can still be redeemed."""
+        book, now = self._book(), self.now()
+        return sum(
+            expires >= now and ticket not in book.redeemed
+            for ticket, expires in book.issued.items()
+        )
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        path = self.folder / FILE
+        fresh = not path.exists()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            # What a kill has left of a line is no line.
+            _cut_to_lines(descriptor)
+            os.write(descriptor, canonical_json(entry) + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if fresh:
+            sync_folder(self.folder)
+
+    def _book(self) -> "_Book":
+        book = _Book()
+        for number, entry in enumerate(self._entries(), start=1):
+            try:
+                if entry["event"] == "issued":
+                    book.issued[str(entry["ticket"])] = float(entry["expires"])
+                else:
+                    device = Device(int(entry["node"]), str(entry["identity"]), str(entry["key"]))
+                    book.redeemed[str(entry["ticket"])] = device
+            except (KeyError, TypeError, ValueError) as error:
+                raise LedgerError(
+                    f"{self.folder / FILE}, line {number}: cannot be read", hint=_RESTORE
+                ) from error
+        return book
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        path = self.folder / FILE
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise LedgerError(f"{path}, line {number}: not JSON", hint=_RESTORE) from error
+            if not isinstance(entry, dict):
+                raise LedgerError(f"{path}, line {number}: not an object", hint=_RESTORE)
+            yield entry
+
+
+@dataclass(slots=True)
+class _Book:
+    issued: dict[str, float] = field(default_factory=dict)
+    redeemed: dict[str, Device] = field(default_factory=dict)
+
+
+_ASK = "Ask the operator for another ticket."
+_RESTORE = "Put the newest copy of the file in place."
+
+
+def _cut_to_lines(descriptor: int) -> None:
+    size = os.fstat(descriptor).st_size
+    if size == 0:
+        return
+    tail = os.pread(descriptor, min(size, 1 << 16), max(0, size - (1 << 16)))
+    if not tail.endswith(b"\n"):
+        os.ftruncate(descriptor, size - len(tail) + tail.rfind(b"\n") + 1)

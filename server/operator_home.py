@@ -1,0 +1,247 @@
+"""The operator's folder: everything that one server keeps.
+
+::
+
+    HOME/                       0700
+        server.toml             addresses, names, limits; see `ServerConfig`
+        federation.toml         the run; see `OperatedFederation`
+        device-policy.toml      a template for the people who take part
+        tls/                    the authority and the server's certificate
+        enrolment.jsonl         tickets and devices
+        secrets/                of the executor and of the operator's own commands
+        run/                    ledger, releases, checkpoints; see `homefire.server.run_state`
+        registry/               published releases
+        flower/                 Flower's state: what is in flight
+        logs/                   one file a process
+    HOME/run.keys/              signing key, run key, anchor of the ledger
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from homefire.common.config import (
+    FederationConfig,
+    Frozen,
+    load_config,
+    read_toml,
+    validate,
+)
+from homefire.common.errors import ConfigError
+from homefire.common.files import make_folder, write_atomically
+from homefire.common.keystore import Keystore
+from homefire.common.signatures import public_key
+from homefire.common.ticket import Ticket
+from homefire.server.certificates import Certificates
+from homefire.server.enrolment import Enrolment
+from homefire.server.run_state import SIGNING_KEY
+
+SERVER, FEDERATION, POLICY = "server.toml", "federation.toml", "device-policy.toml"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1")
+EXECUTOR_SECRET, OPERATOR_SECRET = "executor", "operator"
+Address = Field(pattern=r"^\S+:[0-9]{1,5}$")
+
+
+class LimitsConfig(Frozen):
+    """What the public listener lets in."""
+
+    body_bytes: int = Field(6 << 20, ge=1 << 16, description="Of a request; Flower's chunks: 5 MB.")
+    requests: float = Field(20.0, gt=0, description="A second and device, on average.")
+    burst: int = Field(200, ge=1, description="Requests of a device at once.")
+    connections: int = Field(2048, ge=1, description="Requests under way; more get 503.")
+    seconds: float = Field(60.0, gt=0, description="That a request's body may take.")
+
+
+class ServerConfig(Frozen):
+    """Where a server listens, and under which names."""
+
+    names: tuple[str, ...] = Field(min_length=1, description="Names and addresses for devices.")
+    fleet: str = Field("0.0.0.0:9092", pattern=r"^\S+:[0-9]{1,5}$", description="For devices.")
+    registry: str = Field("0.0.0.0:9093", pattern=r"^\S+:[0-9]{1,5}$", description="Of releases.")
+    private: int = Field(9095, ge=1, le=65535, description="Flower's APIs; this machine alone.")
+    operator: int = Field(9096, ge=1, le=65535, description="Page and metrics; likewise.")
+    ticket_hours: float = Field(168.0, gt=0, description="How long a ticket can be redeemed.")
+    limits: LimitsConfig = LimitsConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorHome:
+    """One server's folder.
+
+    Attributes:
+        folder: Where it lies.
+    """
+
+    folder: Path
+
+    @property
+    def config(self) -> ServerConfig:
+        """Addresses and limits.
+
+        Raises:
+            ConfigError: There is no server here, or its file is wrong.
+        """
+        path = self.folder / SERVER
+        if not path.exists():
+            raise ConfigError(
+                f"{self.folder}: there is no server here", hint="Make one: homefire server init."
+            )
+        return load_config(ServerConfig, path)
+
+    @property
+    def certificates(self) -> Certificates:
+        """Of its TLS."""
+        return Certificates(self.folder / "tls")
+
+    @property
+    def enrolment(self) -> Enrolment:
+        """Its tickets and devices."""
+        return Enrolment(self.folder)
+
+    @property
+    def output(self) -> Path:
+        """Of the run."""
+        return self.folder / "run"
+
+    @property
+    def server_key(self) -> str:
+        """The public key that plans and releases are signed by, 64 hex digits."""
+        return public_key(Keystore.beside(self.output).signing_key(SIGNING_KEY))
+
+    def secret(self, name: str) -> Path:
+        """The file of a secret."""
+        return self.folder / "secrets" / name
+
+    def federation(self, *, users: int, roster: Path) -> FederationConfig:
+        """The run's settings.
+
+        Args:
+            users: Who take part, from first round to last.
+            roster: Their keys.
+
+        Raises:
+            ConfigError: `federation.toml` is missing or wrong.
+        """
+        path = self.folder / FEDERATION
+        tables = read_toml(path)
+        for name in ("users", "output", "roster"):
+            if name in tables:
+                raise ConfigError(
+                    f"{path}: {name} is not set here",
+                    hint="Take it out: the server knows who is enrolled and where its run lies.",
+                )
+        own = {"users": users, "output": self.output, "roster": roster}
+        return validate(FederationConfig, {**tables, **own}, where=str(path))
+
+    def tickets(self, count: int) -> list[Ticket]:
+        """Tickets for new devices.
+
+        Raises:
+            ConfigError: There is no server here.
+            OSError: They could not be kept; none is good.
+        """
+        config, enrolment = self.config, self.enrolment
+        name, seconds = config.names[0], 3600 * config.ticket_hours
+        authority = self.certificates.authority.read_text(encoding="ascii")
+        return [
+            Ticket(
+                superlink=f"{name}:{config.fleet.rpartition(':')[2]}",
+                registry=f"{name}:{config.registry.rpartition(':')[2]}",
+                authority=authority,
+                server_key=self.server_key,
+                secret=enrolment.issue(valid_seconds=seconds),
+            )
+            for _ in range(count)
+        ]
+
+
+def init(folder: Path, *, names: Sequence[str], settings: dict[str, Any]) -> OperatorHome:
+    """Make a server's folder.
+
+    Args:
+        folder: Empty, or not there yet.
+        names: Host names and addresses that devices connect to; the first stands in tickets.
+        settings: The rest of `server.toml`.
+
+    Raises:
+        ConfigError: There is something in the folder, or a name or setting is wrong.
+    """
+    home = OperatorHome(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty", hint="Name another folder.")
+    wanted = {"names": list(names), **settings}
+    config = validate(ServerConfig, wanted, where="homefire server init")
+    make_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.chmod(0o700)
+    for part in ("tls", "secrets", "flower", "logs", "registry"):
+        (folder / part).mkdir(mode=0o700)
+    home.certificates.make([*config.names, *(n for n in LOOPBACK_NAMES if n not in config.names)])
+    for name in (EXECUTOR_SECRET, OPERATOR_SECRET):
+        write_atomically(home.secret(name), secrets.token_hex(32).encode(), mode=0o600)
+    key = home.server_key
+    write_atomically(folder / FEDERATION, FEDERATION_TEMPLATE.encode(), mode=0o600)
+    write_atomically(folder / POLICY, POLICY_TEMPLATE.format(key=key).encode(), mode=0o600)
+    # Last: whoever finds this file finds all of it.
+    write_atomically(folder / SERVER, _server_toml(config).encode(), mode=0o600)
+    return home
+
+
+def _server_toml(config: ServerConfig) -> str:
+    names = ", ".join(f'"{name}"' for name in config.names)
+    return f"""# Where this server listens. Names are what devices connect to.
+names = [{names}]
+fleet = "{config.fleet}"
+registry = "{config.registry}"
+private = {config.private}
+operator = {config.operator}
+ticket_hours = {config.ticket_hours:g}
+"""
+
+
+FEDERATION_TEMPLATE = """# The run. Who takes part is whoever is enrolled when it starts.
+name = "federation"
+
+[base_model]
+name = "smollm2-135m"
+
+[shared]
+method = "ffa"
+rank = 4
+alpha = 8
+targets = ["q_proj", "v_proj"]
+
+[local]
+steps = 4
+batch_size = 4
+max_tokens = 96
+learning_rate = 0.01
+
+[federation]
+rounds = 40
+cohort = 75
+deadline = 3600.0
+quorum = 0.5
+
+[optimizer]
+name = "momentum"
+learning_rate = 1.0
+momentum = 0.9
+
+# `homefire privacy plan` says what these cost before anything is run.
+[privacy]
+mechanism = "banded-sqrt"
+clip_norm = 1.0
+epsilon = 8.0
+delta = 1e-6
+participations = 2
+separation = 20
+"""
+
+POLICY_TEMPLATE = """# What a device accepts from this server: for policy.toml in a vault.
+server_keys = ["{key}"]
+"""

@@ -1,0 +1,208 @@
+"""Flower's SuperLink on two listeners: devices reach the fleet API of one, nobody else the other.
+
+The private listener serves Flower's own programs on this machine. Its control API, which starts
+runs and registers nodes, asks for the operator's secret; without this program it asks for nothing.
+
+It uses inner parts of flwr 1.41, which is therefore pinned in `pyproject.toml`.
+"""
+
+import argparse
+import asyncio
+import hmac
+import os
+import sys
+from base64 import b64decode
+from binascii import Error as Base64Error
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from flwr.common.constant import ACCESS_TOKEN_KEY
+from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.server.superlink.linkstate import LinkState
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import (
+    SuperLinkLifespan,
+    _parse_superlink_lifespan_config,
+)
+from flwr.superlink.main import create_app
+from flwr.superlink.servicer.control.control_handlers import register_node
+
+from homefire.common.errors import EnrolmentError
+from homefire.server.door import Door, send_json
+from homefire.server.enrolment import Request
+from homefire.server.operator_home import (
+    EXECUTOR_SECRET,
+    LOOPBACK_NAMES,
+    OPERATOR_SECRET,
+    OperatorHome,
+)
+
+DATABASE = "superlink.db"
+LOOPBACK = "127.0.0.1"
+DOOR_PATH = "/homefire/v1/door"
+
+
+class OperatorOnly(NoOpControlAuthnPlugin):  # type: ignore[misc]
+    """Lets those use the control API who hold the operator's secret.
+
+    Guarantees:
+        Operator only: a call without the secret, or with another one, is refused.
+    """
+
+    def __init__(self, secret: str) -> None:
+        super().__init__()
+        self._secret = secret
+
+    def validate_tokens_in_metadata(
+        self, metadata: Sequence[tuple[str, str | bytes]]
+    ) -> tuple[bool, Any]:
+        """Whether the secret is there; and whose account it is."""
+        shown = dict(metadata).get(ACCESS_TOKEN_KEY, "")
+        text = shown if isinstance(shown, str) else shown.decode("ascii", "replace")
+        if not hmac.compare_digest(text.encode(), self._secret.encode()):
+            return False, None
+        return super().validate_tokens_in_metadata(metadata)  # type: ignore[no-any-return]
+
+
+def make_app(home: OperatorHome) -> FastAPI:
+    """Flower's app, as this server runs it."""
+    config = home.config
+    tls = home.certificates
+    # Flower reads its settings from the command line and nowhere else.
+    options = {
+        "--host": LOOPBACK,
+        "--port": str(config.private),
+        "--ssl-ca-certfile": str(tls.authority),
+        "--ssl-certfile": str(tls.server),
+        "--ssl-keyfile": str(tls.server),
+        "--database": str(home.folder / "flower" / DATABASE),
+        "--isolation": "process",
+        "--superexec-auth-secret-file": str(home.secret(EXECUTOR_SECRET)),
+    }
+    given = [part for option in options.items() for part in option]
+    flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+    with _arguments(["flower-superlink", *given, *flags]):
+        parsed = _parse_superlink_lifespan_config()
+    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
+    return create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
+
+
+@contextmanager
+def _arguments(given: list[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, given
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def enroller(home: OperatorHome, app: FastAPI) -> Any:
+    """What redeems tickets: it makes a device's node known to Flower, and keeps it."""
+
+    def enrol(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        names = ("secret", "identity", "node_key", "signature")
+        values = [wanted.get(name) for name in names]
+        if not all(isinstance(value, str) for value in values):
+            raise EnrolmentError(f"a request has {', '.join(names)}, all of them texts")
+        request = Request(*map(str, values))
+        device = home.enrolment.redeem(request, lambda key: _register(app, key))
+        return {"node": str(device.node), "server_key": home.server_key}
+
+    return enrol
+
+
+def _state(app: FastAPI) -> LinkState:
+    return app.state.linkstate_factory.state()
+
+
+def _register(app: FastAPI, node_key: str) -> int:
+    state = _state(app)
+    known = state.get_node_id_by_public_key(node_key.encode())
+    if known is not None:
+        return int(known)
+    account = NoOpControlAuthnPlugin().validate_tokens_in_metadata([])[1]
+    try:
+        made = register_node(RegisterNodeRequest(public_key=node_key.encode()), account, state)
+    except Exception as error:
+        raise EnrolmentError(
+            "the node's key is not one that Flower takes", hint="NIST P-256, P-384 or P-521, PEM."
+        ) from error
+    return int(made.node_id)
+
+
+async def serve(home: OperatorHome) -> None:
+    """Serve both listeners until a signal ends this process."""
+    config, tls, app = home.config, home.certificates, make_app(home)
+    enrolled: set[bytes] = set()
+
+    def known(shown: bytes) -> bool:
+        return shown in enrolled or _is_known(app, shown, enrolled)
+
+    names = {*config.names, *LOOPBACK_NAMES}
+    door = Door(app, names, enroller(home, app), config.limits, known)
+
+    async def private(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == DOOR_PATH:
+            await _tell(door, send)
+        else:
+            await app(scope, receive, send)
+
+    common: dict[str, Any] = {
+        "ssl_certfile": str(tls.server),
+        "ssl_keyfile": str(tls.server),
+        "access_log": False,  # addresses and paths of devices
+        "log_level": "warning",
+        "server_header": False,
+        "timeout_graceful_shutdown": 10,
+    }
+    host, _, port = config.fleet.rpartition(":")
+    inner = uvicorn.Server(uvicorn.Config(private, host=LOOPBACK, port=config.private, **common))
+    outer = _Second(
+        uvicorn.Config(door, host=host.strip("[]"), port=int(port), lifespan="off", **common)
+    )
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(outer.serve())
+        await inner.serve()
+        outer.should_exit = True
+
+
+class _Second(uvicorn.Server):
+    """Leaves the signals to the first."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing is captured."""
+        yield
+
+
+async def _tell(door: Door, send: Any) -> None:
+    await send_json(send, 200, {"served": door.served, "refused": dict(door.refused)})
+
+
+def _is_known(app: FastAPI, shown: bytes, enrolled: set[bytes]) -> bool:
+    try:
+        key = b64decode(shown, validate=True)
+    except (Base64Error, ValueError):
+        return False
+    if _state(app).get_node_id_by_public_key(key) is None:
+        return False
+    enrolled.add(shown)
+    return True
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve one operator's folder."""
+    parser = argparse.ArgumentParser(prog="homefire.server.superlink")
+    parser.add_argument("--home", required=True, type=Path)
+    given = parser.parse_args(arguments)
+    os.umask(0o077)
+    asyncio.run(serve(OperatorHome(given.home)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

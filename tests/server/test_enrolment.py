@@ -1,0 +1,198 @@
+"""Tickets that are good once, and the devices that redeemed them."""
+
+import itertools
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+
+from homefire.common.errors import ConfigError, EnrolmentError, LedgerError, SignatureError
+from homefire.common.signatures import public_key, sign
+from homefire.common.ticket import ENROLMENT, LONGEST, Ticket, signed_parts
+from homefire.server.enrolment import Device, Enrolment, Request
+
+DAY = 86_400.0
+
+
+class Clock:
+    """A time that tests move."""
+
+    def __init__(self) -> None:
+        self.seconds = 1.0e9
+
+    def __call__(self) -> float:
+        """Seconds since 1970."""
+        return self.seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def enrolment(tmp_path: Path, clock: Clock) -> Enrolment:
+    return Enrolment(tmp_path, clock)
+
+
+class SuperLink:
+    """Knows nodes by their keys, as Flower's does."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, int] = {}
+
+    def __call__(self, node_key: str) -> int:
+        """The node's id."""
+        return self.nodes.setdefault(node_key, 1000 + len(self.nodes))
+
+
+def request(secret: str, *, key: Ed25519PrivateKey | None = None, node: str = "node") -> Request:
+    key = key or Ed25519PrivateKey.generate()
+    signature = sign(key, ENROLMENT, *signed_parts(secret, node)).hex()
+    return Request(secret, public_key(key), node, signature)
+
+
+def test_once(enrolment: Enrolment) -> None:
+    secret, link = enrolment.issue(valid_seconds=DAY), SuperLink()
+    assert enrolment.open_tickets() == 1
+    first = request(secret)
+    device = enrolment.redeem(first, link)
+    assert device == Device(1000, first.identity, "node")
+    assert enrolment.open_tickets() == 0
+    with pytest.raises(EnrolmentError, match="used by another"):
+        enrolment.redeem(request(secret, node="other"), link)
+    assert enrolment.redeem(first, link) == device  # its answer was lost on the way
+    assert enrolment.devices() == [device]
+    assert list(link.nodes) == ["node"]
+
+
+def test_once_also_where_many_ask_at_once(enrolment: Enrolment) -> None:
+    secret, link = enrolment.issue(valid_seconds=DAY), SuperLink()
+    outcomes: list[str] = []
+
+    def redeem(number: int) -> None:
+        try:
+            enrolment.redeem(request(secret, node=f"node {number}"), link)
+            outcomes.append("enrolled")
+        except EnrolmentError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=redeem, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["enrolled"] + 7 * ["refused"]
+    assert len(enrolment.devices()) == 1
+
+
+def test_nothing_to_steal(enrolment: Enrolment, tmp_path: Path) -> None:
+    secret = enrolment.issue(valid_seconds=DAY)
+    stored = (tmp_path / "enrolment.jsonl").read_bytes()
+    assert secret.encode() not in stored
+    assert bytes.fromhex(secret) not in stored
+    assert (tmp_path / "enrolment.jsonl").stat().st_mode & 0o077 == 0
+
+
+def test_one_person_one_device(enrolment: Enrolment) -> None:
+    key, link = Ed25519PrivateKey.generate(), SuperLink()
+    first, second, third = (enrolment.issue(valid_seconds=DAY) for _ in range(3))
+    enrolment.redeem(request(first, key=key, node="a"), link)
+    with pytest.raises(EnrolmentError, match="already"):
+        enrolment.redeem(request(second, key=key, node="b"), link)
+    with pytest.raises(EnrolmentError, match="already"):
+        enrolment.redeem(request(third, node="a"), link)
+    assert enrolment.open_tickets() == 2
+
+
+def test_expired_unknown_and_unsigned_are_refused(enrolment: Enrolment, clock: Clock) -> None:
+    link = SuperLink()
+    secret = enrolment.issue(valid_seconds=60)
+    with pytest.raises(EnrolmentError, match="no such"):
+        enrolment.redeem(request("ab" * 32), link)
+    good = request(secret)
+    other = Ed25519PrivateKey.generate()
+    for bad in (
+        replace(good, signature="00" * 64),
+        replace(good, signature="no hex"),
+        replace(good, identity=public_key(other)),
+        replace(good, node_key="another node"),
+    ):
+        with pytest.raises(SignatureError):
+            enrolment.redeem(bad, link)
+    clock.seconds += 61
+    with pytest.raises(EnrolmentError, match="expired"):
+        enrolment.redeem(good, link)
+    assert link.nodes == {}
+    assert enrolment.open_tickets() == 0
+
+
+def test_a_superlink_that_fails_uses_up_no_ticket(enrolment: Enrolment) -> None:
+    secret = enrolment.issue(valid_seconds=DAY)
+
+    def fail(node_key: str) -> int:
+        raise RuntimeError("not now")
+
+    with pytest.raises(RuntimeError):
+        enrolment.redeem(request(secret), fail)
+    assert enrolment.redeem(request(secret), SuperLink()).node == 1000
+
+
+def test_half_a_line_is_no_line(enrolment: Enrolment, tmp_path: Path) -> None:
+    path, link = tmp_path / "enrolment.jsonl", SuperLink()
+    first, second = (enrolment.issue(valid_seconds=DAY) for _ in range(2))
+    enrolment.redeem(request(first, node="a"), link)
+    whole = path.read_bytes()
+    for cut in range(len(whole) - 1, whole[:-1].rfind(b"\n"), -7):
+        os.truncate(path, cut)
+        assert enrolment.devices() == []
+        assert enrolment.open_tickets() == 2
+        enrolment.redeem(request(second, node=f"b {cut}"), link)
+        assert len(enrolment.devices()) == 1
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[]", b"no json", b'{"event": "issued", "ticket": 1}'])
+def test_a_damaged_file_is_refused(enrolment: Enrolment, tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "enrolment.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(LedgerError, match="line 1"):
+        enrolment.devices()
+
+
+# Tickets as text
+
+TICKET = Ticket(
+    superlink="fed.example:9092",
+    registry="fed.example:9093",
+    authority="-----BEGIN CERTIFICATE-----\n…",
+    server_key="ab" * 32,
+    secret="cd" * 32,
+)
+
+
+def test_a_ticket_is_one_line_and_comes_back() -> None:
+    assert "\n" not in TICKET.text
+    assert Ticket.read(f"  {TICKET.text}\n") == TICKET
+    bare = TICKET.model_copy(update={"registry": None})
+    assert Ticket.read(bare.text) == bare
+
+
+def test_a_part_of_a_ticket_is_none_and_is_not_quoted() -> None:
+    for length in itertools.chain(range(0, len(TICKET.text) - 4, 13), [LONGEST * 2]):
+        text = TICKET.text[:length] if length < LONGEST else TICKET.text * 40
+        with pytest.raises(ConfigError) as error:
+            Ticket.read(text)
+        assert TICKET.secret not in str(error.value)
+        assert len(str(error.value)) < 100
+        assert error.value.__cause__ is None
+
+
+@given(st.text() | st.binary().map(lambda raw: "homefire1." + raw.hex()))
+def test_whatever_is_no_ticket_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        Ticket.read(text)
