@@ -3,6 +3,7 @@
 The run configuration holds one key, `federation`: the path of a TOML file on the server.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context
@@ -13,6 +14,8 @@ from homefire.common.config import FederationConfig, load_config
 from homefire.common.errors import ConfigError
 from homefire.common.peft_adapter import resolve_spec
 from homefire.server.federation import run_federation
+from homefire.server.nodes import ascending
+from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import plan_privacy
 from homefire.server.roster import read_roster
 from homefire.server.run_state import Federation
@@ -29,8 +32,25 @@ def main(grid: Grid, context: Context) -> None:
             "the run configuration names no federation file",
             hint="flwr run . --run-config 'federation=\"/path/to/federation.toml\"'",
         )
-    config = load_config(FederationConfig, Path(path))
-    run_federation(grid, open_federation(config))
+    if Path(path).is_dir():
+        run_operated(grid, OperatorHome(Path(path)))
+    else:
+        run_federation(grid, open_federation(load_config(FederationConfig, Path(path))))
+
+
+def run_operated(grid: Grid, home: OperatorHome) -> None:
+    """Run, or go on with, the federation of an operator's folder.
+
+    Who takes part is whoever was enrolled when it started.
+
+    Raises:
+        FederationError: Fewer devices are enrolled than the run needs.
+    """
+    devices = home.participants()
+    nodes = ascending(device.node for device in devices)
+    config = home.federation()
+    federation = replace(open_federation(config), enrolled=nodes)
+    run_federation(grid, federation, drained=home.is_draining)
 
 
 def open_federation(config: FederationConfig) -> Federation:

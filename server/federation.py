@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from homefire.server.run_state import (
 
 LOG = logging.getLogger(__name__)
 SHORTEST_POLL, LONGEST_POLL = 0.05, 1.0  # seconds
+TELL_SECONDS = 60.0
 LARGEST_ENVELOPE = 1 << 17
 """Bytes of a reply's record besides its vector: header, signature, names."""
 
@@ -68,12 +70,15 @@ class RoundLog:
     seconds: float
 
 
-def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
+def run_federation(
+    grid: Grid, federation: Federation, *, drained: Callable[[], bool] = lambda: False
+) -> list[RoundLog]:
     """Train the shared adapter, from the start or from where an interrupted run stopped.
 
     Args:
         grid: In-process, Ray simulation or SuperLink: the loop does not know which.
         federation: What the run is about.
+        drained: Whether no further round is to be opened; the run can go on later.
 
     Returns:
         The operator's log of this process's rounds; releases and log are under `config.output`.
@@ -95,7 +100,7 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
     try:
         if ledger.ended:
             return []
-        nodes = _await_nodes(grid, config)
+        nodes = federation.enrolled or _await_nodes(grid, config)
         if ledger.facts:
             state = resume(federation, ledger, nodes)
             _end_if_too_costly(federation, state)
@@ -103,6 +108,8 @@ def run_federation(grid: Grid, federation: Federation) -> list[RoundLog]:
             state = begin(federation, ledger, nodes, new_run_id())
         logs: list[RoundLog] = []
         while state.next_round <= config.federation.rounds:
+            if not _await_quorum(grid, federation, drained):
+                return logs
             logs.append(_round(grid, federation, state))
             _append_line(config.output / "rounds.jsonl", asdict(logs[-1]))
             LOG.info("round %d of %d released", logs[-1].round, config.federation.rounds)
@@ -201,6 +208,24 @@ def _await_nodes(grid: Grid, config: FederationConfig) -> Nodes:
             hint="The privacy statement counts on `users`; set it to the number of devices.",
         )
     return nodes
+
+
+def _await_quorum(grid: Grid, federation: Federation, drained: Callable[[], bool]) -> bool:
+    """Wait until enough enrolled devices are here; False where no further round is wanted."""
+    enrolled = federation.enrolled
+    if enrolled is None:
+        return not drained()
+    needed = math.ceil(federation.config.federation.quorum * len(enrolled))
+    told = -math.inf
+    while not drained():
+        here = int(np.isin(ascending(grid.get_node_ids()), enrolled).sum())
+        if here >= needed:
+            return True
+        if time.monotonic() - told >= TELL_SECONDS:
+            told = time.monotonic()
+            LOG.info("%d of %d devices are here, %d are needed", here, len(enrolled), needed)
+        time.sleep(LONGEST_POLL)
+    return False
 
 
 def _collect(

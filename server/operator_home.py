@@ -31,19 +31,19 @@ from homefire.common.config import (
     read_toml,
     validate,
 )
-from homefire.common.errors import ConfigError
+from homefire.common.errors import ConfigError, FederationError
 from homefire.common.files import make_folder, write_atomically
 from homefire.common.keystore import Keystore
 from homefire.common.signatures import public_key
 from homefire.common.ticket import Ticket
 from homefire.server.certificates import Certificates
-from homefire.server.enrolment import Enrolment
+from homefire.server.enrolment import Device, Enrolment
 from homefire.server.run_state import SIGNING_KEY
 
 SERVER, FEDERATION, POLICY = "server.toml", "federation.toml", "device-policy.toml"
+ROSTER, DRAIN = "roster.txt", "drain"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 EXECUTOR_SECRET, OPERATOR_SECRET = "executor", "operator"
-Address = Field(pattern=r"^\S+:[0-9]{1,5}$")
 
 
 class LimitsConfig(Frozen):
@@ -116,26 +116,45 @@ class OperatorHome:
         """The file of a secret."""
         return self.folder / "secrets" / name
 
-    def federation(self, *, users: int, roster: Path) -> FederationConfig:
+    def federation(self) -> FederationConfig:
         """The run's settings.
-
-        Args:
-            users: Who take part, from first round to last.
-            roster: Their keys.
 
         Raises:
             ConfigError: `federation.toml` is missing or wrong.
         """
         path = self.folder / FEDERATION
         tables = read_toml(path)
-        for name in ("users", "output", "roster"):
+        for name in ("output", "roster"):
             if name in tables:
                 raise ConfigError(
                     f"{path}: {name} is not set here",
                     hint="Take it out: the server knows who is enrolled and where its run lies.",
                 )
-        own = {"users": users, "output": self.output, "roster": roster}
+        own = {"output": self.output, "roster": self.folder / ROSTER}
         return validate(FederationConfig, {**tables, **own}, where=str(path))
+
+    def participants(self) -> list[Device]:
+        """Who takes part in the run: those who were enrolled first, from its start to its end.
+
+        Raises:
+            FederationError: Fewer are enrolled than `users` says.
+        """
+        users, devices = self.federation().users, self.enrolment.devices()
+        if len(devices) < users:
+            raise FederationError(
+                f"{len(devices)} devices are enrolled, and the run needs {users}",
+                hint="Give out tickets (homefire server enroll), or lower users.",
+            )
+        chosen = devices[:users]
+        keys = "".join(f"{device.identity}\n" for device in chosen)
+        path = self.folder / ROSTER
+        if not path.exists() or path.read_text(encoding="ascii") != keys:
+            write_atomically(path, keys.encode(), mode=0o600)
+        return chosen
+
+    def is_draining(self) -> bool:
+        """Whether no further round is to be opened."""
+        return (self.folder / DRAIN).exists()
 
     def tickets(self, count: int) -> list[Ticket]:
         """Tickets for new devices.
@@ -203,8 +222,9 @@ ticket_hours = {config.ticket_hours:g}
 """
 
 
-FEDERATION_TEMPLATE = """# The run. Who takes part is whoever is enrolled when it starts.
+FEDERATION_TEMPLATE = """# The run. It starts when so many devices are enrolled, and takes those.
 name = "federation"
+users = 1500
 
 [base_model]
 name = "smollm2-135m"

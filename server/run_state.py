@@ -59,6 +59,8 @@ class Federation:
         base_model: The base model's fingerprint.
         privacy: The mechanism and what it may claim.
         roster: Public keys of the enrolled devices.
+        enrolled: Their nodes, in ascending order, here or not; None takes all that are here, who
+            must then be as many as there are users.
     """
 
     config: FederationConfig
@@ -66,6 +68,7 @@ class Federation:
     base_model: str
     privacy: PrivacyPlan
     roster: Collection[str]
+    enrolled: Nodes | None = None
 
     @property
     def store(self) -> ReleaseStore:

@@ -33,6 +33,7 @@ from flwr.superlink.main import create_app
 from flwr.superlink.servicer.control.control_handlers import register_node
 
 from homefire.common.errors import EnrolmentError
+from homefire.common.parent import end_with
 from homefire.server.door import Door, send_json
 from homefire.server.enrolment import Request
 from homefire.server.operator_home import (
@@ -199,7 +200,9 @@ def main(arguments: Sequence[str]) -> None:
     """Serve one operator's folder."""
     parser = argparse.ArgumentParser(prog="homefire.server.superlink")
     parser.add_argument("--home", required=True, type=Path)
+    parser.add_argument("--parent", required=True, type=int, help="ends with this process")
     given = parser.parse_args(arguments)
+    end_with(given.parent)
     os.umask(0o077)
     asyncio.run(serve(OperatorHome(given.home)))
 

@@ -1,0 +1,212 @@
+"""What keeps a server running: its processes, started again when they end, and its run.
+
+One process supervises three others: the SuperLink, Flower's executor for the ServerApp, and the
+release registry. Whatever ends is started again, the more slowly the more often; a run that failed
+goes on from its ledger.
+"""
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from homefire.common.errors import HomefireError
+from homefire.server.control import Control
+from homefire.server.operator_home import EXECUTOR_SECRET, OperatorHome
+from homefire.server.run_state import rounds_spent
+
+LOG = logging.getLogger(__name__)
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+STEADY_SECONDS = 60.0
+"""After so long a process that ends again is not the same trouble."""
+
+LARGEST_LOG = 16 << 20  # bytes; then it is begun anew, and the one before is kept
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+}
+
+
+@dataclass(slots=True)
+class Child:
+    """A process that is kept running.
+
+    Attributes:
+        name: Of its log.
+        command: What is started.
+        folder: The server's.
+        starts: How often it was started.
+    """
+
+    name: str
+    command: Sequence[str]
+    folder: Path
+    starts: int = 0
+    _process: "subprocess.Popen[bytes] | None" = None
+    _since: float = 0.0
+    _pause: float = FIRST_PAUSE
+    _not_before: float = 0.0
+
+    @property
+    def runs(self) -> bool:
+        """Whether it runs now."""
+        return self._process is not None and self._process.poll() is None
+
+    def tend(self) -> None:
+        """Start it if it does not run, but for a pause after it ended."""
+        now = time.monotonic()
+        if self.runs:
+            return
+        if self._process is not None:
+            LOG.warning("%s ended with %s", self.name, self._process.returncode)
+            steady = now - self._since >= STEADY_SECONDS
+            self._pause = FIRST_PAUSE if steady else min(LONGEST_PAUSE, 2 * self._pause)
+            self._process, self._not_before = None, now + self._pause
+        if now >= self._not_before:
+            self._start(now)
+
+    def _start(self, now: float) -> None:
+        home = self.folder / "flower" / self.name
+        home.mkdir(mode=0o700, exist_ok=True)
+        path = self.folder / "logs" / f"{self.name}.log"
+        if path.exists() and path.stat().st_size > LARGEST_LOG:
+            path.replace(path.with_suffix(".log.1"))
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own command
+                self.command,
+                cwd=home,
+                env={**os.environ, **ENVIRONMENT, "FLWR_HOME": str(home)},
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
+                umask=0o077,
+            )
+        finally:
+            os.close(descriptor)
+        self.starts, self._since = self.starts + 1, now
+
+    def end(self, *, seconds: float = 15.0) -> None:
+        """End it; by force after so long."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """The processes and the run of one server.
+
+    Guarantees:
+        Goes on: a process, or a run, that ended by itself or was killed is started again; a round
+            that it was in is burnt, as the ledger says.
+        Only when all are there: no run starts before as many devices are enrolled as it needs.
+
+    Attributes:
+        home: Of the server.
+        control: Calls to its SuperLink.
+        children: Its processes.
+        state: What is going on, in words for people.
+    """
+
+    home: OperatorHome
+    control: Control = field(init=False)
+    children: list[Child] = field(init=False)
+    state: str = "starting"
+    _run: int | None = None
+    _not_before: float = 0.0
+    _pause: float = FIRST_PAUSE
+
+    def __post_init__(self) -> None:
+        self.control = Control(self.home)
+        folder, config = self.home.folder.absolute(), self.home.config
+        own = ["--home", str(folder), "--parent", str(os.getpid())]
+        python = [sys.executable, "-m"]
+        executor = ["--runtime-api-address", f"127.0.0.1:{config.private}"]
+        executor += ["--root-certificates", str(self.home.certificates.authority.absolute())]
+        executor += ["--superexec-auth-secret-file", str(self.home.secret(EXECUTOR_SECRET))]
+        parent = ["--parent", str(os.getpid())]
+        self.children = [
+            Child("superlink", [*python, "homefire.server.superlink", *own], folder),
+            Child("executor", [*python, "homefire.server.executor", *parent, *executor], folder),
+        ]
+
+    async def keep(self, stop: asyncio.Event) -> None:
+        """Keep everything running until `stop` is set; then end it all."""
+        try:
+            while not stop.is_set():
+                for child in self.children:
+                    child.tend()
+                await asyncio.to_thread(self._tend_run)
+                if self.state == DRAINED:
+                    return
+                await _wait(stop, 1.0)
+        finally:
+            for child in reversed(self.children):
+                child.end()
+
+    def _tend_run(self) -> None:
+        try:
+            self._look()
+        except HomefireError as error:
+            self.state = f"waiting: {error}"
+
+    def _look(self) -> None:
+        if not self.control.is_up():
+            self.state = "waiting for the SuperLink"
+            return
+        spent, ended = rounds_spent_by(self.home)
+        if self._run is None:
+            if ended:
+                self.state = ENDED
+                return
+            if self.home.is_draining():
+                self.state = DRAINED
+                return
+            self.home.participants()
+            if time.monotonic() >= self._not_before:
+                self._run = self.control.start()
+                self.state = "running"
+            return
+        status, how = self.control.status(self._run)
+        if status != "finished":
+            self.state = "draining" if self.home.is_draining() else f"running, {spent} rounds spent"
+            return
+        LOG.warning("the run ended: %s", how)
+        self._pause = FIRST_PAUSE if how == "completed" else min(LONGEST_PAUSE, 2 * self._pause)
+        self._run, self._not_before = None, time.monotonic() + self._pause
+
+
+DRAINED = "drained"
+ENDED = "the run is over; releases are served"
+
+
+def rounds_spent_by(home: OperatorHome) -> tuple[int, bool]:
+    """How many rounds of a server's run are spent, and whether it is over.
+
+    While the run goes on its ledger is in use; then the newest release tells.
+    """
+    try:
+        return rounds_spent(home.output)
+    except HomefireError:
+        names = sorted(path.stem for path in (home.output / "releases").glob("[0-9]*.safetensors"))
+        return (int(names[-1]) if names else 0), False
+
+
+async def _wait(stop: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(stop.wait(), seconds)
+    except TimeoutError:
+        return
