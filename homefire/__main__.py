@@ -19,6 +19,7 @@ from homefire.device_commands import device_app, exit_code
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
 from homefire.privacy_experiments import clip, compare
+from homefire.server_commands import server_app
 
 # Set before torch, Flower and Ray are imported, unless the caller chose otherwise. No command of
 # homefire tells anybody that it runs; Flower and Ray would. Threads that wait for each other sleep
@@ -45,6 +46,7 @@ app.add_typer(device_app, name="device")
 privacy_app.command()(clip)
 privacy_app.command()(compare)
 app.add_typer(privacy_app, name="privacy")
+app.add_typer(server_app, name="server")
 
 
 @app.callback(invoke_without_command=True)

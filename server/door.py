@@ -82,7 +82,8 @@ class Door:
         names: Host names that a request may be for.
         enrol: Redeems a ticket.
         limits: How much is let in.
-        known: Whether a public key, PEM, is that of an enrolled device.
+        known: Whether a key, as the header shows it, is that of an enrolled device.
+        clock: Tells the time in seconds.
         refused: How many requests were not let in, by reason.
         served: How many were.
     """
@@ -92,6 +93,7 @@ class Door:
     enrol: Enrol
     limits: LimitsConfig
     known: Callable[[bytes], bool]
+    clock: Callable[[], float] = time.monotonic
     refused: Counter[str] = field(default_factory=Counter)
     served: int = 0
     _under_way: int = 0
@@ -145,7 +147,7 @@ class Door:
         signature = headers.get(FLEET_HTTP_SIGNATURE_HEADER.encode(), b"")
         if not self._within_rate(shown if self.known(shown) else ANYBODY):
             raise _RefusedError(429, "too often")
-        if fleet and not self._seen.first(signature):
+        if fleet and not self._seen.first(signature, self.clock()):
             raise _RefusedError(401, "seen before")
 
     def _check_length(self, stated: bytes | None, largest: int) -> None:
@@ -157,11 +159,12 @@ class Door:
             raise _RefusedError(413, "too large")
 
     def _within_rate(self, key: bytes) -> bool:
-        bucket = self._rates.pop(key, None) or _Bucket(float(self.limits.burst))
+        now = self.clock()
+        bucket = self._rates.pop(key, None) or _Bucket(float(self.limits.burst), now)
         self._rates[key] = bucket
         if len(self._rates) > MOST_KEYS:
             self._rates.popitem(last=False)
-        return bucket.take(self.limits.requests, self.limits.burst)
+        return bucket.take(self.limits.requests, self.limits.burst, now)
 
     async def _redeem(self, receive: Receive, send: Send) -> None:
         body = b"".join([part async for part in _parts(receive)])
@@ -204,11 +207,10 @@ class _Bucket:
     """So many requests are left; they come back with time."""
 
     left: float
-    at: float = field(default_factory=time.monotonic)
+    at: float
 
-    def take(self, rate: float, most: float) -> bool:
+    def take(self, rate: float, most: float, now: float) -> bool:
         """One of them, if there is one."""
-        now = time.monotonic()
         self.left, self.at = min(most, self.left + rate * (now - self.at)), now
         if self.left < 1:
             return False
@@ -224,9 +226,8 @@ class _Seen:
         self._known: set[bytes] = set()
         self._order: deque[tuple[float, bytes]] = deque()
 
-    def first(self, what: bytes) -> bool:
+    def first(self, what: bytes, now: float) -> bool:
         """Whether it is seen for the first time."""
-        now = time.monotonic()
         while self._order and now - self._order[0][0] > self._seconds:
             self._known.discard(self._order.popleft()[1])
         short = sha256(what).digest()[:16]

@@ -68,7 +68,7 @@ class Federation:
     base_model: str
     privacy: PrivacyPlan
     roster: Collection[str]
-    enrolled: Nodes | None = None
+    enrolled: "Nodes | None" = None
 
     @property
     def store(self) -> ReleaseStore:

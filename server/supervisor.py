@@ -167,9 +167,8 @@ class Supervisor:
         if not self.control.is_up():
             self.state = "waiting for the SuperLink"
             return
-        spent, ended = rounds_spent_by(self.home)
         if self._run is None:
-            if ended:
+            if rounds_spent(self.home.output)[1]:
                 self.state = ENDED
                 return
             if self.home.is_draining():
@@ -182,7 +181,7 @@ class Supervisor:
             return
         status, how = self.control.status(self._run)
         if status != "finished":
-            self.state = "draining" if self.home.is_draining() else f"running, {spent} rounds spent"
+            self.state = "draining" if self.home.is_draining() else "running"
             return
         LOG.warning("the run ended: %s", how)
         self._pause = FIRST_PAUSE if how == "completed" else min(LONGEST_PAUSE, 2 * self._pause)
@@ -191,18 +190,6 @@ class Supervisor:
 
 DRAINED = "drained"
 ENDED = "the run is over; releases are served"
-
-
-def rounds_spent_by(home: OperatorHome) -> tuple[int, bool]:
-    """How many rounds of a server's run are spent, and whether it is over.
-
-    While the run goes on its ledger is in use; then the newest release tells.
-    """
-    try:
-        return rounds_spent(home.output)
-    except HomefireError:
-        names = sorted(path.stem for path in (home.output / "releases").glob("[0-9]*.safetensors"))
-        return (int(names[-1]) if names else 0), False
 
 
 async def _wait(stop: asyncio.Event, seconds: float) -> None:

@@ -1,0 +1,161 @@
+"""Enrolling this device with a server: a ticket is redeemed, and kept in the vault is what it says.
+
+Afterwards `join` needs no address, and the server's key stands in the policy: nothing is
+contributed before, and nothing to anybody else.
+"""
+
+import http.client
+import json
+import re
+import ssl
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from homefire.client.vault import Vault
+from homefire.client.vault_home import POLICY
+from homefire.common.errors import ConfigError, EnrolmentError
+from homefire.common.files import write_atomically
+from homefire.common.signatures import public_key, sign
+from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
+
+SETTING = "enrolment"
+TIMEOUT_SECONDS = 30.0
+LARGEST_ANSWER = 1 << 16
+_NO_KEYS = re.compile(r"^server_keys *= *\[\s*\]", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """What a vault knows of the server that its device is enrolled with.
+
+    Attributes:
+        superlink: host:port.
+        registry: host:port; None where there is none.
+        authority: The certificate that signs the server's, PEM.
+        server_key: 64 hex digits.
+        node_key: The private key of this device's node, OpenSSH.
+    """
+
+    superlink: str
+    registry: str | None
+    authority: str
+    server_key: str
+    node_key: str
+
+
+def enroll(vault: Vault, text: str) -> Enrolled:
+    """Redeem a ticket.
+
+    Args:
+        vault: Of the person.
+        text: The ticket.
+
+    Guarantees:
+        Its server alone: the ticket's secret goes to nobody but the server that the ticket's
+            authority vouches for.
+        Again is the same: a ticket whose answer was lost on the way can be redeemed again.
+
+    Raises:
+        ConfigError: No ticket, or the policy file has keys already and is left alone.
+        EnrolmentError: The server refuses it, cannot be reached, or is another one.
+    """
+    ticket = Ticket.read(text)
+    pending = vault.setting(SETTING) or {}
+    if pending.get("server_key") != ticket.server_key or "ticket" not in pending:
+        pending = _fresh(ticket)
+        vault.set(SETTING, pending)  # before it is sent: its answer may be lost
+    key = serialization.load_ssh_private_key(pending["node_key"].encode(), None)
+    node = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    signed = signed_parts(ticket.secret, node.decode())
+    answer = _ask(
+        ticket,
+        {
+            "secret": ticket.secret,
+            "identity": public_key(vault.identity),
+            "node_key": node.decode(),
+            "signature": sign(vault.identity, ENROLMENT, *signed).hex(),
+        },
+    )
+    if answer.get("server_key") != ticket.server_key:
+        raise EnrolmentError(
+            "the server signs with another key than the ticket says", hint="Ask the operator."
+        )
+    _trust(vault, ticket.server_key)
+    vault.set(SETTING, {name: value for name, value in pending.items() if name != "ticket"})
+    return enrolled_with(vault)  # type: ignore[return-value]
+
+
+def enrolled_with(vault: Vault) -> Enrolled | None:
+    """The server that this device is enrolled with; None before."""
+    found = vault.setting(SETTING)
+    return Enrolled(**found) if found and "ticket" not in found else None
+
+
+def _fresh(ticket: Ticket) -> dict[str, Any]:
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    return {
+        "superlink": ticket.superlink,
+        "registry": ticket.registry,
+        "authority": ticket.authority,
+        "server_key": ticket.server_key,
+        "node_key": private.decode(),
+        "ticket": ticket.digest,
+    }
+
+
+def _ask(ticket: Ticket, wanted: dict[str, str]) -> dict[str, Any]:
+    host, _, port = ticket.superlink.rpartition(":")
+    context = ssl.create_default_context(cadata=ticket.authority)
+    connection = http.client.HTTPSConnection(
+        host.strip("[]"), int(port), timeout=TIMEOUT_SECONDS, context=context
+    )
+    try:
+        body = json.dumps(wanted)
+        connection.request("POST", ENROL_PATH, body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        found = json.loads(answer.read(LARGEST_ANSWER))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except ssl.SSLCertVerificationError as error:
+        raise EnrolmentError(
+            f"{ticket.superlink} is not the server that the ticket is for ({error.verify_message})",
+            hint="Check this machine's clock and network; ask the operator.",
+        ) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise EnrolmentError(
+            f"{ticket.superlink} cannot be reached ({error})",
+            hint="Check the network; the ticket can be redeemed later.",
+        ) from error
+    finally:
+        connection.close()
+    if answer.status != http.client.OK:
+        raise EnrolmentError(
+            f"the server refuses: {str(found.get('error'))[:200]}",
+            hint=str(found.get("hint", ""))[:200],
+        )
+    return found
+
+
+def _trust(vault: Vault, server_key: str) -> None:
+    """Put the server's key into the policy, which trusts nobody before."""
+    path = vault.folder / POLICY
+    text = path.read_text(encoding="utf-8") if path.exists() else "server_keys = []\n"
+    if server_key in text:
+        return
+    changed, count = _NO_KEYS.subn(f'server_keys = ["{server_key}"]', text, count=1)
+    if not count:
+        raise ConfigError(
+            f"{path} trusts another server already",
+            hint=f'Add "{server_key}" to server_keys yourself, and enrol again.',
+        )
+    write_atomically(path, changed.encode(), mode=0o600)
