@@ -1,6 +1,7 @@
 """What strangers may ask at the public listener, and how much of it."""
 
 import asyncio
+import itertools
 import json
 from base64 import b64encode
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from homefire.server.operator_home import LimitsConfig
 
 KEY = b64encode(b"an enrolled key")
 PULL = "/v1/fleet/pull-messages"
+NUMBERS = itertools.count()
 LIMITS = LimitsConfig(body_bytes=1 << 16, requests=1.0, burst=5, connections=3, seconds=0.2)
 
 
@@ -67,7 +69,7 @@ class Asking:
         pause: float = 0.0,
     ) -> None:
         default = {"host": "fed.example:9092", "flwr-public-key": KEY.decode()}
-        default["flwr-signature"] = signature or b64encode(str(id(self)).encode()).decode()
+        default["flwr-signature"] = signature or b64encode(str(next(NUMBERS)).encode()).decode()
         given = {**default, **(headers or {})}
         raw = [(name.encode(), value.encode("latin-1")) for name, value in given.items()]
         self.scope = {"type": "http", "path": path, "method": method, "headers": raw}
