@@ -86,16 +86,100 @@ def run(home: ServerFolder = HOME) -> None:
     logging.getLogger("homefire").setLevel(logging.INFO)
     supervisor = Supervisor(server)
     typer.echo(f"Devices: {server.config.fleet}, as {', '.join(server.config.names)}")
+    typer.echo(f"Page: http://127.0.0.1:{server.config.operator}/ (metrics: /metrics)")
     asyncio.run(_keep(supervisor))
     typer.echo("Stopped.")
 
 
 async def _keep(supervisor: Any) -> None:
+    import uvicorn
+
+    from homefire.server.operator_page import make_app
+
+    class _Page(uvicorn.Server):
+        """Leaves the signals to us."""
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    config = uvicorn.Config(
+        make_app(supervisor.status),
+        host="127.0.0.1",
+        port=supervisor.home.config.operator,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    page = _Page(config)
+    serving = asyncio.create_task(page.serve())
     await supervisor.keep(stop)
+    page.should_exit = True
+    await serving
+
+
+@server_app.command()
+def status(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
+    """How the server is: rounds, devices, what was refused, what was spent."""
+    _need()
+    found = _status(_home(home))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    table = Table(box=None, show_header=False)
+    for name, value in _lines(found).items():
+        table.add_row(name, escape(value))
+    Console().print(table)
+
+
+def _status(home: Any) -> dict[str, Any]:
+    """From the server that runs, or else from its files."""
+    import httpx
+
+    from homefire.server.status import look
+
+    try:
+        answer = httpx.get(f"http://127.0.0.1:{home.config.operator}/status.json", timeout=30)
+        found: dict[str, Any] = answer.raise_for_status().json()
+    except (httpx.HTTPError, ValueError):
+        return asdict(look(home))
+    return found
+
+
+def _lines(found: dict[str, Any]) -> dict[str, str]:
+    def counted(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {n}" for name, n in sorted(counts.items())) or "none"
+
+    def epsilon(value: float | None) -> str:
+        return "∞" if value is None else f"{value:.2f}"
+
+    lines = {
+        "state": found["state"],
+        "devices": f"{found['enrolled']} enrolled, {found['needed'] or '?'} needed, "
+        f"{'?' if found['online'] is None else found['online']} here, "
+        f"{found['tickets']} tickets open",
+        "rounds": f"{max(found['releases'], default=0)} of {found['planned_rounds'] or '?'}",
+    }
+    if (budget := found["budget"]) is not None:
+        lines["ε"] = (
+            f"{epsilon(budget['epsilon_now'])} so far, {epsilon(budget['epsilon_end'])} at the "
+            f"end (δ = {budget['delta']}, {budget['mechanism']}), {budget['rounds_left']} rounds left"
+        )
+    lines["dropped"] = counted(found["dropped"])
+    lines["refused by devices"] = counted(found["refused"])
+    lines["refused at the door"] = counted(found["door"].get("refused", {}))
+    lines["processes"] = ", ".join(
+        f"{name} {'runs' if each['runs'] else 'is down'} (started {each['starts']}×)"
+        for name, each in found["processes"].items()
+    )
+    if found["trouble"]:
+        lines["trouble"] = "; ".join(found["trouble"])
+    return lines
 
 
 @server_app.command()

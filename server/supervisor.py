@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from homefire.common.errors import HomefireError
 from homefire.server.control import Control
 from homefire.server.operator_home import EXECUTOR_SECRET, OperatorHome
 from homefire.server.run_state import rounds_spent
+from homefire.server.status import Status, look
 
 LOG = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -142,6 +143,18 @@ class Supervisor:
             Child("superlink", [*python, "homefire.server.superlink", *own], folder),
             Child("executor", [*python, "homefire.server.executor", *parent, *executor], folder),
         ]
+
+    def status(self) -> Status:
+        """How the server is."""
+        found = look(self.home, state=self.state)
+        processes = {
+            child.name: {"runs": child.runs, "starts": child.starts} for child in self.children
+        }
+        try:
+            online, door = self.control.nodes().get("online", 0), self.control.door()
+        except FederationError:
+            online, door = None, {}
+        return replace(found, processes=processes, online=online, door=door)
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Keep everything running until `stop` is set; then end it all."""

@@ -1,0 +1,179 @@
+"""How a server is, for its operator: exact numbers, which never leave the operator's machine.
+
+Nothing here is of one device: no key, address or number of a node, no time of a contribution.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from homefire.common.config import FederationConfig
+from homefire.common.errors import HomefireError
+from homefire.common.privacy.mechanism import NoPrivacy
+from homefire.common.privacy.statement import epsilon_known_cohort, epsilon_release
+from homefire.common.protocol import STATISTICS
+from homefire.server.operator_home import OperatorHome
+from homefire.server.planning import PrivacyPlan, plan_privacy
+
+SHOWN_ROUNDS = 500
+NUMBER_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the releases cost so far, and what they will have cost at the end.
+
+    Attributes:
+        mechanism: By name.
+        delta: The probability bound that goes with every epsilon.
+        epsilon_now: Against whoever has the releases so far; None without bound.
+        epsilon_end: Against whoever has all that are planned.
+        epsilon_known_cohort_now: Against one who knows as well who took part when.
+        epsilon_known_cohort_end: Likewise at the end.
+        rounds_left: How many are still to be released.
+    """
+
+    mechanism: str
+    delta: float | None
+    epsilon_now: float | None
+    epsilon_end: float | None
+    epsilon_known_cohort_now: float | None
+    epsilon_known_cohort_end: float | None
+    rounds_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A server at one moment.
+
+    Attributes:
+        state: What is going on, in words.
+        names: Of the server.
+        processes: Whether each runs, and how often it was started.
+        enrolled: Devices.
+        needed: Devices that the run starts with.
+        tickets: That can still be redeemed.
+        online: Devices that are here; None where the SuperLink does not answer.
+        rounds: The newest rounds, oldest first; see `RoundLog`.
+        planned_rounds: Of the run.
+        dropped: Contributions that are in no sum, by reason.
+        refused: Devices' refusals, by reason.
+        bytes_up: Of all contributions that are in a sum.
+        bytes_down: Of the releases in all plans.
+        budget: None where the settings cannot be read.
+        door: Requests at the public listener: `served`, and `refused` by reason.
+        releases: Rounds that have one.
+        trouble: What the operator should look at; nothing if all is well.
+    """
+
+    state: str
+    names: tuple[str, ...]
+    processes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    enrolled: int = 0
+    needed: int | None = None
+    tickets: int = 0
+    online: int | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    planned_rounds: int | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    budget: Budget | None = None
+    door: dict[str, Any] = field(default_factory=dict)
+    releases: list[int] = field(default_factory=list)
+    trouble: list[str] = field(default_factory=list)
+
+
+def look(home: OperatorHome, *, state: str = "stopped") -> Status:
+    """What the files of a server say.
+
+    Raises:
+        ConfigError: There is no server.
+        LedgerError: Its file of enrolments is damaged.
+    """
+    config, enrolment, trouble = home.config, home.enrolment, list[str]()
+    rounds = read_rounds(home.output / "rounds.jsonl")
+    releases = sorted(int(path.stem) for path in (home.output / "releases").glob("[0-9]*"))
+    federation, budget, size = None, None, 0
+    try:
+        federation = home.federation()
+        budget = budget_of(federation, released=max(releases, default=0))
+        size = _vector_size(home)
+    except HomefireError as error:
+        trouble.append(str(error))
+    dropped, refused = Counter[str](), Counter[str]()
+    for each in rounds:
+        dropped.update(each["dropped"])
+        refused.update(each["refused"])
+    return Status(
+        state=state,
+        names=config.names,
+        enrolled=len(enrolment.devices()),
+        needed=None if federation is None else federation.users,
+        tickets=enrolment.open_tickets(),
+        rounds=rounds[-SHOWN_ROUNDS:],
+        planned_rounds=None if federation is None else federation.federation.rounds,
+        dropped=dict(dropped),
+        refused=dict(refused),
+        bytes_up=NUMBER_BYTES * (size + STATISTICS) * sum(each["accepted"] for each in rounds),
+        bytes_down=NUMBER_BYTES * size * sum(each["cohort"] for each in rounds),
+        budget=budget,
+        releases=releases,
+        trouble=trouble,
+    )
+
+
+def read_rounds(path: Path) -> list[dict[str, Any]]:
+    """The operator's log; a line that a kill has cut is none."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+
+
+def budget_of(config: FederationConfig, *, released: int) -> Budget:
+    """What a run's releases cost after so many rounds.
+
+    Raises:
+        PrivacyError: The settings cannot be stated.
+    """
+    plan = _plan(config)
+    mechanism, rounds, delta = plan.mechanism, config.federation.rounds, config.privacy.delta
+    named = plan.statement.mechanism
+    if isinstance(mechanism, NoPrivacy) or delta is None:
+        return Budget(named, delta, None, None, None, None, rounds - released)
+    now = known = 0.0
+    if released:
+        now = epsilon_release(mechanism, rounds=released, delta=delta)
+        known = epsilon_known_cohort(mechanism, rounds=released, delta=delta)
+    return Budget(
+        mechanism=named,
+        delta=delta,
+        epsilon_now=now,
+        epsilon_end=plan.statement.epsilon_release,
+        epsilon_known_cohort_now=known,
+        epsilon_known_cohort_end=plan.statement.epsilon_known_cohort,
+        rounds_left=rounds - released,
+    )
+
+
+@lru_cache(maxsize=4)
+def _planned(text: str) -> PrivacyPlan:
+    return plan_privacy(FederationConfig.model_validate_json(text))
+
+
+def _plan(config: FederationConfig) -> PrivacyPlan:
+    return _planned(config.model_dump_json())
+
+
+def _vector_size(home: OperatorHome) -> int:
+    """Parameters of the shared adapter; 0 before the first release."""
+    from homefire.server.releases import ReleaseStore
+
+    store = ReleaseStore(home.output / "releases")
+    numbers = store.rounds()
+    return len(store.read(numbers[0]).vector) if numbers else 0
