@@ -4,10 +4,16 @@ import asyncio
 import json
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from homefire.options import AsJson, need
 
@@ -168,7 +174,8 @@ def _lines(found: dict[str, Any]) -> dict[str, str]:
     if (budget := found["budget"]) is not None:
         lines["ε"] = (
             f"{epsilon(budget['epsilon_now'])} so far, {epsilon(budget['epsilon_end'])} at the "
-            f"end (δ = {budget['delta']}, {budget['mechanism']}), {budget['rounds_left']} rounds left"
+            f"end (δ = {budget['delta']}, {budget['mechanism']}); "
+            f"{budget['rounds_left']} rounds left"
         )
     lines["dropped"] = counted(found["dropped"])
     lines["refused by devices"] = counted(found["refused"])

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from homefire.common.errors import HomefireError
+from homefire.common.errors import FederationError, HomefireError
 from homefire.server.control import Control
 from homefire.server.operator_home import EXECUTOR_SECRET, OperatorHome
 from homefire.server.run_state import rounds_spent
