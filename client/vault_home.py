@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from homefire.client.home import PrivateAdapter, read_once
 from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault import Vault
+from homefire.client.vault_files import LEDGER_LOCK, POLICY, SETTINGS
 from homefire.client.vault_log import PARTICIPATION, VaultLog
 from homefire.common.config import DeviceConfig
 from homefire.common.errors import LedgerError
@@ -21,8 +22,6 @@ from homefire.common.files import write_atomically
 from homefire.common.plan import RoundPlan
 from homefire.common.policy import DevicePolicy
 from homefire.common.records import User
-
-SETTINGS, POLICY, LEDGER_LOCK = "device.toml", "policy.toml", "ledger.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ class VaultHome:
 
     def keep_release(self, plan: RoundPlan) -> None:
         """Keep the shared adapter that a plan brought, in place of the one before."""
-        header, adapters = plan.header, self.vault.adapters
+        header = plan.header
         about = {
             "run": header.run,
             "round": header.round,
@@ -103,10 +102,7 @@ class VaultHome:
             "release_digest": header.release_digest,
             "server_key": header.server_key,
         }
-        before = [each.version for each in adapters.versions(SHARED)]
-        adapters.keep(SHARED, plan.release, about, ())
-        with self.vault.database.transaction():
-            adapters.drop(before)
+        self.vault.adapters.keep(SHARED, plan.release, about, (), alone=True)
 
     def save_private(self, user_id: str, adapter: PrivateAdapter) -> None:
         """Store a private adapter as the one in use."""

@@ -248,7 +248,7 @@ def test_a_vault_opens_with_its_keystore_and_not_without(
         check(vault)
     assert not folder.with_name("vault.keys").exists()
     before, held = snapshot(folder), dict(system_keyring.held)
-    root = (SERVICE, f"{vault.header.vault}/root")
+    root = (SERVICE, f"{vault.header.vault}/root-1")
 
     del system_keyring.held[root]
     with pytest.raises(WrongKeyError, match="no secret for this vault"):

@@ -139,7 +139,7 @@ def test_keys_that_are_missing(ann: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "kind"),
     [
-        ("generation", 2, DamagedVaultError),
+        ("generation", 2, WrongKeyError),
         ("store", "system", WrongKeyError),
         ("protection", "keystore", WrongKeyError),
         ("vault", "f" * 32, WrongKeyError),
