@@ -35,7 +35,13 @@ from homefire.client.vault_files import (
 )
 from homefire.client.vault_log import ANCHOR
 from homefire.common.encoding import canonical_json
-from homefire.common.errors import ConfigError, ForeignVaultError, PrivacyError, VaultError
+from homefire.common.errors import (
+    ConfigError,
+    ForeignVaultError,
+    HomefireError,
+    PrivacyError,
+    VaultError,
+)
 from homefire.common.files import sync_folder, wipe, write_atomically
 from homefire.common.keystore import Keystore
 from homefire.common.secret_store import SecretStore
@@ -164,7 +170,7 @@ def _begin(folder: Path, vault: Vault | None, store: SecretStore | None) -> _Beg
     own, heirs = _stores(folder, header, store)
     kept, why = _kept(header, own, heirs)
     receipt = Receipt(
-        header and header.vault,
+        None if header is None else header.vault,
         datetime.now(UTC).isoformat(timespec="seconds"),
         None,
         None,
@@ -197,14 +203,16 @@ def _finish(folder: Path, begun: _Begun, store: SecretStore | None) -> None:
     header = begun.header
     _destroy_files(folder)
     own, heirs = _stores(folder, header, store)
-    damaged = (ConfigError, PrivacyError) if isinstance(own, Keystore) else PrivacyError
+    damaged: tuple[type[HomefireError], ...] = (PrivacyError,)
+    if isinstance(own, Keystore):
+        damaged += (ConfigError,)
     if header is not None:
-        with suppress(damaged):
+        with suppress(*damaged):
             bury(own, header.vault)
         if header.store == "system":
             newest = header.generation + 1  # of a change that was cut short
             destroy_roots(own, range(max(1, newest - MOST_LEFT), newest + 1))
-    with suppress(damaged):
+    with suppress(*damaged):
         bequeath(own, heirs)
         own.destroy(SPENT)
     own.destroy(ANCHOR)

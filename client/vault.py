@@ -10,7 +10,7 @@
     join.log, flower/   of taking part in federations
 
 Outside of the folder, in the system's keystore or in `<folder>.keys`, lie the anchor of the log and
-what privacy was spent: a vault that is put back from a backup is noticed by them. What vaults of the
+what privacy was spent: a vault that is put back from a backup is noticed by them. What those of the
 account that were erased had spent lies in the system's keystore, or in `$XDG_STATE_HOME/homefire`.
 """
 

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from homefire.client.home import PrivateAdapter, read_once
 from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault import Vault
-from homefire.client.vault_files import LEDGER_LOCK, POLICY, SETTINGS
+from homefire.client.vault_files import LEDGER_LOCK, SETTINGS
+from homefire.client.vault_files import POLICY as POLICY
 from homefire.client.vault_log import PARTICIPATION, VaultLog
 from homefire.common.config import DeviceConfig
 from homefire.common.errors import LedgerError

@@ -326,6 +326,7 @@ def erase(
     """
     from homefire.client import erasure
     from homefire.client.vault import open_vault
+    from homefire.client.vault_files import RECEIPT
 
     place = home.expanduser()
     if not yes and not typer.confirm(f"Destroy everything in {place}? There is no way back."):
@@ -340,7 +341,7 @@ def erase(
         raise
     except HomefireError:
         receipt = erasure.erase(place)
-    _show(as_json, receipt, f"{receipt.statement}\nReceipt: {place / erasure.RECEIPT}")
+    _show(as_json, receipt, f"{receipt.statement}\nReceipt: {place / RECEIPT}")
 
 
 @device_app.command()

@@ -209,6 +209,36 @@ def test_a_vault_in_use_is_not_erased(home: Path, monkeypatch: pytest.MonkeyPatc
     assert as_json("status")["records"] == 4
 
 
+@pytest.mark.parametrize("page", [0, 1, 3])
+def test_doctor_says_what_opening_refuses(home: Path, page: int) -> None:
+    content = bytearray((home / "vault.db").read_bytes())
+    content[4096 * page + 1000] ^= 1
+    (home / "vault.db").write_bytes(content)
+    refused = device("status").exception
+    assert isinstance(refused, DamagedVaultError) and "doctor" in refused.hint
+    for options in ((), ("--accept-backup",), ("--rotate",)):
+        done = device("doctor", "--json", *options)
+        assert done.exit_code == 4
+        (problem,) = json.loads(done.stdout)["problems"]
+        assert f"page {page + 1}" in problem or page == 0
+    assert (home / "vault.db").read_bytes() == content
+
+
+def test_doctor_needs_the_passphrase_and_refuses_what_is_old(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = (home / "vault.db").read_bytes()
+    with open_vault(home, passphrase=PASSPHRASE) as vault:
+        vault.log.append("note")
+    (home / "vault.db").write_bytes(copy)
+    assert isinstance(device("doctor").exception, OldVaultError)
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", "wrong passphrase")
+    assert isinstance(device("doctor").exception, WrongKeyError)
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", PASSPHRASE)
+    assert run("doctor", "--accept-backup") == "The vault is whole.\n"
+    assert as_json("status")["records"] == 4
+
+
 def test_without_a_passphrase_there_is_no_vault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,12 +25,12 @@ from tiny_vaults import (
 )
 
 from homefire.client import vault_files
-from homefire.client.erasure import LABEL, RECEIPT, Receipt, erase
+from homefire.client.erasure import LABEL, Receipt, erase
 from homefire.client.keys import Protection
 from homefire.client.os_keystore import SERVICE
 from homefire.client.vault import Vault, create, open_vault
 from homefire.client.vault_estate import inherited
-from homefire.client.vault_files import account_keystore
+from homefire.client.vault_files import RECEIPT, account_keystore
 from homefire.common.errors import (
     BusyVaultError,
     ConfigError,

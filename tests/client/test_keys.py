@@ -170,6 +170,13 @@ def test_own_class_a_data_key_opens_as_nothing_else() -> None:
                 keys._unwrap(key, head, other, wrapped)
 
 
+def test_every_generation_has_a_key_of_its_own() -> None:
+    """Of the same passphrase and the same secret."""
+    unlock = Unlock(PASSPHRASE, ROOT)
+    made = {quick_header(generation=number).encryption_key(unlock) for number in range(1, 5)}
+    assert len(made) == 4
+
+
 def test_every_sealing_is_another(quick_passphrases: None) -> None:
     first = KeyFile.seal(quick_header(), WORDS, DATA_KEYS)
     again = KeyFile.seal(quick_header(), WORDS, DATA_KEYS)

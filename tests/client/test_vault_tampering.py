@@ -111,6 +111,22 @@ def change(path: Path, what: Callable[[bytearray], object]) -> None:
     path.write_bytes(content)
 
 
+def test_checked_first_what_is_refused_is_left_as_it_is(ann: Path) -> None:
+    """Also what a killed process left to be taken over; every refusal here is looked at so."""
+    kill_after(ann, PASSPHRASE, lambda vault: vault.records.add([Record("new")], "new"))
+    copy = Path(shutil.copytree(ann, ann.with_name("copy")))
+    change(ann / DATABASE, lambda content: content.__setitem__(3 * PAGE + 9, content[9] ^ 1))
+    refused(ann, DamagedVaultError)
+    refused(ann, WrongKeyError, OTHER)
+    shutil.copy(copy / DATABASE, ann / DATABASE)
+    anchor = ann.with_name("ann.keys") / "log"
+    good = anchor.read_bytes()
+    anchor.write_bytes(good[:-1])
+    refused(ann, LedgerError)
+    anchor.write_bytes(good)
+    opens_with(ann, PASSPHRASE)
+
+
 # The key file (its own tests have every field)
 
 
@@ -504,6 +520,33 @@ def test_an_old_copy_of_everything_is_not_noticed_as_documented(ann: Path) -> No
         shutil.copytree(place.with_name(f"old {place.name}"), place)
     with open_vault(ann, passphrase=PASSPHRASE) as vault:
         assert len(vault.log.participations) == 2
+
+
+@pytest.mark.parametrize("accept_backup", [False, True])
+def test_what_erased_vaults_spent_with_a_changed_bit(people: Path, accept_backup: bool) -> None:
+    with open_vault(people / "bob", passphrase=OTHER) as vault:
+        erase(people / "bob", vault=vault)
+    kept = Path(os.environ["XDG_STATE_HOME"]) / "homefire" / "erased"
+    good = kept.read_bytes()
+    assert b'"run":"bob"' in good
+    for place in range(0, len(good), 9):
+        change(kept, lambda content, place=place: content.__setitem__(place, content[place] ^ 4))  # type: ignore[misc]
+        refused(people / "ann", LedgerError, accept_backup=accept_backup)
+        kept.write_bytes(good)
+    opens_with(people / "ann", PASSPHRASE)
+
+
+def test_what_was_spent_with_a_changed_bit(ann: Path) -> None:
+    """It is looked at where an older vault is taken: the log is not enough then."""
+    put_back(ann, DEEDS["a participation"], "the database")
+    kept = ann.with_name("ann.keys") / "spent"
+    good = kept.read_bytes()
+    for place in range(0, len(good), 9):
+        change(kept, lambda content, place=place: content.__setitem__(place, content[place] ^ 4))  # type: ignore[misc]
+        refused(ann, LedgerError, accept_backup=True)
+    kept.write_bytes(good)
+    with open_vault(ann, passphrase=PASSPHRASE, accept_backup=True) as vault:
+        assert len(vault.log.participations) == 3
 
 
 # A change of keys that somebody makes up
