@@ -809,7 +809,8 @@ def test_pages_are_looked_at_once_unless_opening_may_have_changed_them(
     assert opened() == 1
 
     def write_and_die() -> None:
-        open_vault(folder, passphrase=PASSPHRASE).records.remember(Record("one more"))
+        vault = open_vault(folder, passphrase=PASSPHRASE)
+        vault.records.remember(Record("one more"))
         os._exit(0)
 
     assert run_in_child(write_and_die) == 0

@@ -115,7 +115,8 @@ def test_checked_first_what_is_refused_is_left_as_it_is(ann: Path) -> None:
     """Also what a killed process left to be taken over; every refusal here is looked at so."""
     kill_after(ann, PASSPHRASE, lambda vault: vault.records.add([Record("new")], "new"))
     copy = Path(shutil.copytree(ann, ann.with_name("copy")))
-    change(ann / DATABASE, lambda content: content.__setitem__(3 * PAGE + 9, content[9] ^ 1))
+    place = len((ann / DATABASE).read_bytes()) // PAGE // 2 * PAGE + 9
+    change(ann / DATABASE, lambda content: content.__setitem__(place, content[place] ^ 1))
     refused(ann, DamagedVaultError)
     refused(ann, WrongKeyError, OTHER)
     shutil.copy(copy / DATABASE, ann / DATABASE)
