@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_disks import run_in_child
-from tiny_vaults import PAGE, PASSPHRASE, snapshot
+from tiny_vaults import PAGE, PASSPHRASE, make_passphrases_quick, snapshot
 
 from homefire.client import keys
 from homefire.client.erasure import erase
@@ -42,9 +42,8 @@ KEYS, NEXT_KEYS, DATABASE, WAL = "keys.json", "keys.next.json", "vault.db", "vau
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three people's vaults, closed."""
     folder = tmp_path_factory.mktemp("people")
-    slow = keys._new_argon2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keys, "_new_argon2", lambda protection: quick(slow(protection)))
+        make_passphrases_quick(patch)
         for name, passphrase in PEOPLE.items():
             with create(folder / name, passphrase=passphrase) as vault:
                 vault.records.add([Record(f"{name} {n} " * 40) for n in range(60)], "test")
@@ -53,10 +52,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     vault.adapters.keep("private", VECTOR + number, {"of": name}, [1])
                     vault.log.append("participation", run=name, round=number)
     return folder
-
-
-def quick(made: keys.Argon2 | None) -> keys.Argon2 | None:
-    return made and made.model_copy(update={"iterations": 1, "lanes": 1, "memory_kib": 8192})
 
 
 @pytest.fixture
