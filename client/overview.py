@@ -53,10 +53,12 @@ def overview(vault: Vault) -> Status:
     Raises:
         ConfigError: `device.toml` or `policy.toml` cannot be read.
     """
+    oldest, newest = (
+        vault.records.dates()
+    )  # the vault first: of one that was erased nothing is left
     home, policy = VaultHome(vault), VaultHome(vault).policy
     with open_participations(home, "") as ledger:
         charges = [each.charge for each in ledger.history]
-    oldest, newest = vault.records.dates()
     files = [path for path in vault.folder.iterdir() if path.is_file()]
     return Status(
         folder=vault.folder,
