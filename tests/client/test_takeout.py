@@ -9,7 +9,6 @@ import pytest
 from tiny_disks import run_in_child
 from tiny_vaults import CANARY, PASSPHRASE, RECORDS, make_vault
 
-from homefire.client import takeout
 from homefire.client.profile import describe
 from homefire.client.takeout import write_takeout
 from homefire.client.vault import open_vault
@@ -29,7 +28,7 @@ def test_what_a_killed_export_left_is_deleted_by_the_next(
     out = tmp_path / "out"
 
     def export_and_die() -> None:
-        monkeypatch.setattr(takeout.zipfile.ZipFile, "close", lambda _: os._exit(0))
+        monkeypatch.setattr(zipfile.ZipFile, "close", lambda _: os._exit(0))
         export(tmp_path / "vault", out / "first.zip")
 
     assert run_in_child(export_and_die) == 0

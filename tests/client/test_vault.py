@@ -797,7 +797,12 @@ def test_pages_are_looked_at_once_unless_opening_may_have_changed_them(
     make_vault(folder).close()
     looks = []
     real = Database._damaged_pages
-    monkeypatch.setattr(Database, "_damaged_pages", lambda self: looks.append(1) or real(self))
+
+    def look(self: Database) -> list[str]:
+        looks.append(self)
+        return real(self)
+
+    monkeypatch.setattr(Database, "_damaged_pages", look)
 
     def opened() -> int:
         looks.clear()
