@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Collection
@@ -103,6 +104,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--runtime", required=True, help="the SuperNode's own address")
     parser.add_argument("--parent", required=True, type=int, help="ends with this process")
     given = parser.parse_args(arguments)
+    # A crash must not write keys and texts to the disk.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     opening: dict[str, Any] = json.loads(sys.stdin.readline())
     os.environ["HOMEFIRE_HOME"] = opening["home"]
     if opening["passphrase"] is not None:
