@@ -21,7 +21,7 @@ from homefire.client.vault import Vault
 from homefire.client.vault_home import POLICY, VaultHome
 from homefire.common.adapter import AdapterSpec
 from homefire.common.errors import ConfigError
-from homefire.common.policy import Participation, lifetime_epsilon
+from homefire.common.policy import DevicePolicy, Participation, lifetime_epsilon
 from homefire.common.protocol import STATISTICS
 
 POLL_SECONDS = 1.0
@@ -37,7 +37,7 @@ class Preview:
         parameters: Numbers in one contribution; the adapter of the newest release known here.
         bytes_up: Of one contribution, besides its envelope of a few hundred bytes.
         bytes_down: Of the release that a plan brings.
-        largest_epsilon: What one participation may cost at most by the policy.
+        largest_epsilon: What one participation may cost at most by the policy; None without bound.
         spent_epsilon: What was spent before; None without bound.
         lifetime_epsilon: What may be spent in all.
         delta: Of the three.
@@ -66,18 +66,72 @@ def preview(vault: Vault, spec: AdapterSpec) -> Preview:
     """
     home, policy = VaultHome(vault), VaultHome(vault).policy
     charges = [each.charge for each in home.history]
-    least = policy.smallest_noise_multiplier
-    charge = 1 / least**2 if least > 0 else None
     return Preview(
         parameters=spec.contribution_size,
-        bytes_up=NUMBER_BYTES * (spec.contribution_size + STATISTICS),
+        bytes_up=_bytes_up(spec),
         bytes_down=NUMBER_BYTES * spec.size,
-        largest_epsilon=lifetime_epsilon([charge], delta=policy.delta),
+        largest_epsilon=_largest_epsilon(policy),
         spent_epsilon=lifetime_epsilon(charges, delta=policy.delta),
         lifetime_epsilon=policy.lifetime_epsilon,
         delta=policy.delta,
         servers=policy.server_keys,
     )
+
+
+def _bytes_up(spec: AdapterSpec) -> int:
+    return NUMBER_BYTES * (spec.contribution_size + STATISTICS)
+
+
+def _largest_epsilon(policy: DevicePolicy) -> float | None:
+    if "none" in policy.mechanisms:
+        return None
+    least = policy.smallest_noise_multiplier
+    noisiest = lifetime_epsilon([1 / least**2], delta=policy.delta) if least > 0 else None
+    allowed = policy.lifetime_epsilon
+    return allowed if noisiest is None else min(noisiest, allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class Contributed:
+    """What was sent for one round, or would have been, had it not been ended.
+
+    Attributes:
+        run: The run's id.
+        round: The round's number.
+        epsilon: What this participation alone costs; None without bound.
+        bytes_up: Of the contribution, besides its envelope; None where the adapter is not the one
+            of the newest release.
+    """
+
+    run: str
+    round: int
+    epsilon: float | None
+    bytes_up: int | None
+
+
+def contributed(
+    vault: Vault, spec: AdapterSpec, taken: Sequence[Participation]
+) -> list[Contributed]:
+    """What taking part has sent, round by round.
+
+    Args:
+        vault: Of the person.
+        spec: Of the shared adapter.
+        taken: Participations in its log.
+
+    Raises:
+        ConfigError: The policy cannot be read.
+    """
+    delta = VaultHome(vault).policy.delta
+    return [
+        Contributed(
+            each.run,
+            each.round,
+            lifetime_epsilon([each.charge], delta=delta),
+            _bytes_up(spec) if each.adapter_digest == spec.digest else None,
+        )
+        for each in taken
+    ]
 
 
 @dataclass(frozen=True, slots=True)
