@@ -6,10 +6,10 @@ soon as one says no, what the device works on is ended; `BetweenRounds` waits fo
 
 import math
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 
 PROC, POWER = Path("/proc"), Path("/sys/class/power_supply")
 BUSY_SHARE = 0.5
@@ -55,11 +55,11 @@ class Idle:
 
     _load: float = field(default_factory=lambda: os.getloadavg()[0])
     _others: float = field(default_factory=lambda: seconds_of_others())
-    _asked: float = field(default_factory=time.monotonic)
+    _asked: float = field(default_factory=lambda: monotonic())
 
     def __call__(self) -> bool:
         """Whether it holds."""
-        now, others = time.monotonic(), seconds_of_others()
+        now, others = monotonic(), seconds_of_others()
         passed = now - self._asked
         if passed > 0:
             kept = math.exp(-passed / AVERAGED_SECONDS)

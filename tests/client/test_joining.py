@@ -1,8 +1,11 @@
 """Taking part with a vault: the installed ClientApp, behind Flower's own SuperNode."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 import numpy as np
 import pytest
@@ -14,13 +17,17 @@ from tiny_vaults import CANARY, PASSPHRASE
 from homefire.client import Personalizer
 from homefire.client import conditions as conditions_module
 from homefire.client.app import app
-from homefire.client.conditions import is_idle, on_mains_power
+from homefire.client.conditions import BetweenRounds, Idle, on_mains_power
 from homefire.client.executor import PinnedExecutor
-from homefire.client.joining import Link, Membership, is_this_machine
+from homefire.client.joining import Link, Membership, contributed, is_this_machine
+from homefire.client.joining_changes import Change, Trouble
 from homefire.client.personalize.recipe import SHARED
 from homefire.client.vault_home import VaultHome
 from homefire.common.errors import ConfigError
+from homefire.common.policy import Participation, lifetime_epsilon
 from homefire.common.protocol import STATISTICS
+
+NOWHERE = Link("127.0.0.1:9", insecure=True)
 
 pytestmark = pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
 
@@ -49,8 +56,31 @@ def test_a_preview_says_what_would_be_sent(me: Personalizer) -> None:
     assert shown.bytes_up == 4 * (spec.size + STATISTICS)
     assert shown.servers == ("a" * 64,)
     assert shown.spent_epsilon == 0.0
-    assert shown.largest_epsilon is not None
-    assert shown.largest_epsilon > 0
+    assert shown.largest_epsilon == shown.lifetime_epsilon == 10  # one alone may cost 11.0
+
+
+def test_a_preview_never_promises_more_than_the_limit_for_life_allows(me: Personalizer) -> None:
+    policy = me.vault.folder / "policy.toml"
+    policy.write_text("smallest_noise_multiplier = 2.0\n")
+    cheap = me.preview().largest_epsilon
+    assert cheap is not None
+    assert 0 < cheap < 3
+    policy.write_text("smallest_noise_multiplier = 0.0\n")
+    assert me.preview().largest_epsilon == 10
+    policy.write_text('mechanisms = ["none", "gaussian"]\n')
+    assert me.preview().largest_epsilon is None
+
+
+def test_afterwards_it_is_said_what_was_sent_round_by_round(me: Personalizer) -> None:
+    spec = me.assistant.model.specs[SHARED]
+    taken = [
+        Participation("a" * 32, 3, spec.digest, "rule", 0.25),
+        Participation("b" * 32, 1, "c" * 64, "rule", None),
+    ]
+    one, other = contributed(me.vault, spec, taken)
+    assert (one.run, one.round, one.bytes_up) == ("a" * 32, 3, me.preview().bytes_up)
+    assert one.epsilon == pytest.approx(lifetime_epsilon([0.25], delta=1e-6))
+    assert (other.epsilon, other.bytes_up) == (None, None)
 
 
 # Where to
@@ -71,6 +101,21 @@ def test_elsewhere_there_is_tls(host: str, tmp_path: Path) -> None:
     assert "--insecure" not in link.options
 
 
+def test_files_of_a_link_are_looked_at_first_and_found_from_any_folder(
+    me: Personalizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust(me, "a" * 64)
+    monkeypatch.chdir(tmp_path)
+    link = Link("example.org:9092", Path("ca.crt"))
+    assert link.options[-1] == str(tmp_path / "ca.crt")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Membership(me.vault, link).run(Event())
+    (tmp_path / "ca.crt").touch()
+    link.check_files()
+    with pytest.raises(ConfigError, match="no use without TLS"):
+        Link("127.0.0.1:9092", tmp_path / "ca.crt", insecure=True)
+
+
 @pytest.mark.parametrize("address", ["", "host", "host:", ":9092", "host:port"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="no address"):
@@ -84,7 +129,7 @@ def test_nothing_starts_while_a_condition_does_not_hold(
     me: Personalizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trust(me, "a" * 64)
-    started: list[bool] = []
+    changes: list[Change] = []
     monkeypatch.setattr("homefire.client.joining.POLL_SECONDS", 0.01)
     stop = Event()
     asked: list[int] = []
@@ -95,11 +140,68 @@ def test_nothing_starts_while_a_condition_does_not_hold(
             stop.set()
         return False
 
-    link = Link("127.0.0.1:1", insecure=True)
-    member = Membership(me.vault, link, PASSPHRASE, [never], started.append)
+    member = Membership(me.vault, NOWHERE, PASSPHRASE, [never], changes.append)
     assert member.run(stop) == ()
-    assert started == []
+    assert changes == [Change("waiting")]
     assert len(asked) > 5
+
+
+@dataclass
+class Working:
+    """Processes that are at a round until the test says otherwise."""
+
+    working: bool = True
+    ended: Trouble | None = None
+    told: list[Change] = field(default_factory=list)
+
+    def changes(self) -> list[Change]:
+        """None of its own."""
+        return self.told
+
+
+def test_a_round_is_not_thrown_away_for_a_condition_between_rounds(
+    me: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust(me, "a" * 64)
+    monkeypatch.setattr("homefire.client.joining.POLL_SECONDS", 0.01)
+    at_work, stop, log = Working(), Event(), list[str]()
+    monkeypatch.setattr("homefire.client.joining.running", lambda *_: nullcontext(at_work))
+
+    def idle() -> bool:
+        log.append("idle")
+        if len(log) > 12:
+            stop.set()
+        return len(log) == 1
+
+    def charging() -> bool:
+        log.append("charging")
+        if log.count("charging") == 10:
+            at_work.working = False
+        return True
+
+    changes: list[Change] = []
+    conditions = [BetweenRounds(idle), charging]
+    Membership(me.vault, NOWHERE, PASSPHRASE, conditions, changes.append).run(stop)
+    assert log == ["idle", *["charging"] * 10, "idle", "idle"]
+    assert [each.state for each in changes] == ["connecting", "ended", "waiting"]
+
+
+def test_other_conditions_end_a_round_at_once(
+    me: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust(me, "a" * 64)
+    monkeypatch.setattr("homefire.client.joining.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("homefire.client.joining.running", lambda *_: nullcontext(Working()))
+    stop, answers, changes = Event(), iter([True, True, False, False]), list[Change]()
+
+    def charging() -> bool:
+        now = next(answers, None)
+        if now is None:
+            stop.set()
+        return bool(now)
+
+    Membership(me.vault, NOWHERE, PASSPHRASE, [charging], changes.append).run(stop)
+    assert [each.state for each in changes] == ["connecting", "ended", "waiting"]
 
 
 def test_no_server_is_trusted_until_a_person_says_so(me: Personalizer) -> None:
@@ -118,10 +220,61 @@ def test_conditions_read_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not on_mains_power()
     (tmp_path / "AC" / "online").write_text("1\n")
     assert on_mains_power()
-    monkeypatch.setattr("os.getloadavg", lambda: (100.0, 0.0, 0.0))
-    assert not is_idle()
-    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
-    assert is_idle()
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A machine with two cores; sets what others, this process and its child have computed."""
+    clock = [0.0]
+    monkeypatch.setattr(conditions_module, "PROC", tmp_path)
+    monkeypatch.setattr(conditions_module, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    tick, own = os.sysconf("SC_CLK_TCK"), os.getpid()
+
+    def at(now: float, *, others: float, own_seconds: float = 0.0, child: float = 0.0) -> None:
+        clock[0] = now
+        busy = round((others + own_seconds + child) * tick)
+        stat = f"cpu  {busy - 3} 1 1 900 70 0 1 0 0 0\ncpu0 1 2 3\n"
+        (tmp_path / "stat").write_text(stat)
+        for number, parent, seconds in ((own, 1, own_seconds), (own + 1, own, child), (7, 1, 50)):
+            (tmp_path / str(number)).mkdir(exist_ok=True)
+            before, ticks = f"{number} (a) b) S {parent}", round(seconds * tick)
+            (tmp_path / str(number) / "stat").write_text(f"{before} {'0 ' * 9}{ticks} 0 0 0")
+
+    return at
+
+
+def test_the_devices_own_work_does_not_count(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.0, 0.0))
+    machine(0, others=1000)
+    idle = Idle()
+    assert idle()
+    for minute in range(1, 6):  # two cores train, here and in a child
+        machine(60 * minute, others=1000, own_seconds=60 * minute, child=60 * minute)
+        assert idle()
+    for second in range(1, 40):  # somebody else takes both
+        machine(300 + second, others=1000 + 2 * second, own_seconds=300, child=300)
+        idle()
+    assert idle()  # not for a moment's work …
+    machine(345, others=1090, own_seconds=300, child=300)
+    assert not idle()  # … but for half a minute's
+    machine(520, others=1090, own_seconds=300, child=300)
+    assert idle()
+
+
+def test_a_busy_machine_is_not_idle(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (2.0, 0.0, 0.0))
+    machine(0, others=1000)
+    idle = Idle()
+    assert not idle()
+    machine(30, others=1000)
+    assert not idle()
+    machine(60, others=1000)
+    assert idle()
 
 
 # Own code
@@ -164,23 +317,3 @@ def test_a_release_is_kept_for_replies_and_the_older_one_dropped(
     assert kept.worn
     np.testing.assert_array_equal(me.vault.adapters.vector(SHARED, kept.version), release)
     assert str(me.ask("record", recipe="shared", max_tokens=6)) != before
-
-
-def test_a_membership_stops_when_it_is_told(
-    me: Personalizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both processes, with nobody at the other end."""
-    trust(me, "a" * 64)
-    stop, changes = Event(), list[bool]()
-    link = Link("127.0.0.1:9", insecure=True)
-    member = Membership(me.vault, link, PASSPHRASE, (), changes.append)
-    thread = Thread(target=lambda: member.run(stop))
-    thread.start()
-    while not changes:
-        stop.wait(0.05)
-    stop.set()
-    thread.join(60)
-    assert changes == [True, False]
-    log = (me.vault.folder / "join.log").read_bytes()
-    assert CANARY.encode() not in log
-    assert PASSPHRASE.encode() not in log
