@@ -1,6 +1,9 @@
 """Taking part with a vault: the installed ClientApp, behind Flower's own SuperNode."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +15,7 @@ import pytest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
 from tiny_runs import make_federation, make_plan, some_vector
-from tiny_vaults import CANARY, PASSPHRASE
+from tiny_vaults import CANARY, PASSPHRASE, TWO_STEPS
 
 from homefire.client import Personalizer
 from homefire.client import conditions as conditions_module
@@ -317,3 +320,66 @@ def test_a_release_is_kept_for_replies_and_the_older_one_dropped(
     assert kept.worn
     np.testing.assert_array_equal(me.vault.adapters.vector(SHARED, kept.version), release)
     assert str(me.ask("record", recipe="shared", max_tokens=6)) != before
+
+
+# Nothing leaves
+
+EVERYTHING_BUT_JOIN = """
+import json, socket, sys
+from pathlib import Path
+
+tried = []
+
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.bind"):
+        address = arguments[1]
+        if not isinstance(address, tuple) or address[0] not in ("127.0.0.1", "::1"):
+            tried.append((event, str(address)))
+            raise OSError("no network here")
+    if event.startswith(("socket.getaddrinfo", "socket.gethostby")):
+        tried.append((event, str(arguments[0])))
+        raise OSError("no names here")
+
+sys.addaudithook(watch)
+from homefire.client import Personalizer
+
+folder, model = Path(sys.argv[1]), sys.argv[2]
+(folder / "notes.jsonl").write_text("".join(
+    json.dumps({"text": f"note {n} on trains and rivers"}) + "\\n" for n in range(12)))
+home = folder / "home"
+home.mkdir()
+(home / "device.toml").write_text(f'[base_model]\\nname = "{model}"\\n{sys.argv[3]}')
+with Personalizer.open(home, passphrase="correct horse battery") as me:
+    number = me.remember("The train to Porto takes three hours", prompt="How long?")
+    me.import_records(folder / "notes.jsonl")
+    me.set_fact("name", "Ann")
+    me.change(number, "The train to Porto takes four hours")
+    me.search("Porto"), me.profile(), me.status(), me.preview()
+    me.personalize()
+    str(me.ask("How long?", max_tokens=4)), str(me.ask("How long?", recipe="plain", max_tokens=4))
+    me.forget(query="rivers note 3")
+    me.export(folder / "takeout.zip")
+    me.protect(passphrase="another horse battery")
+    me.rotate()
+    me.erase()
+
+def refused(address):
+    try:
+        socket.create_connection(address, timeout=1)
+    except OSError:
+        return bool(tried)
+    return False
+
+print(json.dumps([tried[:], refused(("192.0.2.1", 80)), len(tried)]))
+"""
+
+
+@pytest.mark.slow
+def test_nothing_leaves_but_by_joining(tmp_path: Path, tiny_llama: Path) -> None:
+    """In a process that would notice, and refuse, whatever goes elsewhere than to itself."""
+    command = [sys.executable, "-c", EVERYTHING_BUT_JOIN, str(tmp_path), str(tiny_llama), TWO_STEPS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr[-2000:]
+    tried, noticed, count = json.loads(done.stdout.splitlines()[-1])
+    assert tried == []
+    assert noticed and count  # so this test can fail

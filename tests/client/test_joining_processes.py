@@ -343,12 +343,13 @@ PROJECT = """
 [project]
 name = "pushed"
 version = "1.0.0"
+description = "Code that a server pushes."
+license = "Apache-2.0"
 dependencies = []
 
 [tool.flwr.app]
 publisher = "nobody"
 fab-include = ["pushed/**"]
-fab-format-version = 1
 
 [tool.flwr.app.components]
 serverapp = "pushed.server:app"
