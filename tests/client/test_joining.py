@@ -15,20 +15,25 @@ import pytest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
 from tiny_runs import make_federation, make_plan, some_vector
-from tiny_vaults import CANARY, PASSPHRASE, TWO_STEPS
+from tiny_vaults import CANARY, PASSPHRASE, TWO_STEPS, elsewhere
+from typer.testing import CliRunner
 
-from homefire.client import Personalizer
+from homefire.client import Personalizer, device, keys
 from homefire.client import conditions as conditions_module
-from homefire.client.app import app
+from homefire.client.app import app, known_keys
 from homefire.client.conditions import BetweenRounds, Idle, on_mains_power
-from homefire.client.executor import PinnedExecutor
+from homefire.client.executor import PinnedExecutor, Preparation
 from homefire.client.joining import Link, Membership, contributed, is_this_machine
 from homefire.client.joining_changes import Change, Trouble
 from homefire.client.personalize.recipe import SHARED
+from homefire.client.vault import open_vault
 from homefire.client.vault_home import VaultHome
-from homefire.common.errors import ConfigError
+from homefire.client.vault_opening import KnownKeys
+from homefire.common.adapter import AdapterConfig
+from homefire.common.errors import ConfigError, WrongKeyError
 from homefire.common.policy import Participation, lifetime_epsilon
 from homefire.common.protocol import STATISTICS
+from homefire.device_commands import _tell_changes, device_app
 
 NOWHERE = Link("127.0.0.1:9", insecure=True)
 
@@ -302,6 +307,52 @@ def test_tasks_that_are_no_client_apps_are_refused() -> None:
         assert executor.launch(spec).status == LaunchResultStatus.FAILED
 
 
+def test_tasks_find_keys_and_model_made(me: Personalizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fork: Argon2id is not computed again, nor is a model loaded."""
+    folder = me.vault.folder
+    me.close()
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", PASSPHRASE)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    Preparation(folder).prepare()
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(keys.Argon2, "derive", fail)
+    monkeypatch.setattr(device, "load_base_model", fail)
+
+    def task() -> list[int]:
+        with open_vault(folder, passphrase=PASSPHRASE, known=known_keys(folder)) as vault:
+            model = device.adapted_model(VaultHome(vault).config, AdapterConfig())
+            return [len(vault.records), model.specs[SHARED].size]
+
+    assert elsewhere(task)[0] == 4
+    known_keys.cache_clear()
+
+
+def test_keys_that_have_changed_since_are_opened_by_the_passphrase(me: Personalizer) -> None:
+    folder = me.vault.folder
+    known = KnownKeys.of(folder, PASSPHRASE)
+    assert PASSPHRASE not in repr(known)
+    assert known.keys["database"].hex() not in repr(known)
+    me.rotate()
+    me.close()
+    with pytest.raises(WrongKeyError):
+        open_vault(folder, passphrase="not this one", known=known)
+    with open_vault(folder, passphrase=PASSPHRASE, known=known) as vault:
+        assert vault.keys["database"] != known.keys["database"]
+        assert len(vault.records) == 4
+
+
+def test_a_vault_without_its_passphrase_prepares_nothing(
+    me: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", "not this one")
+    known_keys.cache_clear()
+    assert known_keys(me.vault.folder) is None
+    known_keys.cache_clear()
+
+
 # The release that a plan brings
 
 
@@ -320,6 +371,29 @@ def test_a_release_is_kept_for_replies_and_the_older_one_dropped(
     assert kept.worn
     np.testing.assert_array_equal(me.vault.adapters.vector(SHARED, kept.version), release)
     assert str(me.ask("record", recipe="shared", max_tokens=6)) != before
+
+
+# The command
+
+
+def test_json_asks_nothing(me: Personalizer) -> None:
+    command = ["join", "127.0.0.1:9", "--insecure", "--json", "--home", str(me.vault.folder)]
+    done = CliRunner().invoke(device_app, command)
+    assert done.exit_code == 2
+    assert "--yes" in done.output
+
+
+def test_each_change_is_one_line_and_a_trouble_gives_its_hint_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tell = _tell_changes(False)
+    for seconds in (1.2, 5.0):
+        tell(Change("disconnected", Trouble.NO_ANSWER, seconds))
+    tell(Change("connected"))
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("Not connected: nobody answers there; trying again in 1 s. Check")
+    assert second == "Not connected: nobody answers there; trying again in 5 s."
+    assert third == "Connected: this device takes part."
 
 
 # Nothing leaves
