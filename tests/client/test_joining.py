@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from homefire.client import Personalizer, device, keys
 from homefire.client import conditions as conditions_module
 from homefire.client.app import app, known_keys
-from homefire.client.conditions import BetweenRounds, Idle, on_mains_power
+from homefire.client.conditions import BetweenRounds, Condition, Idle, on_mains_power
 from homefire.client.executor import PinnedExecutor, Preparation
 from homefire.client.joining import Link, Membership, contributed, is_this_machine
 from homefire.client.joining_changes import Change, Trouble
@@ -188,7 +188,7 @@ def test_a_round_is_not_thrown_away_for_a_condition_between_rounds(
         return True
 
     changes: list[Change] = []
-    conditions = [BetweenRounds(idle), charging]
+    conditions: list[Condition] = [BetweenRounds(idle), charging]
     Membership(me.vault, NOWHERE, PASSPHRASE, conditions, changes.append).run(stop)
     assert log == ["idle", *["charging"] * 10, "idle", "idle"]
     assert [each.state for each in changes] == ["connecting", "ended", "waiting"]
