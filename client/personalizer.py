@@ -15,10 +15,12 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from homefire.client.conditions import Condition
 from homefire.client.erasure import Receipt, erase
 from homefire.client.forgetting import change_record, forget_records
 from homefire.client.importers import Format, format_of, read_history
-from homefire.client.joining import Condition, Link, Membership, Preview, preview
+from homefire.client.joining import Link, Membership, Preview, preview
+from homefire.client.joining_changes import Change
 from homefire.client.keys import Protection
 from homefire.client.outcomes import Forgotten, Imported, Learned, Progress
 from homefire.client.overview import Status, overview
@@ -305,7 +307,7 @@ class Personalizer:
         *,
         conditions: Sequence[Condition] = (),
         stop: Event | None = None,
-        on_change: Callable[[bool], None] = lambda listening: None,
+        on_change: Callable[[Change], None] = lambda change: None,
     ) -> tuple[Participation, ...]:
         """Take part in a federation, until `stop` is set.
 
@@ -313,16 +315,17 @@ class Personalizer:
 
         Args:
             link: The SuperLink; host:port alone means TLS with the system's authorities.
-            conditions: All must hold while the device listens, such as those of
+            conditions: All must hold while the device takes part, such as those of
                 `homefire.client.conditions`.
             stop: Set by another thread, or by a signal's handler.
-            on_change: Called when the device begins to listen, and when it ends.
+            on_change: Called with whatever changes between the device and the federation.
 
         Returns:
             What was taken part in meanwhile.
 
         Raises:
-            ConfigError: The policy trusts no server, or there is no TLS to another machine.
+            ConfigError: The policy trusts no server, there is no TLS to another machine, or a file
+                of the link cannot be read.
         """
         where = Link(link) if isinstance(link, str) else link
         member = Membership(self.vault, where, self.passphrase, conditions, on_change)

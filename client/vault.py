@@ -58,6 +58,7 @@ from homefire.client.vault_files import (
 )
 from homefire.client.vault_log import VaultLog
 from homefire.client.vault_opening import (
+    KnownKeys,
     Opened,
     Opening,
     open_locked,
@@ -301,6 +302,7 @@ def open_vault(
     passphrase: str | None = None,
     store: SecretStore | None = None,
     accept_backup: bool = False,
+    known: KnownKeys | None = None,
 ) -> Vault:
     """Open a vault.
 
@@ -310,6 +312,8 @@ def open_vault(
         store: As it was made with; by default what its key file says.
         accept_backup: Take a vault that is older than it was. What was spent since is added to its
             log; what was forgotten since is there again.
+        known: Its keys, from an earlier opening; where they are others by now, the passphrase is
+            used.
 
     Raises:
         WrongKeyError: Another passphrase, or none; or the keystore's secret is gone.
@@ -332,7 +336,12 @@ def open_vault(
         lock = UseLock.open(folder)
         undo.callback(lock.close)
         opening = partial(
-            _opening, folder, passphrase=passphrase, store=store, accept_backup=accept_backup
+            _opening,
+            folder,
+            passphrase=passphrase,
+            store=store,
+            accept_backup=accept_backup,
+            known=known,
         )
         opened, owned = open_locked(folder, lock, opening)
         undo.callback(opened.database.close)
@@ -367,13 +376,18 @@ def examine(
 
 
 def _opening(
-    folder: Path, *, passphrase: str | None, store: SecretStore | None, accept_backup: bool
+    folder: Path,
+    *,
+    passphrase: str | None,
+    store: SecretStore | None,
+    accept_backup: bool,
+    known: KnownKeys | None,
 ) -> Opening:
     _check_not_erasing(folder)
     header = KeyFile.read(folder / KEYS).header
     owned = store or store_of(folder, header)
     vault_estate.check_alive(owned, header.vault)
-    return Opening(folder, owned, passphrase, MIGRATIONS, accept_backup=accept_backup)
+    return Opening(folder, owned, passphrase, MIGRATIONS, accept_backup=accept_backup, known=known)
 
 
 def _vault(

@@ -16,6 +16,7 @@ from homefire.client.vault_files import (
     UseLock,
     destroy_roots,
     put_in_place,
+    store_of,
     unlock_with,
 )
 from homefire.client.vault_log import VaultLog
@@ -43,6 +44,28 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownKeys:
+    """The keys in a key file, for who opens its vault more than once.
+
+    Argon2id takes a tenth of a second and more each time. They are held in memory alone.
+    """
+
+    file: KeyFile
+    keys: Mapping[str, bytes] = field(repr=False)
+
+    @classmethod
+    def of(cls, folder: Path, passphrase: str | None) -> "KnownKeys":
+        """Those of a vault.
+
+        Raises:
+            VaultError: As `homefire.client.vault.open_vault`.
+        """
+        file = KeyFile.read(folder / KEYS)
+        unlock = unlock_with(file.header, store_of(folder, file.header), passphrase)
+        return cls(file, file.open(unlock))
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
     """What a vault is opened with.
 
@@ -55,6 +78,7 @@ class Opening:
         passphrase: None where none was given.
         migrations: What brings an older schema up to date.
         accept_backup: Take what is older than the anchor.
+        known: Keys that are taken for those of the same key file, byte for byte.
     """
 
     folder: Path
@@ -62,6 +86,7 @@ class Opening:
     passphrase: str | None = field(repr=False)
     migrations: Sequence[str]
     accept_backup: bool = False
+    known: KnownKeys | None = field(repr=False, default=None)
 
     def make(self, file: KeyFile, keys: Mapping[str, bytes]) -> Opened:
         """Make the database of a new vault."""
@@ -181,6 +206,8 @@ class Opening:
             )
 
     def _keys(self, file: KeyFile) -> dict[str, bytes]:
+        if self.known is not None and self.known.file == file:
+            return dict(self.known.keys)
         return file.open(unlock_with(file.header, self.store, self.passphrase))
 
     def _both(

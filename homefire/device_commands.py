@@ -31,6 +31,7 @@ from homefire.options import AsJson
 
 if TYPE_CHECKING:
     from homefire.client.assistant import Reply
+    from homefire.client.joining_changes import Change
     from homefire.client.outcomes import Learned
     from homefire.client.personalizer import Personalizer
 
@@ -414,35 +415,74 @@ def join(
     when_idle: Annotated[bool, typer.Option(help="Only while there is little to do.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     home: HomeFolder = HOME,
+    as_json: AsJson = False,
 ) -> None:
     """Take part in a federation until you stop it (Ctrl-C).
 
     Shows beforehand what would be sent, and afterwards what was. The code that
-    trains is the one installed here, whatever the server sends.
+    trains is the one installed here, whatever the server sends. Where the
+    connection is lost, it is tried again. --json prints a line for the preview,
+    each change, each round and the whole; it asks nothing, so it needs --yes.
     """
-    from homefire.client.conditions import is_idle, on_mains_power
-    from homefire.client.joining import Link
+    from homefire.client.conditions import BetweenRounds, Condition, Idle, on_mains_power
+    from homefire.client.joining import Link, contributed
+    from homefire.client.personalize.recipe import SHARED
 
+    if as_json and not yes:
+        raise typer.BadParameter("it asks nothing, so give --yes too", param_hint="--json")
     link = Link(superlink, root_certificates, insecure, node_key)
-    conditions = [on_mains_power] * on_mains + [is_idle] * when_idle
+    conditions: list[Condition] = [on_mains_power] * on_mains
+    if when_idle:
+        conditions.append(BetweenRounds(Idle()))
     with _vault(home) as me:
         shown = me.preview()
-        typer.echo(
+        _show(
+            as_json,
+            {"preview": asdict(shown)},
             f"Each contribution: {shown.parameters} numbers, {shown.bytes_up / 1e3:.1f} kB up, "
             f"{shown.bytes_down / 1e3:.1f} kB down; at most ε = {_epsilon(shown.largest_epsilon)} "
             "each.\nε spent so far: "
             f"{_spent(shown.spent_epsilon, shown.lifetime_epsilon, shown.delta)}. "
-            "Your texts stay here."
+            "Your texts stay here.",
         )
         if not yes and not typer.confirm(f"Take part at {superlink}?"):
             raise typer.Exit(1)
         stop = Event()
         signal.signal(signal.SIGINT, lambda *_: stop.set())
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        done = me.join(link, conditions=conditions, stop=stop)
+        taken = me.join(link, conditions=conditions, stop=stop, on_change=_tell_changes(as_json))
+        for each in contributed(me.vault, me.assistant.model.specs[SHARED], taken):
+            sent = "another adapter's size" if each.bytes_up is None else f"{each.bytes_up} bytes"
+            _show(
+                as_json,
+                {"contributed": asdict(each)},
+                f"Run {each.run[:8]}, round {each.round}: ε = {_epsilon(each.epsilon)}, {sent}.",
+            )
         after = me.status()
         spent = _spent(after.epsilon, after.lifetime_epsilon, after.delta)
-        typer.echo(f"Took part in {len(done)} rounds; ε spent: {spent}.")
+        whole = {
+            "rounds": len(taken),
+            "epsilon": after.epsilon,
+            "lifetime_epsilon": after.lifetime_epsilon,
+            "delta": after.delta,
+        }
+        _show(as_json, whole, f"Took part in {len(taken)} rounds; ε spent: {spent}.")
+
+
+def _tell_changes(as_json: bool) -> Callable[["Change"], None]:
+    """One line for each; a hint where something new is wrong."""
+    known: set[str] = set()
+
+    def tell(change: "Change") -> None:
+        hint = change.trouble.hint if change.trouble else None
+        about = {"change": change.state, "trouble": change.trouble, "hint": hint}
+        said = str(change)
+        if hint and change.trouble and change.trouble not in known:
+            known.add(change.trouble)
+            said += f" {hint}"
+        _show(as_json, {**about, "seconds": change.seconds}, said)
+
+    return tell
 
 
 @device_app.command()

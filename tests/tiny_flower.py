@@ -64,8 +64,8 @@ class Flower:
     def start(self, name: str, *command: str, **environment: str) -> None:
         """Start a program that goes on, away from the checkout."""
         home = self.folder / name
-        home.mkdir()
-        with (self.folder / f"{name}.log").open("wb") as log:
+        home.mkdir(exist_ok=True)
+        with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [str(PROGRAMS / command[0]), *command[1:]],
                 cwd=home,
@@ -75,15 +75,15 @@ class Flower:
             )
         self.processes.append(process)
 
-    def superlink(self, *options: str, **environment: str) -> int:
-        """Start a SuperLink and wait until it answers; returns its port."""
-        port = free_port()
+    def superlink(self, *options: str, port: int = 0, **environment: str) -> int:
+        """Start a SuperLink and wait until it answers; returns its port: a free one, or that."""
+        port = port or free_port()
         command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
         install_nothing = "--disable-runtime-dependency-installation"
         self.start("superlink", *command, install_nothing, *options, **environment)
         self.wait(lambda: answers(f"http://127.0.0.1:{port}/health"), "the SuperLink")
         home = self.folder / "operator"
-        home.mkdir()
+        home.mkdir(exist_ok=True)
         address = f'[superlink.mine]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "mine"\n{address}')
         return port
