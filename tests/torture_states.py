@@ -89,7 +89,8 @@ def word(number: int, each: int) -> str:
 
 def text(number: int, each: int) -> str:
     """What one record says."""
-    return f"{CANARY} {word(number, each)} the quick brown fox jumps over the lazy dog"
+    longer = " and again" * ((7 * number + 31 * each) % 60)
+    return f"{CANARY} {word(number, each)} the quick brown fox jumps over the lazy dog{longer}"
 
 
 def texts(number: int) -> tuple[str, ...]:
