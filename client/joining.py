@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,13 @@ LOG_FILE = "join.log"
 POLL_SECONDS = 1.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 5.0, 300.0
 NUMBER_BYTES = 4
-SUPERNODE = "from flwr.supernode.cli import flower_supernode; raise SystemExit(flower_supernode())"
+SUPERNODE = """
+import sys
+from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.supernode.cli import flower_supernode
+start_parent_process_monitor(int(sys.argv.pop(1)))
+raise SystemExit(flower_supernode())
+"""
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -155,6 +162,7 @@ class Membership:
         Guarantees:
             Own code: what runs here is the ClientApp that is installed, whatever a server sends.
             Only while allowed: where a condition no longer holds, both processes are ended.
+            Not alone: where this process is killed, both end by themselves.
 
         Returns:
             What was taken part in meanwhile.
@@ -172,6 +180,7 @@ class Membership:
             if not self._allowed():
                 stop.wait(POLL_SECONDS)
                 continue
+            begun = time.monotonic()
             with self._listening() as processes:
                 self.on_change(True)
                 while not stop.is_set() and self._allowed():
@@ -182,6 +191,7 @@ class Membership:
             self.on_change(False)
             # A SuperLink takes a minute to see that a node went; until then Flower ends with 305.
             if ended:
+                pause = SHORTEST_PAUSE if time.monotonic() - begun > LONGEST_PAUSE else pause
                 stop.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
@@ -200,7 +210,7 @@ class Membership:
         environment.pop("HOMEFIRE_PASSPHRASE", None)
         own = f"home={json.dumps(str(folder), ensure_ascii=False)}"
         runtime = f"127.0.0.1:{port}"
-        node = [sys.executable, "-c", SUPERNODE, *self.link.options]
+        node = [sys.executable, "-c", SUPERNODE, str(os.getpid()), *self.link.options]
         node += ["--isolation", "process", "--host", "127.0.0.1", "--port", str(port)]
         node += ["--node-config", own]
         executor = [sys.executable, "-m", "homefire.client.executor"]

@@ -13,7 +13,6 @@ lies in any file: state folder, keystore, temporary files, caches, home folder, 
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -23,22 +22,17 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import keyring
 import torch
-from keyring.backend import KeyringBackend
-from keyring.backends import fail
-from keyring.errors import PasswordDeleteError
 from tiny_models import make_tiny_model
 from tiny_vaults import CANARY, decrypted, everything
-from torture_states import FEWEST, Act, Call, State, done, stages, text, texts, word, words
+from torture_states import BATCH, Act, Call, State, done, stages, word, words
+from torture_worker import Life, Worker, script_for
 from vault_torture import cheapen_passphrases, require
 
-from homefire.client import Personalizer, os_keystore
+from homefire.client import Personalizer
 from homefire.client.device import adapted_model
 from homefire.client.keys import Protection
 from homefire.client.personalize.draft import Draft
@@ -49,28 +43,8 @@ from homefire.client.vault_log import ANCHOR
 from homefire.common.adapter import AdapterConfig
 from homefire.common.config import DeviceConfig, load_config
 from homefire.common.encoding import digest
-from homefire.common.errors import HomefireError, WrongKeyError
-from homefire.common.files import write_atomically
+from homefire.common.errors import HomefireError
 
-SETTINGS = """
-[private.adapter]
-method = "lora"
-rank = 2
-alpha = 4
-targets = "all-linear"
-seed = 1
-
-[private]
-validate_every = 2
-
-[private.training]
-steps = 6
-batch_size = 2
-max_tokens = 48
-learning_rate = 0.02
-"""
-MOST = 60
-"""Records; where there are more, forgetting comes first."""
 TRAINING, SETTLING = ": training", "open, ending a change of keys"
 WEIGHTS = {
     "init": 1,
@@ -91,247 +65,6 @@ WEIGHTS = {
 EVER: tuple[str, ...] = (*WEIGHTS, SETTLING)
 GUESS = 0.2  # seconds that an act takes
 PATIENCE = 120.0  # seconds
-
-
-class FileKeyring(KeyringBackend):
-    """A keystore of the system, in one file that is whole at any moment."""
-
-    priority = 1.0
-    path: Path
-
-    def _held(self) -> dict[str, str]:
-        held: dict[str, str] = json.loads(self.path.read_bytes()) if self.path.exists() else {}
-        return held
-
-    def _keep(self, held: dict[str, str]) -> None:
-        write_atomically(self.path, json.dumps(held).encode(), mode=0o600)
-
-    def get_password(self, service: str, username: str) -> str | None:
-        """What is held."""
-        return self._held().get(f"{service} {username}")
-
-    def set_password(self, service: str, username: str, password: str) -> None:
-        """Hold it."""
-        self._keep({**self._held(), f"{service} {username}": password})
-
-    def delete_password(self, service: str, username: str) -> None:
-        """Hold it no more."""
-        held = self._held()
-        if held.pop(f"{service} {username}", None) is None:
-            raise PasswordDeleteError("absent")
-        self._keep(held)
-
-
-@dataclass
-class Life:
-    """One vault from its making on, and what is known about it.
-
-    Attributes:
-        folder: All of it lies below: the vault in `state`, what is imported in `sources`.
-        model: The base model's folder.
-        protection: What is to open the vault first.
-        states: What it may be in: more than one where a kill was not examined yet.
-        number: Of the next call.
-        log: The lines of the vault's log when it was last looked at.
-        vectors: Digests of all adapters that were ever there, by version.
-        sealed: How adapters and drafts begin on the disk, with the texts that they have seen.
-        under_way: What was being done at the last kill.
-    """
-
-    folder: Path
-    model: Path
-    protection: Protection
-    states: tuple[State, ...] = (State(),)
-    number: int = 1
-    log: list[bytes] = field(default_factory=list)
-    vectors: dict[int, str] = field(default_factory=dict)
-    sealed: dict[bytes, frozenset[str]] = field(default_factory=dict)
-    under_way: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("state/vault", "state/tmp", "state/home", "state/cwd", "sources"):
-            (self.folder / name).mkdir(parents=True)
-        (self.vault / "device.toml").write_text(f'[base_model]\nname = "{self.model}"\n{SETTINGS}')
-
-    @property
-    def vault(self) -> Path:
-        return self.folder / "state" / "vault"
-
-    @property
-    def notes(self) -> Path:
-        return self.folder / "notes"
-
-    def move_in(self) -> None:
-        """Let this process see this life's machine: its keystore and its folders."""
-        state = self.folder / "state"
-        backend: KeyringBackend = fail.Keyring()
-        if self.protection != "passphrase":
-            backend = FileKeyring()
-            backend.path = state / "keyring.json"
-        keyring.get_keyring = lambda: backend
-        os_keystore.SECURE = (FileKeyring.__module__,)  # type: ignore[misc]
-        for name in ("TMPDIR", "SQLITE_TMPDIR"):
-            os.environ[name] = str(state / "tmp")
-        os.environ["HOME"] = os.environ["HOMEFIRE_CACHE"] = str(state / "home")
-        os.environ["XDG_CACHE_HOME"] = str(state / "home")
-        tempfile.tempdir = None
-        os.chdir(state / "cwd")
-
-    def open(self) -> tuple[Personalizer, tuple[State, ...]]:
-        """Open the vault with what opens one of its states; says which these are."""
-        made = [state for state in self.states if state.exists]
-        for state in made:
-            try:
-                me = Personalizer.open(self.vault, passphrase=state.opener)
-            except WrongKeyError:
-                continue
-            # Where the keystore opens it alone, a passphrase is not looked at.
-            return me, tuple(each for each in made if each.opener in (None, state.opener))
-        raise AssertionError("nothing that may open it does")
-
-
-class Worker:
-    """What the child does, and what it says about it."""
-
-    def __init__(self, life: Life, rng: random.Random) -> None:
-        self.life, self.rng, self.number = life, rng, life.number
-        (self.state, *_) = life.states
-        self.me: Personalizer | None = None
-        self.notes = life.notes.open("w", encoding="ascii", buffering=1)
-
-    def work(self, script: list[Act], *, ends: bool) -> None:
-        """Carry out a script, and then anything, until killed."""
-        for act in script:
-            self.carry_out(act)
-        while not ends:
-            self.carry_out(self.rng.choice(sensible(self.state, is_open=self.me is not None)))
-
-    def carry_out(self, act: Act) -> None:
-        """One act; noted before and after."""
-        call = self._call(act)
-        self.number += 1
-        self._note(act=call.act, number=call.number, given=call.given)
-        result = self._do(call) or {}
-        self._note(done=result)
-        self.state = done(self.state, call, result)
-        self.life.states = (self.state,)
-
-    def _note(self, **line: Any) -> None:
-        print(json.dumps({**line, "at": time.monotonic()}), file=self.notes)
-
-    def _call(self, act: Act) -> Call:
-        given: dict[str, Any] = {}
-        if act == "init":
-            given["protection"] = self.life.protection
-        elif act == "change":
-            given["protection"] = self.life.protection
-            if self.life.protection != "passphrase":
-                given["protection"] = self.rng.choice(get_args(Protection))
-        elif act == "forget":
-            count = self.rng.randint(1, max(1, min(2 * FEWEST, len(self.state.texts) - FEWEST)))
-            # Old ones mostly: what is in no adapter yet is forgotten without any training.
-            given["doomed"] = list(self.state.texts[:count])
-            given["how"] = self.rng.choice(["ids", "query"]) if count == 1 else "ids"
-        return Call(act, self.number, given)
-
-    def _do(self, call: Call) -> dict[str, Any] | None:
-        if call.act in ("init", "open"):
-            self.me, found = self._enter(call)
-            self.state = self.state if self.state in found else found[0]
-            return None
-        me = self.me
-        assert me is not None
-        match call.act:
-            case "import":
-                me.import_records(self._source(call.number))
-            case "remember":
-                me.remember(text(call.number, 0), created_at="2025-02-01")
-            case "fact":
-                me.set_fact("name", f"{CANARY} {call.number}")
-            case "ask":
-                str(me.ask(f"{CANARY} fox?", max_tokens=4))
-            case "personalize":
-                learned = me.personalize(progress=self._progress)
-                return {"kept": learned.kept, "version": learned.version}
-            case "forget":
-                return self._forget(me, call)
-            case "change":
-                new = words(call.number)
-                me.vault.change_protection(passphrase=new, protection=call.given["protection"])
-            case "rotate":
-                me.vault.rotate(passphrase=self.state.opener)
-            case "close":
-                me.close()
-                self.me = None
-        return None
-
-    def _enter(self, call: Call) -> tuple[Personalizer, tuple[State, ...]]:
-        if call.act == "open":
-            return self.life.open()
-        phrase = None if self.life.protection == "keystore" else words(call.number)
-        me = Personalizer.open(
-            self.life.vault, passphrase=phrase, protection=self.life.protection
-        )
-        return me, (self.state,)
-
-    def _forget(self, me: Personalizer, call: Call) -> dict[str, Any]:
-        doomed = set(call.given["doomed"])
-        if call.given["how"] == "query":
-            (only,) = doomed
-            forgotten = me.forget(query=only.split()[1], progress=self._progress)
-        else:
-            ids = [each.id for each in me.vault.records.history() if each.record.text in doomed]
-            forgotten = me.forget(ids=ids, progress=self._progress)
-        learned = forgotten.learned
-        return {"records": forgotten.records, "kept": learned is not None and learned.kept}
-
-    def _progress(self, step: int, _: int) -> None:
-        self._note(step=step)
-
-    def _source(self, number: int) -> Path:
-        path = self.life.folder / "sources" / f"{CANARY}-{number}.jsonl"
-        lines = [
-            {"text": each, "prompt": f"{CANARY}?", "created_at": f"2025-01-{number % 28 + 1:02}"}
-            for each in texts(number)
-        ]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return path
-
-
-def sensible(state: State, *, is_open: bool) -> list[Act]:
-    """What can be done now, the number of records kept in bounds."""
-    if not state.exists:
-        return ["init"]
-    if not is_open:
-        return ["open"]
-    if len(state.texts) > MOST:
-        return ["forget"]
-    if len(state.texts) < 2 * FEWEST:
-        return ["import"]
-    return ["import", "remember", "fact", "ask", "personalize", "forget", "change", "rotate", "close"]
-
-
-def script_for(state: State, act: Act, rng: random.Random, *, training: bool) -> list[Act]:
-    """Acts that lead to one, with others before it."""
-    script: list[Act] = []
-    if act == "init":
-        return [act]
-    if not state.exists:
-        script += ["init"]
-    elif act == "open":
-        return [act]
-    else:
-        script += ["open"]
-    count = len(state.texts)
-    while count < 3 * FEWEST:
-        script.append("import")
-        count += len(texts(0))
-    if count > MOST:
-        script.append("forget")
-    script += rng.choices(["remember", "fact", "ask", "personalize", "import"], k=rng.randrange(2))  # type: ignore[arg-type]
-    if training and act == "forget" and state.worn is None:
-        script.append("personalize")
-    return [*script, act] if act != "open" else [*script, "close", act]
 
 
 class Torture:
@@ -365,7 +98,7 @@ class Torture:
         script: list[Act] = ["init", "import", "import", "personalize", "import", "personalize"]
         script += ["remember", "fact", "ask", "forget", "change", "rotate", "close", "open"]
         status = self._run(life, script, lambda: None)
-        require(status == 0, f"the worker failed by itself: {_said(life)}")
+        require(status == 0, f"the worker failed by itself: {life.said()}")
         self._read(life)
         self.examine(life)
 
@@ -382,6 +115,7 @@ class Torture:
         self._hit(life, script, kind, training=training)
         if (life.vault / NEXT_KEYS).exists() and self.rng.random() < 0.5:
             # Not looked at yet: the next process ends the change of keys, and is killed as well.
+            life.states = tuple(self.rng.sample(life.states, len(life.states)))
             self._hit(life, ["open"], SETTLING, training=False)
         self.examine(life)
         return life
@@ -392,9 +126,13 @@ class Torture:
     def _hit(self, life: Life, script: list[Act], kind: str, *, training: bool) -> None:
         target = life.number + len(script) - 1
         after = self.rng.uniform(0, self.spans.get(kind, GUESS))
-        wait = partial(_wait_for, life, target, training=training)
-        status = self._run(life, script, lambda: (wait(), time.sleep(after)))
-        require(status == -signal.SIGKILL, f"the worker failed by itself: {_said(life)}")
+
+        def wait() -> None:
+            _wait_for(life, target, training=training)
+            time.sleep(after)
+
+        status = self._run(life, script, wait)
+        require(status == -signal.SIGKILL, f"the worker failed by itself: {life.said()}")
         self._read(life, settling=kind == SETTLING)
         self.seen[life.under_way or "nothing"] += 1
 
@@ -406,15 +144,13 @@ class Torture:
         if child == 0:
             code = 1
             try:
-                said = os.open(life.folder / "state" / "said.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(said, 1)
-                os.dup2(said, 2)
                 life.move_in()
+                life.say_in_log()
                 Worker(life, random.Random(seed)).work(script, ends=ends)  # noqa: S311
                 code = 0
-            except BaseException:
-                traceback.print_exc()
             finally:
+                if code:
+                    traceback.print_exc()
                 sys.stderr.flush()
                 os._exit(code)  # whatever it was: never back into the parent's code
         try:
@@ -428,7 +164,7 @@ class Torture:
     def _read(self, life: Life, *, settling: bool = False) -> None:
         """What the child said: what the vault may be in, what was under way, how long acts took."""
         possible, call, begun, trained = life.states, None, 0.0, 0.0
-        for line in _noted(life):
+        for line in life.noted():
             if "act" in line:
                 call = Call(line["act"], line["number"], line["given"])
                 begun, trained, life.number = line["at"], 0.0, line["number"] + 1
@@ -460,8 +196,7 @@ class Torture:
         """Check everything; raises AssertionError with what does not hold."""
         life.move_in()
         nothing_in_the_clear(life, [])
-        self.rng.shuffle(states := list(life.states))
-        life.states = tuple(states)
+        states = life.states = tuple(self.rng.sample(life.states, len(life.states)))
         if not (life.vault / KEYS).exists():
             require(any(not state.exists for state in states), f"{life.under_way}: no vault")
             life.states = (State(),)
@@ -564,7 +299,7 @@ def _gone(life: Life) -> list[str]:
     """The words of all records that are not there."""
     (state,) = life.states
     there = {said.split()[1] for said in state.texts}
-    every = (word(number, each) for number in range(1, life.number) for each in range(5))
+    every = (word(number, each) for number in range(1, life.number) for each in range(BATCH))
     return [each for each in every if each not in there]
 
 
@@ -594,26 +329,15 @@ def _wait_for(life: Life, target: int, *, training: bool) -> None:
     """Until a call has begun, or its training has."""
     deadline, reached = time.monotonic() + PATIENCE, False
     while True:
-        for line in _noted(life):
+        for line in life.noted():
             number = line.get("number", 0)
             if number > target or (number == target and not training):
                 return
             reached = reached or number == target
             if reached and "step" in line:
                 return
-        require(time.monotonic() < deadline, f"the worker does not begin: {_said(life)}")
+        require(time.monotonic() < deadline, f"the worker does not begin: {life.said()}")
         time.sleep(0.0005)
-
-
-def _noted(life: Life) -> list[dict[str, Any]]:
-    if not life.notes.exists():
-        return []
-    return [json.loads(line) for line in life.notes.read_text(encoding="ascii").split("\n")[:-1]]
-
-
-def _said(life: Life) -> str:
-    path = life.folder / "state" / "said.log"
-    return path.read_text()[-2000:] if path.exists() else ""
 
 
 def kill_many(folder: Path, *, kills: int, seed: int) -> Iterator[Torture]:

@@ -24,19 +24,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Literal, get_args
 
+import keyring
 import psutil  # type: ignore[import-untyped]
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.x509.oid import NameOID
 from keyring.backends import fail
-from tiny_flower import ENVIRONMENT, SETTINGS, USERS, Flower, Tap, alive, descendants
+from tiny_flower import ENVIRONMENT, SETTINGS, USERS, Flower, Tap, alive, descendants, make_keys
 from tiny_models import make_tiny_model
 from tiny_vaults import CANARY, PASSPHRASE
 from vault_torture import cheapen_passphrases, require
@@ -95,10 +89,12 @@ class Member:
 
     @property
     def vault(self) -> Path:
+        """Its folder."""
         return self.folder / "state" / "vault"
 
     @property
     def state(self) -> Path:
+        """All that a device keeps or writes."""
         return self.folder / "state"
 
     def join(self) -> None:
@@ -206,7 +202,9 @@ class JoinTorture:
         target = min(get_args(Target), key=lambda each: (self._killed(each), self.rng.random()))
         # Half of the moments lie within a task, for most of the time nothing is to be done.
         during = target == "task" or self.rng.random() < 0.5
-        wait_until(lambda: member.find("task" if during else target) is not None, target, self._said)
+        wait_until(
+            lambda: member.find("task" if during else target) is not None, target, self._said
+        )
         time.sleep(self.rng.uniform(0, LONGEST_TASK if during else LONGEST_LIFE))
         doomed, task = member.find(target), member.find("task")
         if doomed is None:
@@ -266,46 +264,6 @@ class JoinTorture:
         joined += [member.vault / "join.log" for member in self.members]
         texts = [path.read_text()[-1500:] for path in joined if path.exists()]
         return "\n".join([*texts, self.flower.logs()[-3000:]])
-
-
-def make_keys(folder: Path) -> None:
-    """A node's key, and a certificate for the tap that its node trusts."""
-    folder.mkdir()
-    key, tls = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-    private = folder / "node"
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.OpenSSH,
-            serialization.NoEncryption(),
-        )
-    )
-    private.with_suffix(".pub").write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-        )
-    )
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tap")])
-    here = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, tls.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(here, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(tls, SHA256())
-        .public_bytes(serialization.Encoding.PEM)
-    )
-    (folder / "authority.pem").write_bytes(certificate)
-    (folder / "tls.pem").write_bytes(
-        tls.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        + certificate
-    )
 
 
 def make_member(folder: Path, tap: Tap, run: Run, model: str) -> Member:
@@ -380,8 +338,6 @@ def kill_many(folder: Path, *, kills: int, seed: int) -> Iterator[JoinTorture]:
     Raises:
         AssertionError: Something does not hold.
     """
-    import keyring
-
     keyring.get_keyring = fail.Keyring
     os.environ["HOMEFIRE_CACHE"] = str(folder / "cache")
     cheapen_passphrases()

@@ -16,11 +16,18 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 from threading import Thread
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.x509.oid import NameOID
 
 from homefire.server.releases import ReleaseStore
 
@@ -229,6 +236,46 @@ class Tap:
                 each.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(10)
+
+
+def make_keys(folder: Path) -> None:
+    """`node` and `node.pub` for a SuperNode; `tls.pem` for a tap, `authority.pem` to trust it."""
+    folder.mkdir()
+    key, tls = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    private = folder / "node"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+    )
+    private.with_suffix(".pub").write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+    )
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tap")])
+    here = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, tls.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(here, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(tls, SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+    (folder / "authority.pem").write_bytes(certificate)
+    (folder / "tls.pem").write_bytes(
+        tls.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        + certificate
+    )
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -1,13 +1,20 @@
 """Taking part with a vault: the installed ClientApp, behind Flower's own SuperNode."""
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import pytest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
+from tiny_flower import ENVIRONMENT, descendants, free_port
 from tiny_runs import make_federation, make_plan, some_vector
 from tiny_vaults import CANARY, PASSPHRASE
 
@@ -122,6 +129,79 @@ def test_conditions_read_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not is_idle()
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     assert is_idle()
+
+
+class Clock(Event):
+    """A person who waits until the device has paused eight times; time passes by itself."""
+
+    def __init__(self, listened: float) -> None:
+        super().__init__()
+        self.now, self.listened = 0.0, listened
+        self.pauses: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Note how long a pause is to be."""
+        self.pauses.append(timeout or 0.0)
+        if len(self.pauses) == 8:
+            self.set()
+        return self.is_set()
+
+    @contextmanager
+    def listening(self, member: Membership) -> Iterator[list[subprocess.Popen[bytes]]]:
+        """A device whose processes end after a while."""
+        self.now += self.listened
+        ended = subprocess.Popen(["true"])  # noqa: S607
+        ended.wait()
+        yield [ended]
+
+
+@pytest.mark.parametrize(
+    ("listened", "pauses"),
+    [(10.0, [5, 10, 20, 40, 80, 160, 300, 300]), (3600.0, [5] * 8)],
+)
+def test_pauses_grow_until_the_device_has_listened_for_a_while(
+    me: Personalizer, monkeypatch: pytest.MonkeyPatch, listened: float, pauses: list[float]
+) -> None:
+    trust(me, "a" * 64)
+    clock = Clock(listened)
+    monkeypatch.setattr(Membership, "_listening", lambda member: clock.listening(member))
+    monkeypatch.setattr("homefire.client.joining.time.monotonic", lambda: clock.now)
+    assert Membership(me.vault, Link("127.0.0.1:1", insecure=True)).run(clock) == ()
+    assert clock.pauses == pauses
+
+
+@pytest.mark.slow
+def test_both_processes_end_with_a_killed_one_that_joined(me: Personalizer, tmp_path: Path) -> None:
+    trust(me, "a" * 64)
+    home, log = me.vault.folder, tmp_path / "said.log"
+    command = [sys.executable, "-m", "homefire", "device", "join", f"127.0.0.1:{free_port()}"]
+    with log.open("wb") as said:
+        joined = subprocess.Popen(  # noqa: S603 - our own command
+            [*command, "--insecure", "--yes", "--home", str(home)],
+            env={**os.environ, **ENVIRONMENT, "HOMEFIRE_PASSPHRASE": PASSPHRASE},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+        )
+    below: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 100
+        while (
+            not (home / "join.log").exists()
+            or "Uvicorn running" not in (home / "join.log").read_text()
+        ):
+            assert joined.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        below = descendants(joined.pid)
+        assert len(below) == 2
+    finally:
+        joined.kill()
+        joined.wait()
+    gone, left = psutil.wait_procs(below, timeout=20)
+    for process in left:
+        process.kill()
+    assert len(gone) == 2
 
 
 # Own code
