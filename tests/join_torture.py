@@ -193,6 +193,8 @@ class JoinTorture:
         enrol(self.run, self.members)
         for member in self.members:
             member.join()
+        came = "[Fleet.ActivateNode] Activated"
+        wait_until(lambda: self.flower.logs().count(came) >= USERS, "both nodes", self._said)
         self.flower.begin(self.run.federation_file)
         wait_until(lambda: sum(accepted(self.run).values()) >= USERS, "a first round", self._said)
 
@@ -359,8 +361,9 @@ def main() -> None:
     started, seen = time.monotonic(), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="homefire-join-torture-") as folder:
         for torture in kill_many(Path(folder), kills=options.kills, seed=options.seed):
-            seen = torture.seen
-            print(f"{seen.total()} of {options.kills} kills", flush=True)
+            if torture.seen.total() > seen.total():
+                seen = torture.seen.copy()
+                print(f"{seen.total()} of {options.kills} kills", flush=True)
     for name, count in sorted(seen.items()):
         print(f"{name}: {count} kills")
     never = [each for each in get_args(Target) if not any(n.startswith(each) for n in seen)]
