@@ -125,6 +125,7 @@ class Life:
             os.environ[name] = str(state / "tmp")
         os.environ["HOME"] = os.environ["HOMEFIRE_CACHE"] = str(state / "home")
         os.environ["XDG_CACHE_HOME"] = str(state / "home")
+        os.environ.pop("HOMEFIRE_PASSPHRASE", None)
         tempfile.tempdir = None
         os.chdir(state / "cwd")
 
@@ -196,9 +197,12 @@ class Worker:
             if self.life.protection != "passphrase":
                 given["protection"] = self.rng.choice(get_args(Protection))
         elif act == "forget":
-            count = self.rng.randint(1, max(1, min(2 * FEWEST, len(self.state.texts) - FEWEST)))
-            # Old ones mostly: what is in no adapter yet is forgotten without any training.
-            given["doomed"] = list(self.state.texts[:count])
+            texts_there, most = self.state.texts, min(2 * FEWEST, len(self.state.texts) - FEWEST)
+            count = self.rng.choice([1, self.rng.randint(1, max(1, most))])
+            # The oldest are in an adapter, if there is one; others may be in none.
+            oldest = self.rng.random() < 0.5
+            doomed = texts_there[:count] if oldest else self.rng.sample(texts_there, count)
+            given["doomed"] = list(doomed)
             given["how"] = self.rng.choice(["ids", "query"]) if count == 1 else "ids"
         return Call(act, self.number, given)
 
