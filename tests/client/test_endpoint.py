@@ -12,7 +12,8 @@ from tiny_vaults import PASSPHRASE, served_on_a_port
 
 from homefire.client import Personalizer
 from homefire.client.completions import read_request
-from homefire.client.endpoint import HEADERS, MOST_BYTES, make_app, token_of
+from homefire.client.endpoint import make_app, token_of
+from homefire.client.guard import HEADERS, MOST_BYTES
 from homefire.client.personalize.recipe import RECIPES
 from homefire.common.errors import ConfigError, DataError
 
@@ -112,8 +113,13 @@ def test_drawn_replies_follow_the_seed(client: TestClient) -> None:
 def test_what_is_not_done_here_is_an_error(client: TestClient) -> None:
     refused: list[dict[str, Any]] = [
         {"n": 2},
-        {"tools": []},
+        {"tools": [{"type": "function", "function": {"name": "weather"}}]},
+        {"tool_choice": "required"},
         {"logprobs": True},
+        {"frequency_penalty": 0.5},
+        {"response_format": {"type": "json_object"}},
+        {"nonsense": 1},
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}, *QUESTION]},
         {"messages": []},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         {"messages": [{"role": "assistant", "content": "no question"}]},
@@ -124,13 +130,23 @@ def test_what_is_not_done_here_is_an_error(client: TestClient) -> None:
         asked = {"model": "homefire", "messages": QUESTION, **wrong}
         answer = client.post("/v1/chat/completions", json=asked)
         assert answer.status_code == 400, wrong
-        assert answer.json()["error"]["message"]
+        message = answer.json()["error"]["message"]
+        assert message.startswith((*wrong, "a conversation must end with a question")), message
     for raw in (b"", b"[]", b"{", b"\xff"):
         assert client.post("/v1/chat/completions", content=raw).status_code == 400
 
 
 def test_what_changes_nothing_is_read_past(client: TestClient) -> None:
-    assert ask(client, user="me", metadata={}, stop=None, temperature=None)["choices"]
+    """What clients send by default, and what says nothing about a reply."""
+    for field in (
+        {"user": "me", "metadata": {}, "store": False, "service_tier": "auto"},
+        {"stop": None, "temperature": None, "tools": None},
+        {"frequency_penalty": 0, "presence_penalty": 0.0, "n": 1, "logit_bias": {}},
+        {"response_format": {"type": "text"}, "logprobs": False, "modalities": ["text"]},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"messages": [{"role": "assistant", "content": "Hi", "tool_calls": []}, *QUESTION]},
+    ):
+        assert ask(client, **field)["choices"]
 
 
 def test_text_in_parts_is_text() -> None:
@@ -239,6 +255,8 @@ def test_what_is_stored_can_be_seen_changed_and_forgotten(
     assert found[0]["text"] == "my cat is called Mauzi"
     changed = client.patch(f"/api/records?id={number}", json={"text": "I moved to Lisbon"})
     assert changed.status_code == 200
+    number, old = changed.json()["id"], number
+    assert number != old
     assert me.vault.records[number].record.text == "I moved to Lisbon"
     gone = client.post("/api/forget", json={"ids": [number]}).json()
     assert gone["records"] == 1
@@ -295,6 +313,6 @@ def test_the_word_erases(client: TestClient, me: Personalizer) -> None:
 
 def test_reading_a_request_names_the_field() -> None:
     with pytest.raises(DataError, match="tools is not done here"):
-        read_request({"model": "homefire", "messages": QUESTION, "tools": []})
+        read_request({"model": "homefire", "messages": QUESTION, "tools": [{}]})
     with pytest.raises(DataError, match=r"messages\.0\.role"):
         read_request({"model": "homefire", "messages": [{"role": "tool", "content": ""}]})
