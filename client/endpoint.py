@@ -5,7 +5,6 @@ page gets it in the part of its address that browsers keep to themselves. Reques
 or from a page of another origin, are refused: a name that was made to point here opens nothing.
 """
 
-import asyncio
 import json
 import logging
 import secrets
@@ -184,9 +183,13 @@ class _Making:
         with self.lock:
             return next(iter(self.reply), None)
 
-    def close(self) -> None:
-        with self.lock:
-            self.reply.close()
+    def end(self) -> None:
+        """Who makes a piece now makes no other: nobody asks for it."""
+        if self.lock.acquire(blocking=False):
+            try:
+                self.reply.close()
+            finally:
+                self.lock.release()
 
 
 async def _pieces(reply: "Reply") -> AsyncGenerator[str, None]:
@@ -195,7 +198,7 @@ async def _pieces(reply: "Reply") -> AsyncGenerator[str, None]:
         while (piece := await run_in_threadpool(making.next)) is not None:
             yield piece
     finally:
-        await asyncio.shield(run_in_threadpool(making.close))
+        making.end()  # without a thread of its own: serving may have ended, and its threads with it
 
 
 async def _page(request: Request) -> Response:
