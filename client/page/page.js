@@ -64,7 +64,7 @@ async function* pieces(answer) {
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("The reply was cut off.");
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
@@ -152,8 +152,14 @@ function editRecord(record, item, text, edit) {
   edit.replaceWith(save);
   area.focus();
   save.addEventListener("click", guarded(async () => {
-    await ask(`/api/records?id=${record.id}`, { method: "PATCH", body: { text: area.value } });
-    item.replaceWith(recordItem({ ...record, text: area.value }));
+    if (area.value === record.text) {
+      item.replaceWith(recordItem(record));
+      return;
+    }
+    if (!confirm("Forget the old text, and the private adapters that have seen it?")) return;
+    const { id } = await ask(`/api/records?id=${record.id}`, { method: "PATCH", body: { text: area.value } });
+    item.replaceWith(recordItem({ ...record, id, text: area.value }));
+    await showForgotten();
   }));
 }
 
@@ -174,12 +180,26 @@ async function showMemory(append = false) {
   $("records").append(...records.map(recordItem));
   oldest = next;
   $("more").hidden = next === null;
-  const { records: all } = await ask("/api/status");
+  const all = await showForgotten();
   $("count").textContent = words ? `${records.length} that fit` : `${all} records`;
+}
+
+async function showForgotten() {
+  const status = await ask("/api/status");
+  $("forgotten").textContent = forgotten(status);
+  return status.records;
+}
+
+function forgotten({ forgotten: gone, forgotten_adapters: adapters }) {
+  if (!gone) return "Nothing was forgotten or changed so far.";
+  return `Forgotten or changed so far: ${gone}; private adapters deleted with them: ${adapters}.`;
+}
+
+async function showAbout() {
   const profile = await ask("/api/profile");
   pairs($("facts"), Object.entries(profile.facts));
   $("shown").textContent = profile.records
-    ? `Your history shows: ${Math.round(profile.mean_words)} words on average; often: ${profile.words.map(([w]) => w).join(", ")}.`
+    ? `Your newest ${profile.records} records show: ${Math.round(profile.mean_words)} words on average; often: ${profile.words.map(([w]) => w).join(", ")}.`
     : "";
 }
 
@@ -213,6 +233,7 @@ async function showVault() {
     ["Folder", status.folder], ["Size", `${(status.bytes / 1e6).toFixed(1)} MB`],
     ["Opened by", { both: "passphrase and keystore" }[status.protection] || status.protection],
     ["Base model", status.base_model], ["Records", status.records],
+    ["Forgotten", forgotten(status)],
     ["Shared adapter", status.shared ? `round ${status.shared.about.round}` : "none"],
   ]);
   $("adapter").textContent = worn
@@ -243,7 +264,15 @@ async function erase() {
 
 // Views
 
-const VIEWS = { chat: async () => $("question").focus(), memory: showMemory, shared: showShared, vault: showVault };
+const VIEWS = {
+  chat: async () => $("question").focus(),
+  memory: async () => {
+    await showMemory();
+    await showAbout();
+  },
+  shared: showShared,
+  vault: showVault,
+};
 
 const show = guarded(async () => {
   const wanted = location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "chat";
@@ -276,7 +305,7 @@ $("forget-before").addEventListener("submit", guarded(async () => {
 $("fact").addEventListener("submit", guarded(async () => {
   await ask("/api/profile", { method: "POST", body: { name: $("fact-name").value, value: $("fact-value").value } });
   $("fact").reset();
-  await showMemory();
+  await showAbout();
 }));
 $("personalize").addEventListener("click", guarded(personalize));
 $("erase").addEventListener("submit", guarded(erase));

@@ -91,6 +91,32 @@ def test_openais_client_lists_the_recipes(served: openai.OpenAI) -> None:
     assert names == ["homefire", *(f"homefire/{recipe}" for recipe in RECIPES)]
 
 
+def test_openais_client_retrieves_a_model(served: openai.OpenAI) -> None:
+    for name in ("homefire", "homefire/plain"):
+        assert served.models.retrieve(name).id == name
+    with pytest.raises(openai.NotFoundError, match="no model 'homefire/none'"):
+        served.models.retrieve("homefire/none")
+
+
+def test_openais_client_gets_raw_answers(served: openai.OpenAI) -> None:
+    raw = served.chat.completions.with_raw_response.create(
+        model="homefire/plain",
+        messages=[{"role": "user", "content": "the quick"}],
+        max_tokens=4,
+    )
+    assert raw.status_code == 200
+    assert raw.headers["content-type"] == "application/json"
+    assert raw.parse().choices[0].message.role == "assistant"
+    with served.chat.completions.with_streaming_response.create(
+        model="homefire/plain",
+        messages=[{"role": "user", "content": "the quick"}],
+        max_tokens=4,
+        stream=True,
+    ) as streamed:
+        assert streamed.headers["content-type"].startswith("text/event-stream")
+        assert list(streamed.iter_lines())[-2:] == ["data: [DONE]", ""]
+
+
 def test_openais_client_sees_errors_as_its_own(served: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="no model 'gpt-9'"):
         served.chat.completions.create(
@@ -107,6 +133,34 @@ def test_drawn_replies_follow_the_seed(client: TestClient) -> None:
     drawn = [ask(client, temperature=1.0, seed=s, max_tokens=12) for s in (1, 1, 2)]
     texts = [each["choices"][0]["message"]["content"] for each in drawn]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_long_reply_leaves_the_prompt_its_room(client: TestClient, me: Personalizer) -> None:
+    """Whatever is asked for: the reply gets the rest, and says that it ended there."""
+    context = me.assistant.model.base.context_length
+    short = ask(client, max_tokens=4)
+    for most in (context, context + 1, 10 * context, None):
+        long = ask(client, max_tokens=most)
+        used = long["usage"]
+        assert used["prompt_tokens"] == short["usage"]["prompt_tokens"]
+        text = long["choices"][0]["message"]["content"]
+        assert text.startswith(short["choices"][0]["message"]["content"])
+        if long["choices"][0]["finish_reason"] == "length":
+            assert used["total_tokens"] == context
+
+
+@pytest.mark.parametrize("most", [4, 20, 400])
+def test_a_long_conversation_keeps_its_newest_turns(
+    client: TestClient, me: Personalizer, most: int
+) -> None:
+    context = me.assistant.model.base.context_length
+    turns = [{"role": "user", "content": "old " * 20}, {"role": "assistant", "content": "yes"}]
+    alone = ask(client, max_tokens=most)["usage"]["prompt_tokens"]
+    assert ask(client, messages=[*turns * 3, *QUESTION], max_tokens=most)["usage"][
+        "prompt_tokens"
+    ] in range(alone, context - min(most, context // 4) + 1)
+    longest = ask(client, messages=[{"role": "user", "content": "x" * 500}], max_tokens=most)
+    assert longest["usage"]["prompt_tokens"] == context - min(most, context // 4)
 
 
 def test_what_is_not_done_here_is_an_error(client: TestClient) -> None:
@@ -216,15 +270,70 @@ def test_pages_of_records_follow_each_other(client: TestClient, me: Personalizer
     assert second["next"] is None
 
 
-def test_what_is_wrong_is_said(client: TestClient) -> None:
-    assert client.post("/api/records", json={"text": " "}).status_code == 400
-    assert client.patch("/api/records?id=999", json={"text": "a"}).status_code == 400
-    assert client.patch("/api/records?id=x", json={"text": "a"}).status_code == 400
-    assert client.patch("/api/records", json={"text": "a"}).status_code == 400
-    assert client.post("/api/forget", json={}).status_code == 400
-    assert client.post("/api/forget", json={"ids": "1"}).status_code == 400
-    assert client.post("/api/erase", json={"word": "yes"}).status_code == 400
-    assert client.get("/api/records", params={"before": "x"}).status_code == 400
+HALF = '"\\ud800"'
+"""A text in JSON that is none."""
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "what"),
+    [
+        ("POST", "/api/records", '{"text": " "}', "text"),
+        ("POST", "/api/records", '{"text": 5}', "text"),
+        ("POST", "/api/records", f'{{"text": {HALF}}}', "half of a character"),
+        ("POST", "/api/records", "{}", "text"),
+        ("PATCH", "/api/records?id=999", '{"text": "a"}', "no record 999"),
+        ("PATCH", "/api/records?id=x", '{"text": "a"}', "id"),
+        ("PATCH", "/api/records?id=-1", '{"text": "a"}', "id"),
+        ("PATCH", "/api/records", '{"text": "a", "id": true}', "id"),
+        ("PATCH", "/api/records", '{"text": "a"}', "id"),
+        ("POST", "/api/forget", "{}", "nothing says what to forget"),
+        ("POST", "/api/forget", '{"ids": "1"}', "ids"),
+        ("POST", "/api/forget", '{"ids": [true]}', "ids.0"),
+        ("POST", "/api/forget", f'{{"ids": [{10**30}]}}', "ids.0"),
+        ("POST", "/api/forget", '{"query": 5}', "query"),
+        ("POST", "/api/forget", '{"query": ""}', "query"),
+        ("POST", "/api/forget", '{"before": 5}', "before"),
+        ("POST", "/api/forget", '{"before": "soon"}', "soon"),
+        ("POST", "/api/forget", '{"everything": true}', "everything"),
+        ("POST", "/api/profile", f'{{"name": "name", "value": {HALF}}}', "half of a character"),
+        ("POST", "/api/profile", '{"name": "name", "value": 5}', "value"),
+        ("POST", "/api/profile", '{"name": " ", "value": "a"}', "name"),
+        ("POST", "/api/profile", f'{{"name": "{"n" * 201}", "value": "a"}}', "name"),
+        ("POST", "/api/erase", '{"word": "yes"}', "word"),
+        ("POST", "/api/erase", '{"word": NaN}', "not JSON"),
+        ("POST", "/api/personalize", '{"steps": 1}', "steps"),
+        ("GET", "/api/records?before=x", "", "before"),
+        ("GET", "/api/records?before=0", "", "before"),
+        ("GET", "/api/records?before=99999999999999999999999", "", "before"),
+        ("GET", f"/api/records?q={'x' * 2001}", "", "q"),
+        ("GET", "/api/status", "[1]", "no JSON object"),
+        ("GET", "/api/status", "[" * 100_000, "not JSON"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    client: TestClient, me: Personalizer, method: str, path: str, body: str, what: str
+) -> None:
+    answer = client.request(method, path, content=body)
+    assert answer.status_code == 400
+    assert what in answer.json()["error"]["message"]
+    assert len(me.vault.records) == 1
+
+
+def test_half_a_character_is_no_message(client: TestClient) -> None:
+    body = f'{{"model": "homefire", "messages": [{{"role": "user", "content": {HALF}}}]}}'
+    assert client.post("/v1/chat/completions", content=body).status_code == 400
+
+
+def test_a_profile_is_counted_on_the_newest_records(
+    client: TestClient, me: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, the page shows it at once."""
+    monkeypatch.setattr("homefire.client.desk.COUNTED", 3)
+    for _ in range(3):
+        me.remember("umbrellas everywhere")
+    shown = client.get("/api/profile").json()
+    assert shown["records"] == 3
+    assert shown["words"] == [["everywhere", 3], ["umbrellas", 3]]
 
 
 def test_facts_status_and_what_was_shared(client: TestClient, me: Personalizer) -> None:
