@@ -160,12 +160,14 @@ function editRecord(record, item, text, edit) {
     const { id } = await ask(`/api/records?id=${record.id}`, { method: "PATCH", body: { text: area.value } });
     item.replaceWith(recordItem({ ...record, id, text: area.value }));
     await showForgotten();
+    await showAbout();
   }));
 }
 
 async function forgetRecords(what) {
   const gone = await ask("/api/forget", { method: "POST", body: what });
   await showMemory();
+  await showAbout();
   let said = `${gone.records} forgotten.`;
   if (gone.adapters.length) said += " Your private adapter had seen it and is deleted: learn again under Vault.";
   if (gone.shared) said += ` ${gone.shared} rounds were taken part in before; what they contributed stays in the shared adapter, within its budget.`;
@@ -186,13 +188,13 @@ async function showMemory(append = false) {
 
 async function showForgotten() {
   const status = await ask("/api/status");
-  $("forgotten").textContent = forgotten(status);
+  $("forgotten").textContent = `Forgotten or changed so far: ${forgotten(status)}.`;
   return status.records;
 }
 
 function forgotten({ forgotten: gone, forgotten_adapters: adapters }) {
-  if (!gone) return "Nothing was forgotten or changed so far.";
-  return `Forgotten or changed so far: ${gone}; private adapters deleted with them: ${adapters}.`;
+  if (!gone) return "nothing";
+  return `${gone} records, and ${adapters} private adapters that had seen them`;
 }
 
 async function showAbout() {

@@ -154,7 +154,7 @@ def test_what_goes_wrong_within_a_reply_is_said(
 def test_see_search_edit_and_forget(page: Page, me: Personalizer, asked: list[str]) -> None:
     page.click("nav a[data-view=memory]")
     expect(page.locator("#records li")).to_have_count(10)
-    expect(page.locator("#forgotten")).to_have_text("Nothing was forgotten or changed so far.")
+    expect(page.locator("#forgotten")).to_have_text("Forgotten or changed so far: nothing.")
     expect(page.locator("#shown")).to_contain_text("Your newest 10 records")
     look(page, "memory")
     page.fill("#words", "where is my cat")
@@ -167,10 +167,10 @@ def test_see_search_edit_and_forget(page: Page, me: Personalizer, asked: list[st
     expect(page.locator("#records .text").first).to_have_text("my cat is called Minka")
     assert me.search("Minka")
     assert asked == ["Forget the old text, and the private adapters that have seen it?"]
-    expect(page.locator("#forgotten")).to_contain_text("Forgotten or changed so far: 1;")
+    expect(page.locator("#forgotten")).to_contain_text("so far: 1 records")
     page.locator("#records li").first.get_by_role("button", name="Forget").click()
     expect(page.locator("#count")).to_contain_text("1 forgotten")
-    expect(page.locator("#forgotten")).to_contain_text("Forgotten or changed so far: 2;")
+    expect(page.locator("#forgotten")).to_contain_text("so far: 2 records")
     assert asked[1:] == ["Forget this, and the private adapters that have seen it?"]
     assert me.search("Minka") == []
     page.fill("#words", "")
@@ -185,9 +185,10 @@ def test_see_search_edit_and_forget(page: Page, me: Personalizer, asked: list[st
     page.fill("#date", "2025-01-05")
     page.click("#forget-before button")
     expect(page.locator("#count")).to_contain_text("4 forgotten")
+    expect(page.locator("#shown")).to_contain_text("Your newest 6 records")
     look(page, "memory-after")
     page.click("nav a[data-view=vault]")
-    expect(page.locator("#about")).to_contain_text("Forgotten or changed so far: 6;")
+    expect(page.locator("#about")).to_contain_text("6 records, and 0 private")
     look(page, "vault-after")
 
 
@@ -248,4 +249,8 @@ def test_a_narrow_screen_has_no_sideways_scrolling(page: Page) -> None:
         page.click(f"nav a[data-view={view}]")
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        if view == "memory":
+            item = page.locator("#records li").last
+            tops = [item.get_by_role("button", name=n).bounding_box() for n in ("Edit", "Forget")]
+            assert tops[0] and tops[1] and tops[0]["y"] == tops[1]["y"]
         look(page, f"narrow-{view}")
