@@ -2,7 +2,6 @@
 
 import json
 import re
-from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from threading import Event
@@ -69,19 +68,23 @@ class _Word(Fields):
     word: Literal["erase"]
 
 
-class _StoppedError(HomefireError):
-    """Training was cut short because serving ends; it goes on from its last look."""
+class EndingError(HomefireError):
+    """What was under way is cut short, for serving ends."""
+
+    def __init__(self) -> None:
+        super().__init__("serving ends")
 
 
 class Desk:
-    """A person's dealings with the vault, as JSON."""
+    """A person's dealings with the vault, as JSON.
 
-    def __init__(self, me: Personalizer) -> None:
-        self._me, self._ending = me, Event()
+    Args:
+        me: Whose vault it is.
+        ending: Set when serving ends: what takes long is cut short then.
+    """
 
-    def end(self) -> None:
-        """Cut short what takes long: serving ends."""
-        self._ending.set()
+    def __init__(self, me: Personalizer, ending: Event) -> None:
+        self._me, self._ending = me, ending
 
     def status(self, asked: _Nothing) -> Any:
         """What is stored, and what was shared."""
@@ -122,7 +125,7 @@ class Desk:
         return {"participations": _participations(self._me)}
 
     def personalize(self, asked: _Nothing) -> Any:
-        """Train the private adapter."""
+        """Train the private adapter; a training that was cut short goes on from its last look."""
         return asdict(self._me.personalize(progress=self._go_on))
 
     def erase(self, asked: _Word) -> Any:
@@ -131,7 +134,7 @@ class Desk:
 
     def _go_on(self, step: int, steps: int) -> None:
         if self._ending.is_set():
-            raise _StoppedError(f"training stopped at step {step} of {steps}; it can go on")
+            raise EndingError
 
 
 # What the SDK has no word for yet
@@ -157,7 +160,7 @@ def routes(desk: Desk) -> list[Route]:
     """All of them."""
 
     def route(method: str, path: str, answer: Callable[[Asked], Any], fields: type[Asked]) -> Route:
-        return Route(path, _answering(desk, answer, fields), methods=[method])
+        return Route(path, _answering(answer, fields), methods=[method])
 
     return [
         route("GET", "/api/status", desk.status, _Nothing),
@@ -173,17 +176,11 @@ def routes(desk: Desk) -> list[Route]:
     ]
 
 
-def _answering(
-    desk: Desk, answer: Callable[[Asked], Any], fields: type[Asked]
-) -> Callable[[Request], Any]:
+def _answering(answer: Callable[[Asked], Any], fields: type[Asked]) -> Callable[[Request], Any]:
     async def answering(request: Request) -> Response:
         given = await read_object(request)
         asked = check_fields(fields, {**given, **request.query_params})
-        try:
-            found = await run_in_threadpool(answer, asked)
-        except CancelledError:
-            desk.end()
-            raise
+        found = await run_in_threadpool(answer, asked)
         return Response(json.dumps(found, default=str), media_type="application/json")
 
     return answering

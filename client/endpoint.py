@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from importlib.resources import files
-from threading import Lock
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -34,7 +34,7 @@ from homefire.client.completions import (
     next_chunk,
     read_request,
 )
-from homefire.client.desk import Desk, routes
+from homefire.client.desk import Desk, EndingError, routes
 from homefire.client.encoder import Encoder
 from homefire.client.guard import LOCAL, Guard, error, error_content
 from homefire.client.personalizer import Personalizer
@@ -69,7 +69,7 @@ def make_app(
     learn: bool = False,
     encoder: Encoder | None = None,
 ) -> Starlette:
-    """The endpoint as an ASGI app.
+    """The endpoint as an ASGI app; setting its `state.ending` cuts short what is under way.
 
     Args:
         me: Whose vault it is; stays open.
@@ -79,24 +79,29 @@ def make_app(
         learn: Remember what the person says in conversations.
         encoder: Answers `/v1/embeddings`; without one it says so.
     """
-    endpoint = _Endpoint(me, learn=learn, encoder=encoder)
-    return Starlette(
+    ending = Event()
+    endpoint = _Endpoint(me, ending, learn=learn, encoder=encoder)
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", endpoint.complete, methods=["POST"]),
             Route("/v1/models", endpoint.models),
             Route("/v1/models/{name:path}", endpoint.model),
             Route("/v1/embeddings", endpoint.embed, methods=["POST"]),
-            *routes(Desk(me)),
+            *routes(Desk(me, ending)),
             *[Route(path, _page) for path in PAGE],
         ],
         middleware=[Middleware(Guard, token=token, hosts=hosts, open_paths=frozenset(PAGE))],
         exception_handlers={HomefireError: _explain, HTTPException: _http_error},
     )
+    app.state.ending = ending
+    return app
 
 
 class _Endpoint:
-    def __init__(self, me: Personalizer, *, learn: bool, encoder: Encoder | None) -> None:
-        self._me, self._learn, self._encoder = me, learn, encoder
+    def __init__(
+        self, me: Personalizer, ending: Event, *, learn: bool, encoder: Encoder | None
+    ) -> None:
+        self._me, self._ending, self._learn, self._encoder = me, ending, learn, encoder
         self._models = model_list(has_encoder=encoder is not None)
 
     async def models(self, request: Request) -> Response:
@@ -116,7 +121,7 @@ class _Endpoint:
         )
         if asked.stream:
             return _Stream(self._stream(asked, reply), media_type="text/event-stream")
-        async with aclosing(_pieces(reply)) as pieces:
+        async with aclosing(_pieces(reply, self._ending)) as pieces:
             async for _ in pieces:
                 if await request.is_disconnected():
                     break
@@ -128,7 +133,7 @@ class _Endpoint:
     async def _stream(self, asked: Asked, reply: "Reply") -> AsyncGenerator[str, None]:
         yield _event(first_chunk(asked))
         try:
-            async with aclosing(_pieces(reply)) as pieces:
+            async with aclosing(_pieces(reply, self._ending)) as pieces:
                 async for piece in pieces:
                     yield _event(next_chunk(asked, piece))
         except HomefireError as wrong:
@@ -192,13 +197,15 @@ class _Making:
                 self.lock.release()
 
 
-async def _pieces(reply: "Reply") -> AsyncGenerator[str, None]:
+async def _pieces(reply: "Reply", ending: Event) -> AsyncGenerator[str, None]:
     making = _Making(reply)
     try:
         while (piece := await run_in_threadpool(making.next)) is not None:
+            if ending.is_set():
+                raise EndingError
             yield piece
     finally:
-        making.end()  # without a thread of its own: serving may have ended, and its threads with it
+        making.end()  # not in a thread of the pool: it may have ended with serving
 
 
 async def _page(request: Request) -> Response:

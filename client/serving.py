@@ -16,7 +16,7 @@ from homefire.client.vault_home import VaultHome
 from homefire.common.errors import ConfigError
 
 SECONDS_TO_END = 3
-"""For replies under way when serving ends; what takes longer is cut short."""
+"""For what is under way when serving ends, to come to the next piece or step where it stops."""
 
 _NOBODYS = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 """Addresses for documentation: which way to them a machine would take, it knows without asking."""
@@ -68,18 +68,23 @@ def serve(
         make_server(app).run(sockets=[listener])
 
 
+class _Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.ending.set()  # type: ignore[union-attr] # it is `make_app`'s
+        await super().shutdown(sockets)
+
+
 def make_server(app: Starlette) -> uvicorn.Server:
     """A server that ends within seconds, whatever is under way."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=SECONDS_TO_END,
-        )
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=SECONDS_TO_END,
     )
+    return _Server(settings)
 
 
 def own_address(host: str) -> str:

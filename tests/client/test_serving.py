@@ -129,21 +129,37 @@ def test_openais_client_leaves_a_stream(me: Personalizer, picked: Picked) -> Non
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_serving_ends_while_a_reply_is_made(
-    me: Personalizer, monkeypatch: pytest.MonkeyPatch, picked: Picked, stream: bool
-) -> None:
-    monkeypatch.setattr("homefire.client.serving.SECONDS_TO_END", 0.2)
-    took = end_while(me, "/v1/chat/completions", {**ASKED, "stream": stream}, lambda: picked)
-    assert took < 60 * STEP
+def test_serving_ends_while_a_reply_is_made(me: Personalizer, picked: Picked, stream: bool) -> None:
+    asked = {**ASKED, "stream": stream}
+    took, told = end_while(me, "/v1/chat/completions", asked, lambda: picked)
+    assert took < SECONDS_TO_END
+    assert "serving ends" in told
     assert comes_to_rest(picked) < 60
     assert len(me.vault.records) == 6
+
+
+def test_serving_does_not_wait_for_a_piece_that_takes_long(
+    me: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("homefire.client.serving.SECONDS_TO_END", 0.2)
+    began, go_on = threading.Event(), threading.Event()
+
+    def stuck(row: Any, sampling: Any, stream: Any) -> int:
+        began.set()
+        go_on.wait(60)
+        return byte_alphabet().index("a")
+
+    monkeypatch.setattr(decoding, "_pick", stuck)
+    took, told = end_while(me, "/v1/chat/completions", ASKED, began.is_set)
+    go_on.set()
+    assert took < 20
+    assert "serving ends" not in told
 
 
 def test_serving_ends_while_something_is_learned(
     me: Personalizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training stops at its next step, and is not taken for done."""
-    monkeypatch.setattr("homefire.client.serving.SECONDS_TO_END", 0.2)
     taken: list[int] = []
     personalize = me.personalize
 
@@ -156,22 +172,33 @@ def test_serving_ends_while_something_is_learned(
         return personalize(progress=step)
 
     monkeypatch.setattr(me, "personalize", slowly)
-    end_while(me, "/api/personalize", {}, lambda: taken)
+    _, told = end_while(me, "/api/personalize", {}, lambda: taken)
+    assert "serving ends" in told
     assert me.assistant.lock.acquire(timeout=20)
     me.assistant.lock.release()
     assert len(taken) < 20
     assert me.status().private == ()
 
 
-def end_while(me: Personalizer, path: str, body: Any, condition: Callable[[], Any]) -> float:
-    """Tell a server to end while it answers; how long it takes."""
+def end_while(
+    me: Personalizer, path: str, body: Any, condition: Callable[[], Any]
+) -> tuple[float, str]:
+    """Tell a server to end while it answers; how long it takes, and what the client was told."""
+    told: list[str] = []
+
+    def ask() -> None:
+        try:
+            told.append(httpx.post(url + path, json=body, headers=headers(me), timeout=60).text)
+        except httpx.HTTPError as error:
+            told.append(str(error))
+
     server = make_server(make_app(me, token_of(me), learn=True))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         serving.start()
         wait_for(lambda: server.started)
-        asking = threading.Thread(target=ask_in_vain, args=(me, url + path, body))
+        asking = threading.Thread(target=ask)
         asking.start()
         wait_for(lambda: bool(condition()))
         server.should_exit = True
@@ -180,14 +207,7 @@ def end_while(me: Personalizer, path: str, body: Any, condition: Callable[[], An
         took = time.monotonic() - start
         asking.join(60)
     assert not serving.is_alive()
-    return took
-
-
-def ask_in_vain(me: Personalizer, url: str, body: Any) -> None:
-    try:
-        httpx.post(url, json=body, headers=headers(me), timeout=60)
-    except httpx.HTTPError:
-        pass
+    return took, "".join(told)
 
 
 def test_there_is_little_time_to_end() -> None:
