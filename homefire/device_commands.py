@@ -494,6 +494,12 @@ def serve(
     expose: Annotated[
         bool, typer.Option(help="Let other machines ask; put TLS in front of it yourself.")
     ] = False,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name", metavar="HOST", help="Also answer to this name, as of a proxy. Repeatable."
+        ),
+    ] = None,
     learn: Annotated[bool, typer.Option(help="Remember what you say in conversations.")] = False,
     new_token: Annotated[bool, typer.Option(help="Draw another token; old ones end.")] = False,
     home: HomeFolder = HOME,
@@ -515,6 +521,7 @@ def serve(
             host=host,
             port=port,
             expose=expose,
+            names=names or (),
             learn=learn,
             new_token=new_token,
             say=lambda url, token: _show(
