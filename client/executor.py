@@ -41,7 +41,7 @@ from homefire.client.app import app, known_keys
 from homefire.client.device import adapted_model
 from homefire.client.home import read_once
 from homefire.client.parent import end_with
-from homefire.client.vault_home import SETTINGS
+from homefire.client.vault_files import SETTINGS
 from homefire.common.adapter import AdapterConfig
 from homefire.common.config import DeviceConfig
 from homefire.common.errors import HomefireError

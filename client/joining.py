@@ -18,7 +18,8 @@ from homefire.client.joining_changes import Change, Trouble
 from homefire.client.joining_processes import running
 from homefire.client.personalize.recipe import SHARED
 from homefire.client.vault import Vault
-from homefire.client.vault_home import POLICY, VaultHome
+from homefire.client.vault_files import POLICY
+from homefire.client.vault_home import VaultHome
 from homefire.common.adapter import AdapterSpec
 from homefire.common.errors import ConfigError
 from homefire.common.policy import DevicePolicy, Participation, lifetime_epsilon
