@@ -274,10 +274,10 @@ class Membership:
         opening = {"home": str(folder), "passphrase": self.passphrase, "adapter": adapter}
         with running(folder, self.link.options, opening) as processes:
             while not stop.is_set():
-                worked = processes.working
+                answered = processes.answered
                 for change in processes.changes():
                     self.on_change(change)
-                if worked and not processes.working and (now := self._adapter()) != adapter:
+                if processes.answered > answered and (now := self._adapter()) != adapter:
                     adapter = now
                     processes.tell_executor({"adapter": adapter})
                 if not self._allowed(working=processes.working):

@@ -37,11 +37,13 @@ class Processes:
         node: Flower's SuperNode.
         executor: See `homefire.client.executor`.
         working: Whether a message was received whose reply has not left.
+        answered: How many replies have left, or never will.
     """
 
     node: "subprocess.Popen[bytes]"
     executor: "subprocess.Popen[bytes]"
     working: bool = False
+    answered: int = 0
     _events: SimpleQueue[dict[str, Any]] = field(default_factory=SimpleQueue)
     _refused: Trouble | None = None
     _thread: Thread = field(init=False)
@@ -71,6 +73,7 @@ class Processes:
                     self._refused = Trouble(trouble)
                 case {"event": "working" | "resting" as now}:
                     self.working = now == "working"
+                    self.answered += now == "resting"
 
     @property
     def ended(self) -> Trouble | None:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,11 +161,17 @@ class Working:
 
     working: bool = True
     ended: Trouble | None = None
-    told: list[Change] = field(default_factory=list)
+    answered: int = 0
+    told: list[dict[str, Any]] = field(default_factory=list)
 
     def changes(self) -> list[Change]:
-        """None of its own."""
-        return self.told
+        """None; a round is over each time, however short it was."""
+        self.answered += 1
+        return []
+
+    def tell_executor(self, line: dict[str, Any]) -> None:
+        """Keep what is told."""
+        self.told.append(line)
 
 
 def test_a_round_is_not_thrown_away_for_a_condition_between_rounds(
@@ -351,6 +358,34 @@ def test_a_vault_without_its_passphrase_prepares_nothing(
     known_keys.cache_clear()
     assert known_keys(me.vault.folder) is None
     known_keys.cache_clear()
+
+
+def test_the_executor_is_told_of_another_adapter_after_a_round(
+    me: Personalizer, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust(me, "a" * 64)
+    monkeypatch.setattr("homefire.client.joining.POLL_SECONDS", 0.01)
+    at_work, stop = Working(), Event()
+    openings: list[dict[str, Any]] = []
+
+    def running(*given: Any) -> nullcontext[Working]:
+        openings.append(given[2])
+        return nullcontext(at_work)
+
+    monkeypatch.setattr("homefire.client.joining.running", running)
+    federation = make_federation(tmp_path / "out", tiny_llama, users=2)
+    plan = make_plan(federation, some_vector(federation.spec, seed=1, scale=0.5), round=1)
+
+    def asked() -> bool:
+        if at_work.answered == 2:
+            VaultHome(me.vault).keep_release(plan)
+        if at_work.answered == 5:
+            stop.set()
+        return True
+
+    Membership(me.vault, NOWHERE, PASSPHRASE, [asked]).run(stop)
+    assert openings[0]["adapter"] is None
+    assert at_work.told == [{"adapter": plan.header.adapter.model_dump(mode="json")}]
 
 
 # The release that a plan brings
