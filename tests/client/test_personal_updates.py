@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_registries import KEY as SERVER_KEY
 from tiny_registries import (
     PRIVACY,
     TRUSTED,
@@ -15,7 +16,6 @@ from tiny_registries import (
     open_registry,
     serving,
 )
-from tiny_registries import KEY as SERVER_KEY
 from tiny_vaults import PASSPHRASE
 from typer.testing import CliRunner
 
