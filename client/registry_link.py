@@ -18,7 +18,7 @@ from homefire.common.errors import (
     UnreachableRegistryError,
     UpdateError,
 )
-from homefire.common.registry_service import (
+from homefire.common.registry_calls import (
     DOWNLOAD,
     LARGEST_ANSWER,
     LARGEST_REQUEST,

@@ -478,6 +478,7 @@ def update(home: HomeFolder = HOME, as_json: AsJson = False) -> None:
     """
     from homefire.common.privacy.words import deployment_in_words, in_words
 
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it has to say, the errors say better
     with _vault(home) as me, _download(as_json) as advance:
         found = me.update(progress=advance)
     statement = found.statement

@@ -43,8 +43,9 @@ def model_card(about: Mapping[str, Any], adapter: AdapterConfig, *, base_model: 
 
 def _front_matter(base_model: str) -> str:
     tags = "".join(f"- {tag}\n" for tag in TAGS)
-    # JSON texts are YAML texts: nothing in a name can add lines of its own.
-    return f"---\nlibrary_name: peft\nbase_model: {json.dumps(base_model)}\ntags:\n{tags}---\n"
+    # A JSON text of printable characters is a YAML text: no name adds lines of its own.
+    name = json.dumps(printable(base_model), ensure_ascii=False)
+    return f"---\nlibrary_name: peft\nbase_model: {name}\ntags:\n{tags}---\n"
 
 
 def _introduction(about: Mapping[str, Any], adapter: AdapterConfig, base_model: str) -> str:
@@ -122,6 +123,11 @@ def _provenance(about: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:g}"
+
+
+def printable(text: str) -> str:
+    """With a question mark in the place of what has no form of its own, such as line ends."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _plain(text: str) -> str:

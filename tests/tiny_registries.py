@@ -24,11 +24,11 @@ from homefire.client.updates import Fit
 from homefire.common import registry_pb2 as wire
 from homefire.common.adapter import AdapterConfig, AdapterSpec, TargetModule, Vector
 from homefire.common.keystore import Keystore
-from homefire.common.registry_service import SERVICE
+from homefire.common.registry_calls import SERVICE
 from homefire.common.signatures import public_key
 from homefire.server.admission import Admission, Limits
-from homefire.server.registry import RegistryServer, Service, Tls
 from homefire.server.registry_folder import RegistryFolder
+from homefire.server.registry_service import RegistryServer, Service, Tls
 from homefire.server.releases import SIGNING_KEY, ReleaseStore
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"\x21" * 32)

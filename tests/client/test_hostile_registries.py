@@ -47,7 +47,7 @@ from homefire.common.errors import (
     UnreachableRegistryError,
     UpdateError,
 )
-from homefire.common.registry_service import LARGEST_ANSWER
+from homefire.common.registry_calls import LARGEST_ANSWER
 from homefire.common.release_statement import (
     LATEST_LABEL,
     RELEASE_LABEL,
@@ -57,8 +57,8 @@ from homefire.common.release_statement import (
     sign_statement,
 )
 from homefire.common.signatures import public_key, sign
-from homefire.server.registry import Tls
 from homefire.server.registry_folder import DAY
+from homefire.server.registry_service import Tls
 
 QUICK = Patience(call_seconds=5, download_seconds=4, attempts=1, pause_seconds=0.01)
 Answer = Callable[[], wire.LatestReply | bytes]

@@ -41,8 +41,8 @@ from homefire.common.errors import (
     WrongClockError,
 )
 from homefire.common.signatures import public_key
-from homefire.server.registry import Tls
 from homefire.server.registry_folder import DAY, RegistryFolder
+from homefire.server.registry_service import Tls
 
 pytestmark = pytest.mark.usefixtures("quick_passphrases")
 

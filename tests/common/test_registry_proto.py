@@ -6,7 +6,7 @@ import pytest
 from generate_registry import ROOT, generate
 
 from homefire.common import registry_pb2 as wire
-from homefire.common.registry_service import (
+from homefire.common.registry_calls import (
     CHUNK_BYTES,
     DOWNLOAD,
     LARGEST_ANSWER,

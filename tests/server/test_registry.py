@@ -39,7 +39,7 @@ from homefire.common.errors import (
     RegistryAnswerError,
     UnreachableRegistryError,
 )
-from homefire.common.registry_service import (
+from homefire.common.registry_calls import (
     CHUNK_BYTES,
     DOWNLOAD,
     LARGEST_REQUEST,
@@ -50,7 +50,7 @@ from homefire.common.registry_service import (
 )
 from homefire.common.release_statement import ReleaseStatement, read_statement
 from homefire.server.admission import Admission, Limits
-from homefire.server.registry import RegistryServer, Service, Tls
+from homefire.server.registry_service import RegistryServer, Service, Tls
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = AdapterSpec(SPEC.config, (TargetModule("layers.0.q_proj", 6, 400_000),), ("q_proj",))
@@ -367,6 +367,8 @@ def test_the_program_serves_and_stops_and_names_nobody(home: Path, tls: tuple[Pa
     assert code == 0
     assert '"latest": 1' in said
     assert "127.0.0.1" not in said and "ipv4" not in said
+    lines = [line for line in said.splitlines() if " INFO " not in line]
+    assert lines == []  # gRPC says nothing of its own
 
 
 def test_a_program_without_a_key_says_so(tmp_path: Path, tls: tuple[Path, Tls]) -> None:
@@ -382,6 +384,7 @@ def test_a_program_without_a_key_says_so(tmp_path: Path, tls: tuple[Path, Tls]) 
 def test_the_program_needs_neither_torch_nor_transformers() -> None:
     code = (
         "import json, sys, homefire.server.registry, homefire.server.model_card\n"
+        "import homefire.server.registry_service\n"
         "print(json.dumps(sorted(sys.modules)))"
     )
     done = subprocess.run(  # noqa: S603 - our own command
