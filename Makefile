@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 # Threads that wait for each other sleep: on shared cores, spinning ones are ten times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help simulate test test-fast torture lint wheel clean
+.PHONY: help simulate test test-fast torture lint proto wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ lint: .venv/.installed  ## Format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+proto: .venv/.installed  ## Make common/registry_pb2.py from common/registry.proto
+	$(BIN)/python tests/generate_registry.py
 
 wheel: .venv/.installed  ## Build the wheel and import it away from the checkout
 	$(BIN)/python tests/check_wheel.py

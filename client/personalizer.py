@@ -9,7 +9,7 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -28,10 +28,12 @@ from homefire.client.personalize.recipe import AUTO, PRIVATE, SHARED, Recipe
 from homefire.client.personalize.sampling import Sampling
 from homefire.client.profile import Profile, describe
 from homefire.client.takeout import write_takeout
+from homefire.client.trust import Trust, trust
 from homefire.client.vault import Vault, create, open_vault
 from homefire.client.vault_files import KEYS
 from homefire.client.vault_home import VaultHome, write_settings
 from homefire.client.vault_records import StoredRecord
+from homefire.common.adapter import AdapterConfig
 from homefire.common.chat import Message
 from homefire.common.config import BaseModelConfig, validate
 from homefire.common.errors import ConfigError, HomefireError
@@ -40,6 +42,7 @@ from homefire.common.records import Record, Skipped, check_text
 
 if TYPE_CHECKING:
     from homefire.client.assistant import Assistant, Reply
+    from homefire.client.updates import Updated
 
 FACTS = "facts"
 
@@ -49,7 +52,8 @@ class Personalizer:
     """One person's vault and language model; made by `Personalizer.open`.
 
     Guarantees:
-        Nothing leaves: but for `join`, nothing here uses the network.
+        Nothing leaves: but for `join` and `update`, nothing here uses the network; `update` sends
+            nothing but what it asks for.
 
     Attributes:
         vault: Where all of it is kept.
@@ -333,6 +337,58 @@ class Personalizer:
             return member.run(stop or Event())
         finally:
             self._adapters_changed()
+
+    def trust(
+        self,
+        key: str,
+        registry: str,
+        *,
+        root_certificates: str | os.PathLike[str] | None = None,
+        replace_key: bool = False,
+    ) -> Trust:
+        """Say whose releases `update` takes, and from where.
+
+        Args:
+            key: The server's public key, 64 hex digits, from somebody who is believed.
+            registry: host:port.
+            root_certificates: A PEM file of the authority behind its certificate; by default the
+                system's.
+            replace_key: Take another key than the one that is trusted.
+
+        Raises:
+            ConfigError: No key, address or certificate; or another key is trusted already.
+        """
+        path = None if root_certificates is None else Path(root_certificates).expanduser()
+        return trust(self.vault, key, registry, root_certificates=path, replace_key=replace_key)
+
+    def update(self, *, progress: Progress | None = None) -> "Updated":
+        """Fetch the newest release of the shared adapter, without contributing anything.
+
+        What the trusted key signed for this base model is put in place; then the private adapter is
+        compared with it on the person's newest records, and "auto" wears both only where that
+        helps.
+
+        Args:
+            progress: Called with the bytes that are there and those that there will be.
+
+        Raises:
+            ConfigError: Nobody is trusted yet.
+            ModelError: The base model is missing.
+            UpdateError: Nothing was put in place; its subclasses say why.
+        """
+        from homefire.client.updates import Fit, update
+        from homefire.common.peft_adapter import resolve_spec
+
+        def fit(adapter: AdapterConfig) -> Fit:
+            with self.assistant.lock:
+                base = self.assistant.model.base
+                return Fit(base.fingerprint, resolve_spec(adapter, base.model.config))
+
+        found = update(self.vault, fit, progress=progress or (lambda done, of: None))
+        self._adapters_changed()
+        if not found.changed or self.vault.adapters.worn(PRIVATE) is None:
+            return found
+        return replace(found, helps=self.recheck())
 
     def restore(self, version: int) -> None:
         """Use an earlier version of the private adapter.

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from homefire.client.joining_changes import Change
     from homefire.client.outcomes import Learned
     from homefire.client.personalizer import Personalizer
+    from homefire.client.updates import Updated
 
 device_app = typer.Typer(
     help="""Your own language model, on this machine.
@@ -485,6 +486,65 @@ def _tell_changes(as_json: bool) -> Callable[["Change"], None]:
     return tell
 
 
+@device_app.command("trust")
+def trust_(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The server's: 64 hex digits.")],
+    registry: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its releases are.")],
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="The authority behind its certificate.")
+    ] = None,
+    replace_key: Annotated[
+        bool, typer.Option(help="Take this key instead of the one that is trusted.")
+    ] = False,
+    home: HomeFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Say whose releases `update` takes, and from where.
+
+    Get the key from the server's operator, not from the server. Whoever holds it
+    decides which shared adapter you wear, and nothing else.
+
+    Example:
+      homefire device trust KEY --registry models.example:9093
+    """
+    with _vault(home) as me:
+        found = me.trust(
+            key, registry, root_certificates=root_certificates, replace_key=replace_key
+        )
+    said = f"Releases of key {found.key[:16]}… are taken from {found.registry}."
+    _show(as_json, {"key": found.key, "registry": found.registry}, said)
+
+
+@device_app.command()
+def update(home: HomeFolder = HOME, as_json: AsJson = False) -> None:
+    """Fetch the newest shared adapter; nothing is contributed, nothing charged.
+
+    It is taken if the trusted key signed it for your base model and it is not
+    older than what you had. Your private adapter stays on top only where it
+    still helps on your newest records.
+    """
+    from homefire.common.privacy.words import deployment_in_words, in_words
+
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it has to say, the errors say better
+    with _vault(home) as me, _download(as_json) as advance:
+        found = me.update(progress=advance)
+    statement = found.statement
+    if as_json:
+        more = {"first_of_run": found.first_of_run, "private_helps": found.helps}
+        release = statement.model_dump(mode="json")
+        _show(True, {"changed": found.changed, **more, "release": release}, "")
+        return
+    if found.first_of_run:
+        typer.echo(f"Run {statement.run[:8]}, whose releases you had not taken before:")
+        for line in in_words(statement.privacy):
+            typer.echo(f"- {line}")
+        if statement.deployment is not None:
+            typer.echo("Deployment:")
+            for line in deployment_in_words(statement.deployment):
+                typer.echo(f"- {line}")
+    typer.echo(_updated(found))
+
+
 @device_app.command()
 def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
@@ -637,6 +697,18 @@ def _progress(as_json: bool) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
+@contextmanager
+def _download(as_json: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a download; none where a machine reads."""
+    if as_json:
+        yield lambda done, of: None
+        return
+    from homefire.client.progress import byte_bar
+
+    with byte_bar(Console(stderr=True), "Shared adapter") as advance:
+        yield advance
+
+
 def _show(as_json: bool, found: Any, said: str) -> None:
     if as_json:
         plain = asdict(found) if is_dataclass(found) and not isinstance(found, type) else found
@@ -653,6 +725,20 @@ def _learned(found: "Learned") -> str:
     if not found.kept:
         outcome += ": the new one is not better"
     return f"{outcome} (loss on your newest records: {numbers})."
+
+
+def _updated(found: "Updated") -> str:
+    statement = found.statement
+    said = f"release {statement.number}: round {statement.round} of run {statement.run[:8]}"
+    if not found.changed:
+        return f"Nothing newer than what is here ({said})."
+    more = {
+        None: "",
+        True: " Your private adapter helps on top of it.",
+        False: " Your private adapter does not help on top of it and is left off; train it again "
+        "with `homefire device personalize`.",
+    }
+    return f"In place: {said}.{more[found.helps]}"
 
 
 def _opener(protection: str) -> str:
