@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from homefire import __version__
+from homefire import (  # which add their commands
+    __version__,
+)
 from homefire.bench_commands import bench_app
 from homefire.common.errors import ConfigError, HomefireError, PrivacyError
-from homefire.device_commands import device_app, exit_code
+from homefire.device_session import device_app, exit_code
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
 from homefire.privacy_experiments import clip, compare

@@ -17,7 +17,7 @@ from tiny_steps import StoppedError, stop
 from tiny_vaults import CANARY, PASSPHRASE, TWO_STEPS
 from typer.testing import CliRunner
 
-from homefire import device_commands
+from homefire import device_commands, device_network_commands  # noqa: F401 - their verbs
 from homefire.client import erasure, vault_files
 from homefire.client.vault import open_vault
 from homefire.common.errors import (
@@ -29,7 +29,7 @@ from homefire.common.errors import (
     VaultVersionError,
     WrongKeyError,
 )
-from homefire.device_commands import device_app, exit_code
+from homefire.device_session import device_app, exit_code
 
 pytestmark = pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
 
@@ -132,8 +132,8 @@ def test_what_cannot_be_sampled_is_refused(home: Path) -> None:
 def test_the_passphrase_changes_and_the_old_one_ends(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_commands, "_ask_passphrase", lambda **_: "another passphrase")
-    run("doctor", "--change-passphrase")
+    monkeypatch.setenv("HOMEFIRE_NEW_PASSPHRASE", "another passphrase")
+    run("doctor", "--change-passphrase", "--rotate")
     assert isinstance(device("status").exception, WrongKeyError)
     monkeypatch.setenv("HOMEFIRE_PASSPHRASE", "another passphrase")
     run("doctor", "--rotate")

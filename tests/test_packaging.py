@@ -99,7 +99,13 @@ def test_imports_follow_the_arrows(folder: str) -> None:
 
 def test_nothing_but_the_command_line_stands_above_the_folders() -> None:
     names = {path.name for path in sources("homefire")}
-    commands = {"options.py", "bench_commands.py", "device_commands.py"}
+    commands = {
+        "options.py",
+        "bench_commands.py",
+        "device_commands.py",
+        "device_network_commands.py",
+    }
+    commands |= {"device_session.py"}
     commands |= {"privacy_commands.py", "privacy_experiments.py"}
     assert names == {"__init__.py", "__main__.py"} | commands
     tree = ast.parse((ROOT / "homefire" / "__init__.py").read_text(encoding="utf-8"))

@@ -34,7 +34,7 @@ from homefire.common.adapter import AdapterConfig
 from homefire.common.errors import ConfigError, WrongKeyError
 from homefire.common.policy import Participation, lifetime_epsilon
 from homefire.common.protocol import STATISTICS
-from homefire.device_commands import _tell_changes, device_app
+from homefire.device_network_commands import _tell_changes, device_app
 
 NOWHERE = Link("127.0.0.1:9", insecure=True)
 

@@ -25,7 +25,7 @@ from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector
 from homefire.common.errors import UnfitReleaseError, UnreachableRegistryError
 from homefire.common.peft_adapter import resolve_spec
 from homefire.common.records import Record
-from homefire.device_commands import device_app
+from homefire.device_network_commands import device_app
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.releases import ReleaseStore
 
