@@ -101,7 +101,7 @@ class Change:
         if self.trouble is not None:
             line += f": {self.trouble}"
         if self.seconds is not None:
-            line += f"; trying again in {self.seconds:.0f} s"
+            line += f"; trying again in {max(self.seconds, 1):.0f} s"
         return f"{line}."
 
 

@@ -298,7 +298,7 @@ def _is_in_place(vault: Vault, statement: ReleaseStatement) -> bool:
 
 def _place(vault: Vault, statement: ReleaseStatement, vector: Vector | None) -> None:
     """Accept a release, and put its vector in place, in one transaction."""
-    about = {
+    about: dict[str, Any] = {
         "number": statement.number,
         "run": statement.run,
         "round": statement.round,

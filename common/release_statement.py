@@ -172,8 +172,8 @@ def read_statement(model: type[Statement], signed: Signed, *, key: str) -> State
         ProtocolError: It is signed, and is no such statement in canonical form.
     """
     verify(key, signed.signature, _label(model), signed.text)
-    what = "statement of the newest release" if model is LatestStatement else "release statement"
-    statement = parse_canonical(model, signed.text, what=what, largest=LARGEST_STATEMENT)
+    what, most = f"signed {model.__name__}", LARGEST_STATEMENT
+    statement = parse_canonical(model, signed.text, what=what, largest=most)
     _check_key(statement.server_key, key)
     return statement
 

@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from homefire.common.adapter import AdapterConfig
+from homefire.common.claims import shown
 from homefire.common.errors import AdapterError
-from homefire.common.privacy.words import deployment_in_words, epsilon, in_words
+from homefire.common.privacy.words import deployment_in_words, in_words
 from homefire.common.release_statement import DeploymentClaim, PrivacyClaim
 
 TAGS = ("lora", "federated-learning", "differential-privacy", "homefire")
@@ -87,9 +88,9 @@ def _limits(claim: PrivacyClaim) -> str:
 
 def _numbers(claim: PrivacyClaim) -> str:
     rows = {
-        "ε, recipients of the releases": epsilon(claim.epsilon_release),
-        "ε, recipients who know the cohorts": epsilon(claim.epsilon_known_cohort),
-        "ε, the server": epsilon(claim.epsilon_server),
+        "ε, recipients of the releases": shown(claim.epsilon_release),
+        "ε, recipients who know the cohorts": shown(claim.epsilon_known_cohort),
+        "ε, the server": shown(claim.epsilon_server),
         "δ": _number(claim.delta),
         "mechanism": claim.mechanism,
         "noise multiplier": _number(claim.noise_multiplier),

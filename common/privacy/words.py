@@ -1,5 +1,6 @@
 """A privacy statement in words, for people who decide by it."""
 
+from homefire.common.claims import shown
 from homefire.common.release_statement import DeploymentClaim, PrivacyClaim
 
 NO_PRIVACY = (
@@ -9,13 +10,17 @@ NO_PRIVACY = (
 
 
 def in_words(claim: PrivacyClaim) -> list[str]:
-    """What a statement promises, and what it does not; one sentence or two an item."""
+    """What a statement promises, and what it does not; one sentence or two an item.
+
+    Guarantees:
+        Never smaller: an epsilon in words does not promise more than the statement does.
+    """
     if claim.mechanism == "none":
         return [NO_PRIVACY]
     return [
-        f"ε = {epsilon(claim.epsilon_release)} at δ = {claim.delta:g} against whoever receives "
+        f"ε = {shown(claim.epsilon_release)} at δ = {claim.delta:g} against whoever receives "
         f"the releases, all {claim.rounds} of them together.",
-        f"ε = {epsilon(claim.epsilon_known_cohort)} against a recipient who also knows who took "
+        f"ε = {shown(claim.epsilon_known_cohort)} against a recipient who also knows who took "
         "part when.",
         _server(claim),
         f"What is protected is {claim.unit} ({claim.adjacency} adjacency).",
@@ -35,13 +40,8 @@ def deployment_in_words(claim: DeploymentClaim) -> list[str]:
     ]
 
 
-def epsilon(value: float | None) -> str:
-    """An epsilon for people; without bound it is ∞."""
-    return "∞" if value is None else f"{value:.2f}"
-
-
 def _server(claim: PrivacyClaim) -> str:
-    said = f"ε = {epsilon(claim.epsilon_server)} against the server itself"
+    said = f"ε = {shown(claim.epsilon_server)} against the server itself"
     if claim.epsilon_server is None:
         return f"{said}: it sees each contribution before the noise ({claim.trust})."
     return f"{said}."

@@ -31,6 +31,7 @@ from tiny_registries import (
 )
 from tiny_vaults import make_vault
 
+from homefire.client import keys
 from homefire.client.personalize.recipe import SHARED
 from homefire.client.registry_link import Patience
 from homefire.client.trust import trust
@@ -122,8 +123,6 @@ def loot(tmp_path_factory: pytest.TempPathFactory) -> Loot:
 @pytest.fixture(scope="module")
 def vault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
     """One that was never updated; nothing in this file changes that but where it says so."""
-    from tiny_vaults import keys
-
     with pytest.MonkeyPatch.context() as patch:
         slow = keys._new_argon2
         cheap = {"iterations": 1, "lanes": 1, "memory_kib": 8192}
@@ -177,8 +176,7 @@ def state(vault: Vault) -> tuple[bytes | None, int]:
 
 
 def never(request: wire.DownloadRequest) -> Iterator[wire.Chunk]:
-    pytest.fail("nothing of this may be downloaded")
-    yield
+    yield pytest.fail("nothing of this may be downloaded")
 
 
 def changed(signed: Signed, old: bytes, new: bytes) -> Signed:

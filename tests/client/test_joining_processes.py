@@ -227,9 +227,8 @@ def test_troubles_are_told_by_flowers_words(said: str, trouble: Trouble) -> None
     assert trouble.hint.endswith(".")
 
 
-@contextmanager
-def tls_server(folder: Path, name: str) -> Iterator[int]:
-    """Shakes hands under a certificate of its own; answers nothing."""
+def make_certificate(folder: Path, name: str) -> None:
+    """Its own authority: `ca.crt` and `server.key`."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
@@ -244,6 +243,12 @@ def tls_server(folder: Path, name: str) -> Iterator[int]:
         serialization.NoEncryption(),
     )
     (folder / "server.key").write_bytes(secret)
+
+
+@contextmanager
+def tls_server(folder: Path, name: str) -> Iterator[int]:
+    """Shakes hands under a certificate of its own; answers nothing."""
+    make_certificate(folder, name)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(folder / "ca.crt", folder / "server.key")
     listener = socket.create_server(("127.0.0.1", 0))
@@ -286,6 +291,32 @@ def test_a_certificate_is_refused_and_the_person_told(
             last = member.changes[-1]
             assert last.seconds is not None
             assert f"trying again in {last.seconds:.0f} s" in str(last)
+
+
+def test_a_superlink_lets_in_registered_devices_alone_and_the_person_is_told(
+    me: Personalizer, flower: Flower, tmp_path: Path
+) -> None:
+    make_certificate(tmp_path, "localhost")
+    key, port = ec.generate_private_key(ec.SECP256R1()), free_port()
+    secret = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    (tmp_path / "node").write_bytes(secret)
+    certificate, server = str(tmp_path / "ca.crt"), str(tmp_path / "server.key")
+    command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--ssl-certfile", certificate, "--ssl-keyfile", server]
+    command += ["--ssl-ca-certfile", certificate, "--enable-supernode-auth"]
+    flower.start("superlink", *command, "--disable-runtime-dependency-installation")
+    address = f"localhost:{port}"
+    with joined(me, Link(address, tmp_path / "ca.crt")) as member:
+        until(lambda: Trouble.KEY_NEEDED in member.troubles(), "a word", 90)
+    with joined(me, Link(address, tmp_path / "ca.crt", node_key=tmp_path / "node")) as member:
+        until(lambda: Trouble.NOT_ADMITTED in member.troubles(), "a word")
+    (tmp_path / "node").write_text("this is no key")
+    with joined(me, Link(address, tmp_path / "ca.crt", node_key=tmp_path / "node")) as member:
+        until(lambda: Trouble.NO_KEY in member.troubles(), "a word")
 
 
 # Connecting again

@@ -31,11 +31,11 @@ def test_the_three_epsilons_stand_there_in_words_and_numbers() -> None:
     text = card(privacy={**PRIVACY, "epsilon_release": 2.25, "epsilon_known_cohort": 7.125})
     for said in (
         "ε = 2.25 at δ = 1e-05 against whoever receives the releases",
-        "ε = 7.12 against a recipient who also knows who took part when",
+        "ε = 7.13 against a recipient who also knows who took part when",
         "ε = ∞ against the server itself",
         "trusted aggregator",
         "| ε, recipients of the releases | 2.25 |",
-        "| ε, recipients who know the cohorts | 7.12 |",
+        "| ε, recipients who know the cohorts | 7.13 |",
         "| ε, the server | ∞ |",
         "| δ | 1e-05 |",
         "| mechanism | banded-sqrt |",

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from tiny_registries import KEY, OTHER_RUN, RUN, SPEC, TRUSTED, about, open_registry, run_of, vector
 
-from homefire.common import files
 from homefire.common.adapter import AdapterConfig, AdapterSpec
 from homefire.common.errors import AdapterError, LedgerError, RegistryError, SignatureError
 from homefire.common.keystore import Keystore
@@ -232,7 +231,7 @@ def test_whole_or_absent_wherever_publishing_stops(
         real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", dying)
+        patch.setattr(os, "fsync", dying)
         with pytest.raises((OSError, LedgerError)):
             folder.publish(store, 2, SPEC)
     again = open_registry(home)
