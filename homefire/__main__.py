@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from homefire import (  # which add their commands
+from homefire import (
     __version__,
+    device_commands,  # noqa: F401 - adds the device's verbs
+    device_network_commands,  # noqa: F401 - adds more of them
 )
 from homefire.bench_commands import bench_app
 from homefire.common.errors import ConfigError, HomefireError, PrivacyError
