@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -93,11 +93,12 @@ class Personalizer:
         if (place / KEYS).exists():
             vault = open_vault(place, passphrase=phrase, accept_backup=accept_backup)
         else:
-            vault = create(place, passphrase=phrase, protection=protection)
+            name = base_model or BaseModelConfig().name
+            prepare = partial(write_settings, place, name)
+            vault = create(place, passphrase=phrase, protection=protection, prepare=prepare)
         with ExitStack() as undo:
             undo.callback(vault.close)
             me = cls(vault, phrase)
-            write_settings(place, base_model or BaseModelConfig().name)
             kept = me._home.config.base_model.name
             if base_model is not None and base_model != kept:
                 raise ConfigError(

@@ -141,9 +141,8 @@ class Vault:
     def set(self, name: str, value: Any) -> None:
         """Keep a setting."""
         with self.database.transaction() as database:
-            database.write(
-                "INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, json.dumps(value))
-            )
+            database.write("DELETE FROM settings WHERE name = ?", (name,))
+            database.write("INSERT INTO settings VALUES (?, ?)", (name, json.dumps(value)))
 
     def change_protection(
         self, *, passphrase: str | None = None, protection: Protection | None = None
@@ -250,6 +249,7 @@ def create(
     passphrase: str | None = None,
     protection: Protection | None = None,
     store: SecretStore | None = None,
+    prepare: Callable[[], None] = lambda: None,
 ) -> Vault:
     """Make a vault.
 
@@ -259,6 +259,7 @@ def create(
         protection: What opens it. By default a passphrase if one is given, else the keystore.
         store: Where secrets and anchors are kept; by default the system's keystore if there is one
             that keeps secrets from others, else the folder `<folder>.keys`.
+        prepare: Called before the vault counts as made; puts files beside it.
 
     Raises:
         ConfigError: There is a vault already, or something else; or no keystore, and no
@@ -290,6 +291,7 @@ def create(
             opened = Opening(folder, owned, passphrase, MIGRATIONS).make(file, keys)
             begun.callback(opened.database.close)
             vault = _vault(folder, owned, opened, lock, heirs=store)
+            prepare()
             put_in_place(folder, NEW_KEYS)
             begun.pop_all()
         undo.pop_all()
