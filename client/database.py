@@ -141,7 +141,9 @@ class Database:
             VaultError: It could not be written; nothing was.
         """
         with self._lock, self._room_again():
-            if self._connection.in_transaction:
+            with self._told():
+                within = self._connection.in_transaction
+            if within:
                 yield self
                 return
             self.write("BEGIN IMMEDIATE")

@@ -15,7 +15,7 @@ account that were erased had spent lies in the system's keystore, or in `$XDG_ST
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial

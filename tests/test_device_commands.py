@@ -17,7 +17,7 @@ from tiny_steps import StoppedError, stop
 from tiny_vaults import CANARY, PASSPHRASE, TWO_STEPS
 from typer.testing import CliRunner
 
-from homefire.__main__ import device_app
+import homefire.__main__  # noqa: F401 - adds all verbs
 from homefire.client import erasure, vault_files
 from homefire.client.vault import open_vault
 from homefire.common.errors import (
@@ -29,7 +29,7 @@ from homefire.common.errors import (
     VaultVersionError,
     WrongKeyError,
 )
-from homefire.device_session import exit_code
+from homefire.device_session import device_app, exit_code
 
 pytestmark = pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
 

@@ -19,7 +19,7 @@ from tiny_runs import make_federation, make_plan, some_vector
 from tiny_vaults import CANARY, PASSPHRASE, TWO_STEPS, elsewhere
 from typer.testing import CliRunner
 
-from homefire.__main__ import device_app
+import homefire.__main__  # noqa: F401 - adds all verbs
 from homefire.client import Personalizer, device, keys
 from homefire.client import conditions as conditions_module
 from homefire.client.app import app, known_keys
@@ -36,6 +36,7 @@ from homefire.common.errors import ConfigError, WrongKeyError
 from homefire.common.policy import Participation, lifetime_epsilon
 from homefire.common.protocol import STATISTICS
 from homefire.device_network_commands import _tell_changes
+from homefire.device_session import device_app
 
 NOWHERE = Link("127.0.0.1:9", insecure=True)
 

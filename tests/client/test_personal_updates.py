@@ -19,13 +19,14 @@ from tiny_registries import (
 from tiny_vaults import PASSPHRASE
 from typer.testing import CliRunner
 
-from homefire.__main__ import device_app
+import homefire.__main__  # noqa: F401 - adds all verbs
 from homefire.client import Personalizer
 from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.common.adapter import AdapterConfig, AdapterSpec, Vector
 from homefire.common.errors import UnfitReleaseError, UnreachableRegistryError
 from homefire.common.peft_adapter import resolve_spec
 from homefire.common.records import Record
+from homefire.device_session import device_app
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.releases import ReleaseStore
 
