@@ -23,7 +23,8 @@ def test_golden_vectors_are_what_the_generator_makes() -> None:
 
 @pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda case: str(case["name"]))
 def test_golden_statements_have_their_outcomes(case: dict[str, Any]) -> None:
-    pieces = [[case["text"], 1]] if isinstance(case["text"], str) else case["text"]
+    whole = isinstance(case["text"], str)
+    pieces: list[tuple[str, int]] = [(case["text"], 1)] if whole else case["text"]
     text = "".join(piece * times for piece, times in pieces).encode("ascii")
     signed, key = Signed(text, bytes.fromhex(case["signature"])), VECTORS["key"]["public"]
     outcome = "accepted"
