@@ -378,9 +378,10 @@ class Personalizer:
             UpdateError: Nothing was put in place; its subclasses say why.
         """
         from homefire.client.updates import Fit, update
-        from homefire.common.peft_adapter import resolve_spec
 
         def fit(adapter: AdapterConfig) -> Fit:
+            from homefire.common.peft_adapter import resolve_spec  # brings torch
+
             with self.assistant.lock:
                 base = self.assistant.model.base
                 return Fit(base.fingerprint, resolve_spec(adapter, base.model.config))

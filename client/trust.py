@@ -36,7 +36,7 @@ def trust(
     key: str,
     registry: str,
     *,
-    root_certificates: Path | None = None,
+    root_certificates: Path | bytes | None = None,
     replace_key: bool = False,
 ) -> Trust:
     """Say whose releases the device takes, and from where; kept in the vault.
@@ -45,7 +45,7 @@ def trust(
         vault: Of the person.
         key: The server's public key, 64 hex digits, from somebody the person believes.
         registry: host:port.
-        root_certificates: A PEM file; what it holds is kept.
+        root_certificates: A PEM file, whose content is kept, or such content itself.
         replace_key: Take another key than the one that is trusted.
 
     Raises:
@@ -82,12 +82,13 @@ def _check_address(address: str) -> None:
         raise ConfigError(f"{address!r} is no address of a registry", hint="Give host:port.")
 
 
-def _read_certificates(path: Path) -> str:
+def _read_certificates(given: Path | bytes) -> str:
+    where = "root certificates" if isinstance(given, bytes) else str(given)
     try:
-        text = path.read_text(encoding="ascii")
-        x509.load_pem_x509_certificates(text.encode("ascii"))
+        content = given if isinstance(given, bytes) else given.read_bytes()
+        x509.load_pem_x509_certificates(content)
+        return content.decode("ascii")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path}: no certificate ({error})", hint="Give the PEM file of the authority."
+            f"{where}: no certificate ({error})", hint="Give the PEM file of the authority."
         ) from error
-    return text

@@ -146,7 +146,7 @@ class RegistryFolder:
         """
         release = releases.read(round_number)
         release.verify(public_key(self.key))
-        if release.about["adapter_digest"] != spec.digest:
+        if release.about.get("adapter_digest") != spec.digest:
             raise AdapterError(f"release {round_number} is of another adapter than this one")
         with self._alone, locked(self.folder / LOCK):
             self._read_new()
@@ -193,7 +193,7 @@ class RegistryFolder:
 
     def _before(self, release: Release) -> Published | None:
         """The newest of the same run, where it is the same release."""
-        of_run = [each for each in self._releases if each.statement.run == release.about["run"]]
+        of_run = [each for each in self._releases if each.statement.run == release.about.get("run")]
         if not of_run or (newest := of_run[-1]).statement.round < release.round:
             return None
         if newest.statement.round > release.round:
@@ -282,20 +282,16 @@ class RegistryFolder:
 def _statement(
     release: Release, spec: AdapterSpec, content: bytes, *, number: int, key: Ed25519PrivateKey
 ) -> dict[str, Any]:
-    about = release.about
+    said = ("run", "base_model", "privacy", "deployment", "ledger")
     return {
+        **{name: release.about.get(name) for name in said},
         "number": number,
-        "run": about["run"],
         "round": release.round,
-        "release_digest": about["digest"],
+        "release_digest": release.about["digest"],
         "file_digest": _sha256(content),
         "file_size": len(content),
-        "base_model": about["base_model"],
         "adapter": spec.config,
         "adapter_digest": spec.digest,
-        "privacy": about["privacy"],
-        "deployment": about["deployment"],
-        "ledger": about["ledger"],
         "server_key": public_key(key),
     }
 

@@ -182,6 +182,17 @@ def test_what_is_no_address_is_not_trusted(vault: Vault, address: str) -> None:
         trust(vault, TRUSTED, address)
 
 
+def test_certificates_are_given_as_a_file_or_as_they_are(
+    vault: Vault, tls: tuple[Path, Tls]
+) -> None:
+    content = tls[0].read_bytes()
+    for given in (tls[0], content):
+        found = trust(vault, TRUSTED, "127.0.0.1:1", root_certificates=given)
+        assert found.root_certificates == content.decode()
+    with pytest.raises(ConfigError, match="no certificate"):
+        trust(vault, TRUSTED, "127.0.0.1:1", root_certificates=b"none")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\xff", b"-----BEGIN CERTIFICATE-----\nx\n"])
 def test_what_is_no_certificate_is_not_trusted(
     vault: Vault, tmp_path: Path, content: bytes | None

@@ -93,9 +93,11 @@ def test_what_this_server_did_not_make_is_refused(home: Path, store: ReleaseStor
     store.write(1, vector(1), about(), STRANGER)
     with pytest.raises(SignatureError):
         folder.publish(store, 1, SPEC)
-    store.write(1, vector(1), about(privacy={"mechanism": "none"}), KEY)
-    with pytest.raises(RegistryError, match="cannot be stated: privacy"):
-        folder.publish(store, 1, SPEC)
+    for lacking in ("privacy", "run", "ledger", "base_model"):
+        said = {name: value for name, value in about().items() if name != lacking}
+        store.write(1, vector(1), said, KEY)
+        with pytest.raises(RegistryError, match=f"cannot be stated: {lacking}"):
+            folder.publish(store, 1, SPEC)
     assert folder.releases == []
 
 
