@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 # Threads that wait for each other sleep: on shared cores, spinning ones are ten times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help simulate test test-fast torture lint wheel clean
+.PHONY: help simulate test test-fast torture lint proto wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -35,14 +35,19 @@ test: lint wheel  ## Everything CI checks
 test-fast: .venv/.installed  ## The tests that need no more than a few seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2
 
-torture: .venv/.installed  ## Kill federations and vaults at 200 random moments each; check what must hold
+torture: .venv/.installed  ## Kill servers and devices at 600 random moments and more; check what must hold
 	$(BIN)/python tests/torture.py --kills 200
 	$(BIN)/python tests/vault_torture.py --kills 200
+	OMP_NUM_THREADS=1 $(BIN)/python tests/device_torture.py --kills 200
+	OMP_NUM_THREADS=1 $(BIN)/python tests/join_torture.py --kills 24
 
 lint: .venv/.installed  ## Format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+proto: .venv/.installed  ## Make common/registry_pb2.py from common/registry.proto
+	$(BIN)/python tests/generate_registry.py
 
 wheel: .venv/.installed  ## Build the wheel and import it away from the checkout
 	$(BIN)/python tests/check_wheel.py

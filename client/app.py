@@ -23,6 +23,7 @@ from homefire.client.home import Home
 from homefire.client.vault import Vault, open_vault
 from homefire.client.vault_files import KEYS
 from homefire.client.vault_home import VaultHome
+from homefire.client.vault_opening import KnownKeys
 from homefire.common.errors import (
     ConfigError,
     DataError,
@@ -177,4 +178,14 @@ def open_device(context: Context) -> Device:
 @lru_cache(maxsize=1)
 def _vault(folder: Path) -> Vault:
     """A person's vault, opened once and kept open for the messages that follow."""
-    return open_vault(folder, passphrase=os.environ.get("HOMEFIRE_PASSPHRASE"))
+    phrase = os.environ.get("HOMEFIRE_PASSPHRASE")
+    return open_vault(folder, passphrase=phrase, known=known_keys(folder))
+
+
+@lru_cache(maxsize=1)
+def known_keys(folder: Path) -> KnownKeys | None:
+    """A vault's keys, kept for those that are forked from this process; None where none fit."""
+    try:
+        return KnownKeys.of(folder, os.environ.get("HOMEFIRE_PASSPHRASE"))
+    except HomefireError:
+        return None  # opening the vault says why, or mends it

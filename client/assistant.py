@@ -33,6 +33,9 @@ NEXT_TURN = "\nuser:"
 LONGEST_NOTE = 600
 """Characters of a record that go into a prompt."""
 
+LEFT_FOR_REPLY = 4
+"""A prompt takes what it needs, but for this part of the context, or all that a reply may take."""
+
 Pieces = Generator[str, None, FinishReason]
 
 
@@ -158,7 +161,9 @@ class Assistant:
         Args:
             messages: A conversation that ends with a question.
             recipe: From what it is made.
-            sampling: How tokens are picked, and how many at most.
+            sampling: How tokens are picked, and how many at most. The prompt comes first: where
+                both do not fit, a reply gets what the prompt leaves of the context, at least a
+                quarter.
 
         Raises:
             DataError: There is no question, or no room for it.
@@ -167,7 +172,8 @@ class Assistant:
             model = self.model
             check_conversation(messages)
             found = self._retrieve(messages) if recipe.context == "retrieval" else []
-            room = max(1, model.base.context_length - sampling.max_tokens)
+            context = model.base.context_length
+            room = context - min(sampling.max_tokens, max(1, context // LEFT_FOR_REPLY))
             notes = [note_of(stored) for stored in found]
             prompt = assemble(model.base.tokenizer, messages, notes, room=room)
             strengths = {str(name): strength for name, strength in recipe.weights.items()}

@@ -4,22 +4,43 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from homefire.client.assistant import Reply
 from homefire.client.encoder import Encoder
 from homefire.client.personalize.recipe import AUTO, RECIPES
 from homefire.client.personalize.sampling import Sampling
+from homefire.client.request_fields import Fields, check_fields
 from homefire.common.chat import Message
 from homefire.common.errors import ConfigError, DataError
 
 NAME = "homefire"
 ENCODER = "homefire/encoder"
 DEFAULT_TOKENS = 512
-HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+HARMLESS = frozenset(
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
+    "prediction parallel_tool_calls".split()
+)
 """Fields that change nothing about a reply made here; they are read past."""
+
+NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+    "response_format": [{"type": "text"}],
+    "logprobs": [False],
+    "top_logprobs": [0],
+    "logit_bias": [{}],
+    "modalities": [["text"]],
+    "n": [1],
+    "tools": [[]],
+    "functions": [[]],
+    "tool_choice": ["none", "auto"],
+    "function_call": ["none", "auto"],
+    "reasoning_effort": ["none"],
+}
+"""Values that clients send although they stand for what is done anyway; no others are done here."""
 
 
 class _Part(BaseModel):
@@ -31,6 +52,8 @@ class _Turn(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part]
     name: str | None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
+    function_call: None = None
 
     def plain(self) -> Message:
         text = self.content
@@ -53,7 +76,6 @@ class _Request(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    n: Literal[1] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool = False
@@ -64,6 +86,21 @@ class _Request(BaseModel):
     def _no_empty_stop(cls, stop: str | list[str] | None) -> list[str]:
         listed = [stop] if isinstance(stop, str) else list(stop or ())
         return [each for each in listed if each]
+
+
+def _listed(texts: object) -> object:
+    return [texts] if isinstance(texts, str) else texts
+
+
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class _Texts(Fields):
+    model: str
+    input: Annotated[list[_Text], BeforeValidator(_listed), Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +135,12 @@ def read_request(body: Mapping[str, Any]) -> Asked:
         DataError: A field is wrong, or asks for what is not done here.
         ConfigError: There is no such model.
     """
-    wanted = {name: value for name, value in body.items() if name not in HARMLESS}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    try:
-        request = _Request.model_validate(wanted)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        unknown = first["type"] == "extra_forbidden"
-        raise DataError(
-            f"{place} is not done here" if unknown else f"{place}: {first['msg']}",
-            hint="Leave it out." if unknown else "",
-        ) from error
+    wanted = {
+        name: value
+        for name, value in body.items()
+        if value is not None and name not in HARMLESS and value not in NEUTRAL.get(name, ())
+    }
+    request = check_fields(_Request, wanted)
     sampling = Sampling(
         max_tokens=request.max_completion_tokens or request.max_tokens or DEFAULT_TOKENS,
         temperature=0.0 if request.temperature is None else request.temperature,
@@ -168,22 +199,24 @@ def embedding(encoder: Encoder, body: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         DataError: There is no text in it, or it asks for a form that is not made here.
+        ConfigError: It asks another encoder.
     """
-    given = body.get("input")
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise DataError("input must be a text or a list of texts")
-    form = body.get("encoding_format", "float")
-    if form not in ("float", "base64"):
-        raise DataError(f"encoding_format {form!r} is not made here", hint='Use "float".')
-    rows = encoder.encode(texts)
+    request = check_fields(_Texts, {n: v for n, v in body.items() if v is not None})
+    if request.model != ENCODER:
+        raise ConfigError(f"there is no encoder {request.model!r}", hint=f"It is {ENCODER}.")
+    if request.dimensions not in (None, encoder.features):
+        raise DataError(
+            f"dimensions: an embedding has {encoder.features} here", hint="Leave it out."
+        )
+    form = request.encoding_format
+    rows = encoder.encode(request.input)
     data = [
         {"object": "embedding", "index": place, "embedding": encoder.write(row, form)}
         for place, row in enumerate(rows)
     ]
-    tokens = encoder.count(texts)
+    tokens = encoder.count(request.input)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": body.get("model", ENCODER), "usage": usage}
+    return {"object": "list", "data": data, "model": ENCODER, "usage": usage}
 
 
 def _recipe(model: str) -> str:

@@ -141,7 +141,9 @@ class Database:
             VaultError: It could not be written; nothing was.
         """
         with self._lock, self._room_again():
-            if self._connection.in_transaction:
+            with self._told():
+                within = self._connection.in_transaction
+            if within:
                 yield self
                 return
             self.write("BEGIN IMMEDIATE")
@@ -168,24 +170,28 @@ class Database:
             )
         return int(version)
 
-    def migrate(self, steps: Sequence[str]) -> None:
+    def migrate(self, steps: Sequence[str]) -> bool:
         """Bring the schema up to date, in one transaction.
 
         Args:
             steps: SQL scripts; the schema's version is the number of those carried out.
 
+        Returns:
+            Whether there was anything to do.
+
         Raises:
             VaultVersionError: The schema is newer than these, or no vault's.
         """
-        version = self.check_version(steps)
-        if version == len(steps):
-            return
+        if self.check_version(steps) == len(steps):
+            return False
         with self.transaction():
-            for step in steps[version:]:
+            # Another process may have done it meanwhile.
+            for step in steps[self.check_version(steps) :]:
                 for statement in _statements(step):
                     self.write(statement)
             self.write(f"PRAGMA user_version = {len(steps)}")
             self.write(f"PRAGMA application_id = {APPLICATION}")
+        return True
 
     def rekey(self, key: bytes) -> None:
         """Encrypt the whole file under another key, in one transaction.
@@ -208,7 +214,8 @@ class Database:
                     f"{self.path}: it could not be encrypted anew; nothing was changed",
                     hint="Make as much room on the disk as it takes, and try again.",
                 ) from error
-            self.compact_log()
+            with suppress(BusyVaultError):
+                self.compact_log()
             self.check_pages()
 
     def sweep(self) -> None:
@@ -218,7 +225,7 @@ class Database:
 
         Raises:
             DamagedVaultError: A page of it has changed; it would look right afterwards.
-            BusyVaultError: Another process writes.
+            BusyVaultError: Another process writes, or reads what was there before.
         """
         with self._lock:
             self.check_pages()
@@ -227,9 +234,16 @@ class Database:
             self.compact_log()
 
     def compact_log(self) -> None:
-        """Empty the write-ahead log, unless another process still reads from it."""
-        if not self._read_only:
-            self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+        """Bring what is in the write-ahead log into the file, and empty it.
+
+        Raises:
+            BusyVaultError: Another process reads what was there before; the file may hold it still.
+        """
+        if self._read_only:
+            return
+        ((busy, _, _),) = self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+        if busy:
+            raise self._busy()
 
     def check_pages(self) -> None:
         """Look at every page of the file.
@@ -245,12 +259,22 @@ class Database:
                 return
             # What a power cut has torn is whole in the write-ahead log. Or another process was
             # just writing it.
-            self.compact_log()
+            with suppress(BusyVaultError):
+                self.compact_log()
             damaged = self._damaged_pages()
         raise DamagedVaultError(
             f"{self.path}: the database is damaged ({damaged[0]})",
             hint="`homefire device doctor` says how much of it; put a backup in place.",
         )
+
+    @property
+    def state(self) -> tuple[int, ...] | None:
+        """Changes when somebody writes to the file; None where there is a write-ahead log."""
+        log = self._log_path
+        if log.exists() and log.stat().st_size:
+            return None
+        status = self.path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def problems(self) -> list[str]:
         """What a look at every page finds wrong; without words of the content."""
@@ -259,8 +283,12 @@ class Database:
     def _literal(self, key: bytes) -> str:
         return f"\"x'{key.hex()}{self._salt.hex()}'\""
 
+    @property
+    def _log_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name}-wal")
+
     def _damaged_pages(self) -> list[str]:
-        log = self.path.with_name(f"{self.path.name}-wal")
+        log = self._log_path
         if self._read_only and log.exists() and log.stat().st_size:
             # The file's own pages may be outdated or torn; these are looked at through the log.
             return self._damaged_trees()
@@ -292,6 +320,12 @@ class Database:
         except sqlite.Error as error:
             raise self._explained(error) from error
 
+    def _busy(self) -> BusyVaultError:
+        return BusyVaultError(
+            f"{self.path}: another process keeps it locked",
+            hint="Wait until it has ended, or end it.",
+        )
+
     def _explained(self, error: sqlite.Error) -> VaultError:
         said = str(error)
         match _kind(error):
@@ -301,10 +335,7 @@ class Database:
                     hint="`homefire device doctor` says how much of it; put a backup in place.",
                 )
             case sqlite.SQLITE_BUSY | sqlite.SQLITE_LOCKED:
-                return BusyVaultError(
-                    f"{self.path}: another process keeps it locked",
-                    hint="Wait until it has ended, or end it.",
-                )
+                return self._busy()
             case sqlite.SQLITE_FULL:
                 return VaultError(
                     f"{self.path}: the disk is full; nothing was changed",

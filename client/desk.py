@@ -1,147 +1,191 @@
 """What the person's page asks for: what is stored, what was shared, and how to change it."""
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from threading import Event
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from homefire.client.personalizer import Personalizer
+from homefire.client.personalizer import FACTS, Personalizer
+from homefire.client.profile import Profile, describe
+from homefire.client.request_fields import Fields, check_fields, read_object
 from homefire.client.vault_records import StoredRecord
-from homefire.common.errors import DataError
+from homefire.common.errors import HomefireError
 
 PAGE_SIZE = 50
-Query = Mapping[str, str]
-Body = Mapping[str, Any]
+COUNTED = 2000
+"""The newest records that the page's profile is counted on: it is shown at once, however many."""
+
+
+def _from_query(value: object) -> object:
+    """A number in an address is digits."""
+    digits = isinstance(value, str) and re.fullmatch("[0-9]{1,19}", value)
+    return int(str(value)) if digits else value
+
+
+_Number = Annotated[int, Field(ge=1, lt=1 << 62)]
+_Asked = Annotated[_Number, BeforeValidator(_from_query)]
+_Text = Annotated[str, Field(min_length=1)]
+_Line = Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class _Nothing(Fields):
+    pass
+
+
+class _Page(Fields):
+    q: str = Field("", max_length=2000)
+    before: _Asked | None = None
+
+
+class _Said(Fields):
+    text: _Text
+
+
+class _Changed(_Said):
+    id: _Asked
+
+
+class _Doomed(Fields):
+    ids: list[_Number] = Field(default_factory=list)
+    query: _Line | None = None
+    before: _Line | None = None
+
+
+class _Fact(Fields):
+    name: str = Field(min_length=1, max_length=200, pattern=r"\S")
+    value: str | None = Field(None, max_length=2000)
+
+
+class _Word(Fields):
+    word: Literal["erase"]
+
+
+class EndingError(HomefireError):
+    """What was under way is cut short, for serving ends."""
+
+    def __init__(self) -> None:
+        super().__init__("serving ends")
 
 
 class Desk:
-    """A person's dealings with the vault, as JSON."""
+    """A person's dealings with the vault, as JSON.
 
-    def __init__(self, me: Personalizer) -> None:
-        self._me = me
+    Args:
+        me: Whose vault it is.
+        ending: Set when serving ends: what takes long is cut short then.
+    """
 
-    def status(self, query: Query, body: Body) -> Any:
+    def __init__(self, me: Personalizer, ending: Event) -> None:
+        self._me, self._ending = me, ending
+
+    def status(self, asked: _Nothing) -> Any:
         """What is stored, and what was shared."""
         return asdict(self._me.status())
 
-    def records(self, query: Query, body: Body) -> Any:
+    def records(self, asked: _Page) -> Any:
         """Records, the newest first, or those that fit a question."""
-        records = self._me.vault.records
-        if question := query.get("q", "").strip():
-            found = records.search(question, PAGE_SIZE)
+        if question := asked.q.strip():
+            found = self._me.search(question, PAGE_SIZE)
             return {"records": [_shown(each) for each in found], "next": None}
-        before = query.get("before")
-        page = records.newest(PAGE_SIZE, **({"before": _number(before)} if before else {}))
+        page = _newest(self._me, PAGE_SIZE, before=asked.before)
         more = page[-1].id if len(page) == PAGE_SIZE else None
         return {"records": [_shown(each) for each in page], "next": more}
 
-    def remember(self, query: Query, body: Body) -> Any:
+    def remember(self, asked: _Said) -> Any:
         """Keep something."""
-        return {"id": self._me.remember(_text(body, "text"))}
+        return {"id": self._me.remember(asked.text)}
 
-    def change(self, query: Query, body: Body) -> Any:
-        """Put another text in place of a record's."""
-        number = _number(query.get("id", ""))
-        return {"id": self._me.change(number, _text(body, "text"))}
+    def change(self, asked: _Changed) -> Any:
+        """Put another text in place of a record's; it is another record then."""
+        return {"id": self._me.change(asked.id, asked.text)}
 
-    def forget(self, query: Query, body: Body) -> Any:
+    def forget(self, asked: _Doomed) -> Any:
         """Forget records; the private adapter is trained again by the person's own word alone."""
-        ids = body.get("ids", [])
-        if not isinstance(ids, list) or not all(type(each) is int for each in ids):
-            raise DataError("ids must be a list of numbers")
-        known = {name: body[name] for name in ("query", "before") if body.get(name)}
-        return asdict(self._me.forget(ids=ids, retrain=False, **known))
+        return asdict(self._me.forget(**asked.model_dump(exclude_unset=True), retrain=False))
 
-    def profile(self, query: Query, body: Body) -> Any:
-        """What was said to be true, and what the history shows."""
-        return asdict(self._me.profile())
+    def profile(self, asked: _Nothing) -> Any:
+        """What was said to be true, and what the newest records show."""
+        return asdict(_profile(self._me))
 
-    def set_fact(self, query: Query, body: Body) -> Any:
+    def set_fact(self, asked: _Fact) -> Any:
         """Say something about oneself, or take it back."""
-        self._me.set_fact(_text(body, "name"), str(body.get("value") or "") or None)
+        self._me.set_fact(asked.name.strip(), (asked.value or "").strip() or None)
         return {}
 
-    def shared(self, query: Query, body: Body) -> Any:
+    def shared(self, asked: _Nothing) -> Any:
         """What was taken part in, round by round."""
-        names = ("run", "round", "rule", "charge")
-        entries = self._me.vault.log.participations
-        return {"participations": [{n: entry.get(n) for n in names} for entry in entries]}
+        return {"participations": _participations(self._me)}
 
-    def personalize(self, query: Query, body: Body) -> Any:
-        """Train the private adapter."""
-        return asdict(self._me.personalize())
+    def personalize(self, asked: _Nothing) -> Any:
+        """Train the private adapter; a training that was cut short goes on from its last look."""
+        return asdict(self._me.personalize(progress=self._go_on))
 
-    def erase(self, query: Query, body: Body) -> Any:
+    def erase(self, asked: _Word) -> Any:
         """Destroy the vault; the person has typed the word."""
-        if body.get("word") != "erase":
-            raise DataError('type the word "erase" to destroy the vault')
         return asdict(self._me.erase())
+
+    def _go_on(self, step: int, steps: int) -> None:
+        if self._ending.is_set():
+            raise EndingError
+
+
+# What the SDK has no word for yet
+
+
+def _newest(me: Personalizer, count: int, *, before: int | None = None) -> Sequence[StoredRecord]:
+    return me.vault.records.newest(count, **({} if before is None else {"before": before}))
+
+
+def _profile(me: Personalizer) -> Profile:
+    return describe(me.vault.setting(FACTS, {}), _newest(me, COUNTED))
+
+
+def _participations(me: Personalizer) -> list[dict[str, Any]]:
+    names = ("run", "round", "rule", "charge")
+    return [{n: entry.get(n) for n in names} for entry in me.vault.log.participations]
+
+
+Asked = TypeVar("Asked", bound=Fields)
 
 
 def routes(desk: Desk) -> list[Route]:
     """All of them."""
-    known: tuple[tuple[str, str, Callable[[Query, Body], Any]], ...] = (
-        ("GET", "/api/status", desk.status),
-        ("GET", "/api/records", desk.records),
-        ("POST", "/api/records", desk.remember),
-        ("PATCH", "/api/records", desk.change),
-        ("POST", "/api/forget", desk.forget),
-        ("GET", "/api/profile", desk.profile),
-        ("POST", "/api/profile", desk.set_fact),
-        ("GET", "/api/shared", desk.shared),
-        ("POST", "/api/personalize", desk.personalize),
-        ("POST", "/api/erase", desk.erase),
-    )
-    return [Route(path, _answering(answer), methods=[method]) for method, path, answer in known]
+
+    def route(method: str, path: str, answer: Callable[[Asked], Any], fields: type[Asked]) -> Route:
+        return Route(path, _answering(answer, fields), methods=[method])
+
+    return [
+        route("GET", "/api/status", desk.status, _Nothing),
+        route("GET", "/api/records", desk.records, _Page),
+        route("POST", "/api/records", desk.remember, _Said),
+        route("PATCH", "/api/records", desk.change, _Changed),
+        route("POST", "/api/forget", desk.forget, _Doomed),
+        route("GET", "/api/profile", desk.profile, _Nothing),
+        route("POST", "/api/profile", desk.set_fact, _Fact),
+        route("GET", "/api/shared", desk.shared, _Nothing),
+        route("POST", "/api/personalize", desk.personalize, _Nothing),
+        route("POST", "/api/erase", desk.erase, _Word),
+    ]
 
 
-def _answering(answer: Callable[[Query, Body], Any]) -> Callable[[Request], Any]:
+def _answering(answer: Callable[[Asked], Any], fields: type[Asked]) -> Callable[[Request], Any]:
     async def answering(request: Request) -> Response:
-        body = await read_object(request)
-        found = await run_in_threadpool(answer, request.query_params, body)
-        content = json.dumps(found, default=str, ensure_ascii=False)
-        return Response(content, media_type="application/json")
+        given = await read_object(request)
+        asked = check_fields(fields, {**given, **request.query_params})
+        found = await run_in_threadpool(answer, asked)
+        return Response(json.dumps(found, default=str), media_type="application/json")
 
     return answering
-
-
-async def read_object(request: Request) -> Body:
-    """The JSON object in a request; an empty one where there is nothing.
-
-    Raises:
-        DataError: It holds something else.
-    """
-    raw = await request.body()
-    if not raw:
-        return {}
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError) as wrong:
-        raise DataError("the request is not JSON") from wrong
-    if not isinstance(found, dict):
-        raise DataError("the request is no JSON object")
-    return found
 
 
 def _shown(stored: StoredRecord) -> dict[str, Any]:
     about = {"id": stored.id, "source": stored.source, "added_at": stored.added_at}
     return {**about, **stored.record.to_json()}
-
-
-def _number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as wrong:
-        raise DataError(f"{text!r} is no number") from wrong
-
-
-def _text(body: Body, name: str) -> str:
-    value = body.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{name} must be a text")
-    return value

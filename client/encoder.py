@@ -25,6 +25,11 @@ class Encoder:
     tokenizer: Any
     lock: Any
 
+    @property
+    def features(self) -> int:
+        """Numbers of an embedding."""
+        return int(self.network.config.hidden_size)
+
     def encode(self, texts: Sequence[str]) -> Floats:
         """One row a text, shape (texts, features), each of length 1."""
         parts = [self._encode(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]

@@ -6,16 +6,22 @@ contributed before, and nothing to anybody else.
 
 import http.client
 import json
+import os
 import re
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from homefire.client.joining import Link
+from homefire.client.trust import trust
 from homefire.client.vault import Vault
-from homefire.client.vault_home import POLICY
+from homefire.client.vault_files import POLICY
 from homefire.common.errors import ConfigError, EnrolmentError
 from homefire.common.files import write_atomically
 from homefire.common.signatures import public_key, sign
@@ -85,7 +91,10 @@ def enroll(vault: Vault, text: str) -> Enrolled:
         raise EnrolmentError(
             "the server signs with another key than the ticket says", hint="Ask the operator."
         )
-    _trust(vault, ticket.server_key)
+    _allow(vault, ticket.server_key)
+    if ticket.registry is not None:
+        authority = ticket.authority.encode()
+        trust(vault, ticket.server_key, ticket.registry, root_certificates=authority)
     vault.set(SETTING, {name: value for name, value in pending.items() if name != "ticket"})
     return enrolled_with(vault)  # type: ignore[return-value]
 
@@ -146,7 +155,7 @@ def _ask(ticket: Ticket, wanted: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def _trust(vault: Vault, server_key: str) -> None:
+def _allow(vault: Vault, server_key: str) -> None:
     """Put the server's key into the policy, which trusts nobody before."""
     path = vault.folder / POLICY
     text = path.read_text(encoding="utf-8") if path.exists() else "server_keys = []\n"
@@ -159,3 +168,21 @@ def _trust(vault: Vault, server_key: str) -> None:
             hint=f'Add "{server_key}" to server_keys yourself, and enrol again.',
         )
     write_atomically(path, changed.encode(), mode=0o600)
+
+
+@contextmanager
+def link_to(enrolled: Enrolled) -> Iterator[Link]:
+    """How the server is reached, while the block lasts; key and certificate lie in memory alone."""
+    with _in_memory(enrolled.authority) as authority, _in_memory(enrolled.node_key) as node_key:
+        yield Link(enrolled.superlink, authority, node_key=node_key)
+
+
+@contextmanager
+def _in_memory(text: str) -> Iterator[Path]:
+    """A file that is on no disk, and gone with this process; its children read it by this path."""
+    descriptor = os.memfd_create("homefire")
+    try:
+        os.write(descriptor, text.encode())
+        yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+    finally:
+        os.close(descriptor)

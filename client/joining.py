@@ -1,41 +1,33 @@
 """Taking part in a federation: a SuperNode beside the device, for as long as the person allows.
 
 Two processes: Flower's SuperNode, which talks to the SuperLink, and `homefire.client.executor`,
-which runs the installed ClientApp for it. Both end with the process that joined.
+which runs the installed ClientApp for it; see `homefire.client.joining_processes`.
 """
 
 import ipaddress
-import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import SystemRandom
 from threading import Event
+from typing import Any
 
+from homefire.client.conditions import BetweenRounds, Condition
+from homefire.client.joining_changes import Change, Trouble
+from homefire.client.joining_processes import running
+from homefire.client.personalize.recipe import SHARED
 from homefire.client.vault import Vault
-from homefire.client.vault_home import POLICY, VaultHome
+from homefire.client.vault_files import POLICY
+from homefire.client.vault_home import VaultHome
 from homefire.common.adapter import AdapterSpec
 from homefire.common.errors import ConfigError
-from homefire.common.policy import Participation, lifetime_epsilon
+from homefire.common.policy import DevicePolicy, Participation, lifetime_epsilon
 from homefire.common.protocol import STATISTICS
 
-LOG_FILE = "join.log"
 POLL_SECONDS = 1.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 5.0, 300.0
 NUMBER_BYTES = 4
-SUPERNODE = "from flwr.supernode.cli import flower_supernode; raise SystemExit(flower_supernode())"
-
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
-Condition = Callable[[], bool]
-"""Whether the device may take part now: idle, charging, on a network that costs nothing …"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +38,7 @@ class Preview:
         parameters: Numbers in one contribution; the adapter of the newest release known here.
         bytes_up: Of one contribution, besides its envelope of a few hundred bytes.
         bytes_down: Of the release that a plan brings.
-        largest_epsilon: What one participation may cost at most by the policy.
+        largest_epsilon: What one participation may cost at most by the policy; None without bound.
         spent_epsilon: What was spent before; None without bound.
         lifetime_epsilon: What may be spent in all.
         delta: Of the three.
@@ -75,18 +67,72 @@ def preview(vault: Vault, spec: AdapterSpec) -> Preview:
     """
     home, policy = VaultHome(vault), VaultHome(vault).policy
     charges = [each.charge for each in home.history]
-    least = policy.smallest_noise_multiplier
-    charge = 1 / least**2 if least > 0 else None
     return Preview(
         parameters=spec.contribution_size,
-        bytes_up=NUMBER_BYTES * (spec.contribution_size + STATISTICS),
+        bytes_up=_bytes_up(spec),
         bytes_down=NUMBER_BYTES * spec.size,
-        largest_epsilon=lifetime_epsilon([charge], delta=policy.delta),
+        largest_epsilon=_largest_epsilon(policy),
         spent_epsilon=lifetime_epsilon(charges, delta=policy.delta),
         lifetime_epsilon=policy.lifetime_epsilon,
         delta=policy.delta,
         servers=policy.server_keys,
     )
+
+
+def _bytes_up(spec: AdapterSpec) -> int:
+    return NUMBER_BYTES * (spec.contribution_size + STATISTICS)
+
+
+def _largest_epsilon(policy: DevicePolicy) -> float | None:
+    if "none" in policy.mechanisms:
+        return None
+    least = policy.smallest_noise_multiplier
+    noisiest = lifetime_epsilon([1 / least**2], delta=policy.delta) if least > 0 else None
+    allowed = policy.lifetime_epsilon
+    return allowed if noisiest is None else min(noisiest, allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class Contributed:
+    """What was sent for one round, or would have been, had it not been ended.
+
+    Attributes:
+        run: The run's id.
+        round: The round's number.
+        epsilon: What this participation alone costs; None without bound.
+        bytes_up: Of the contribution, besides its envelope; None where the adapter is not the one
+            of the newest release.
+    """
+
+    run: str
+    round: int
+    epsilon: float | None
+    bytes_up: int | None
+
+
+def contributed(
+    vault: Vault, spec: AdapterSpec, taken: Sequence[Participation]
+) -> list[Contributed]:
+    """What taking part has sent, round by round.
+
+    Args:
+        vault: Of the person.
+        spec: Of the shared adapter.
+        taken: Participations in its log.
+
+    Raises:
+        ConfigError: The policy cannot be read.
+    """
+    delta = VaultHome(vault).policy.delta
+    return [
+        Contributed(
+            each.run,
+            each.round,
+            lifetime_epsilon([each.charge], delta=delta),
+            _bytes_up(spec) if each.adapter_digest == spec.digest else None,
+        )
+        for each in taken
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +146,7 @@ class Link:
         node_key: The file of the key that the operator registered, where one is asked for.
 
     Raises:
-        ConfigError: No address, or no TLS to another machine.
+        ConfigError: No address; no TLS to another machine; or no TLS, and files that it alone uses.
     """
 
     address: str
@@ -117,6 +163,34 @@ class Link:
                 f"{host} is another machine: nothing goes there without TLS",
                 hint="Leave --insecure out, and give --root-certificates if it needs them.",
             )
+        if self.insecure and (self.root_certificates or self.node_key):
+            raise ConfigError(
+                "certificates and keys are of no use without TLS", hint="Leave --insecure out."
+            )
+
+    def check_files(self) -> None:
+        """Look at what is needed to connect.
+
+        Raises:
+            ConfigError: A file is missing, or cannot be read.
+        """
+        for path in self._files.values():
+            try:
+                path.read_bytes()
+            except OSError as error:
+                raise ConfigError(
+                    f"{path}: cannot be read ({error.strerror})",
+                    hint="Give a file that the operator made, or leave it out.",
+                ) from error
+
+    @property
+    def _files(self) -> dict[str, Path]:
+        given = {
+            "--root-certificates": self.root_certificates,
+            "--auth-supernode-private-key": self.node_key,
+        }
+        # The SuperNode works in another folder.
+        return {name: path.expanduser().absolute() for name, path in given.items() if path}
 
     @property
     def options(self) -> list[str]:
@@ -124,10 +198,8 @@ class Link:
         options = ["--superlink", self.address]
         if self.insecure:
             options.append("--insecure")
-        if self.root_certificates is not None:
-            options += ["--root-certificates", str(self.root_certificates)]
-        if self.node_key is not None:
-            options += ["--auth-supernode-private-key", str(self.node_key)]
+        for name, path in self._files.items():
+            options += [name, str(path)]
         return options
 
 
@@ -139,114 +211,93 @@ class Membership:
         vault: Of the person; stays open.
         link: Where to.
         passphrase: What opens the vault, for the process that trains.
-        conditions: All must hold; asked again all the time.
-        on_change: Called with True when the device begins to listen, and with False when it ends.
+        conditions: All must hold; asked again all the time, but for `BetweenRounds`.
+        on_change: Called with whatever changes between the device and the federation.
     """
 
     vault: Vault
     link: Link
     passphrase: str | None = field(repr=False, default=None)
     conditions: Sequence[Condition] = ()
-    on_change: Callable[[bool], None] = lambda listening: None
+    on_change: Callable[[Change], None] = lambda change: None
 
     def run(self, stop: Event) -> tuple[Participation, ...]:
         """Take part until `stop` is set.
 
+        Where the connection is lost, or a process ends, it is tried again, after a time that
+        doubles up to five minutes.
+
         Guarantees:
             Own code: what runs here is the ClientApp that is installed, whatever a server sends.
-            Only while allowed: where a condition no longer holds, both processes are ended.
+            Only while allowed: where a condition no longer holds, both processes are ended, and
+                what they work on with them; a condition `BetweenRounds` waits for its end.
+            No orphan: both end with the process that joined, also where that is killed.
 
         Returns:
             What was taken part in meanwhile.
 
         Raises:
-            ConfigError: The policy trusts no server.
+            ConfigError: The policy trusts no server, or a file of the link cannot be read.
         """
         if not VaultHome(self.vault).policy.server_keys:
             raise ConfigError(
                 f"{self.vault.folder / POLICY} trusts no server",
                 hint="Put the server's key, 64 hex digits, into server_keys.",
             )
-        before, pause = len(VaultHome(self.vault).history), SHORTEST_PAUSE
+        self.link.check_files()
+        before, pause, waiting = len(VaultHome(self.vault).history), SHORTEST_PAUSE, False
         while not stop.is_set():
             if not self._allowed():
+                if not waiting:
+                    self.on_change(Change("waiting"))
+                waiting = True
                 stop.wait(POLL_SECONDS)
                 continue
-            with self._listening() as processes:
-                self.on_change(True)
-                while not stop.is_set() and self._allowed():
-                    if any(process.poll() is not None for process in processes):
-                        break
-                    stop.wait(POLL_SECONDS)
-                ended = any(process.poll() is not None for process in processes)
-            self.on_change(False)
-            # A SuperLink takes a minute to see that a node went; until then Flower ends with 305.
-            if ended:
-                stop.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-            else:
+            waiting, began = False, time.monotonic()
+            trouble = self._listen(stop)
+            if time.monotonic() - began > LONGEST_PAUSE or trouble is None:
                 pause = SHORTEST_PAUSE
+            if trouble is None:
+                self.on_change(Change("ended"))
+                continue
+            # Not all devices at once, where a SuperLink was away.
+            seconds = pause * SystemRandom().uniform(0.8, 1.2)
+            self.on_change(Change("disconnected", trouble, seconds))
+            stop.wait(seconds)
+            pause = min(2 * pause, LONGEST_PAUSE)
         return VaultHome(self.vault).history[before:]
 
-    def _allowed(self) -> bool:
-        return all(condition() for condition in self.conditions)
+    def _listen(self, stop: Event) -> Trouble | None:
+        """Take part until that has to end; returns what went wrong, if anything did."""
+        self.on_change(Change("connecting"))
+        folder, adapter = self.vault.folder, self._adapter()
+        opening = {"home": str(folder), "passphrase": self.passphrase, "adapter": adapter}
+        with running(folder, self.link.options, opening) as processes:
+            while not stop.is_set():
+                answered = processes.answered
+                for change in processes.changes():
+                    self.on_change(change)
+                if processes.answered > answered and (now := self._adapter()) != adapter:
+                    adapter = now
+                    processes.tell_executor({"adapter": adapter})
+                if not self._allowed(working=processes.working):
+                    break
+                if (trouble := processes.ended) is not None:
+                    return trouble
+                stop.wait(POLL_SECONDS)
+        return None
 
-    @contextmanager
-    def _listening(self) -> Iterator[list[subprocess.Popen[bytes]]]:
-        folder, port = self.vault.folder, _free_port()
-        home = folder / "flower"
-        home.mkdir(mode=0o700, exist_ok=True)
-        environment = {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(home)}
-        environment.pop("HOMEFIRE_PASSPHRASE", None)
-        own = f"home={json.dumps(str(folder), ensure_ascii=False)}"
-        runtime = f"127.0.0.1:{port}"
-        node = [sys.executable, "-c", SUPERNODE, *self.link.options]
-        node += ["--isolation", "process", "--host", "127.0.0.1", "--port", str(port)]
-        node += ["--node-config", own]
-        executor = [sys.executable, "-m", "homefire.client.executor"]
-        executor += ["--runtime", runtime, "--parent", str(os.getpid())]
-        descriptor = os.open(folder / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        processes: list[subprocess.Popen[bytes]] = []
-        try:
-            for command, told in ((node, subprocess.DEVNULL), (executor, subprocess.PIPE)):
-                processes.append(
-                    subprocess.Popen(  # noqa: S603 - our own commands
-                        command,
-                        stdin=told,
-                        stdout=descriptor,
-                        stderr=descriptor,
-                        env=environment,
-                        cwd=home,
-                    )
-                )
-            opening = json.dumps({"home": str(folder), "passphrase": self.passphrase})
-            _tell(processes[1], opening)
-            yield processes
-        finally:
-            os.close(descriptor)
-            for process in reversed(processes):
-                _end(process)
+    def _adapter(self) -> dict[str, Any] | None:
+        """The settings of the newest release; the next plan is likely for the same."""
+        release = self.vault.adapters.worn(SHARED)
+        return None if release is None else dict(release.about["adapter"])
 
-
-def _tell(process: "subprocess.Popen[bytes]", line: str) -> None:
-    if process.stdin is not None:
-        process.stdin.write(line.encode() + b"\n")
-        process.stdin.close()
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    def _allowed(self, *, working: bool = False) -> bool:
+        return all(
+            condition()
+            for condition in self.conditions
+            if not (working and isinstance(condition, BetweenRounds))
+        )
 
 
 def is_this_machine(host: str) -> bool:

@@ -2,7 +2,8 @@
 
 First the new key file is written beside the old one; then the log names it, in one transaction with
 adapters that are sealed anew; then the database is encrypted under its new key; then the new key
-file takes the old one's place. What the log names is what counts: see `Opening.settle`.
+file takes the old one's place, and the keystore's secrets of older keys are destroyed. What the log
+names is what counts: see `Opening.settle`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,9 +11,16 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from homefire.client.keys import Header, KeyFile, Unlock, next_header
-from homefire.client.vault_files import KEYS, NEXT_KEYS, io_errors, put_in_place, unlock_with
+from homefire.client.vault_files import (
+    KEYS,
+    NEXT_KEYS,
+    destroy_roots,
+    io_errors,
+    new_unlock,
+    put_in_place,
+)
 from homefire.client.vault_opening import KEYS_EVENT, in_force, key_entry, newest_generation
-from homefire.common.errors import VaultError
+from homefire.common.errors import HomefireError
 from homefire.common.files import sync_folder
 
 if TYPE_CHECKING:
@@ -43,6 +51,7 @@ def change_keys(vault: "Vault", new: Callable[[], NewKeys]) -> None:
             if keys["database"] != vault.keys["database"]:
                 vault.database.rekey(keys["database"])
             put_in_place(vault.folder, NEXT_KEYS)
+            destroy_roots(vault.store, range(1, header.generation))
         vault.header, vault.keys = header, keys
         vault.adapters.key = keys["adapters"]
 
@@ -59,7 +68,7 @@ def accept_keys(vault: "Vault", passphrase: str | None) -> None:
     def again() -> NewKeys:
         newest = max(newest_generation(vault.log), vault.header.generation)
         header = next_header(vault.header.model_copy(update={"generation": newest}))
-        return header, unlock_with(header, vault.store, passphrase), vault.keys
+        return header, new_unlock(header, vault.store, passphrase), vault.keys
 
     change_keys(vault, again)
 
@@ -71,11 +80,12 @@ def _taken_back(vault: "Vault", file: KeyFile) -> Iterator[None]:
         yield
     except BaseException:
         undone = False
-        with suppress(VaultError, OSError):
+        with suppress(HomefireError, OSError):
             if not in_force(vault.log, file):
                 (vault.folder / NEXT_KEYS).unlink()
                 sync_folder(vault.folder)
                 undone = True
+                destroy_roots(vault.store, [file.header.generation])
         if not undone:
             vault.abandon()
         raise

@@ -138,7 +138,7 @@ class Header(BaseModel):
                     "needs its keystore too.",
                 )
             parts += unlock.root
-        context = (self.vault.encode(), self.protection.encode())
+        context = (self.vault.encode(), self.protection.encode(), str(self.generation).encode())
         return derive_key(sha256(parts).digest(), "homefire/vault-kek/v1", *context)
 
 
@@ -216,10 +216,7 @@ class KeyFile(BaseModel):
         try:
             stored = path.read_bytes()
         except FileNotFoundError as error:
-            raise VaultError(
-                f"{path.parent}: there is no vault here",
-                hint="Make one with `homefire device init`.",
-            ) from error
+            raise no_vault(path.parent) from error
         except OSError as error:
             raise VaultError(f"{path}: cannot be read ({error})") from error
         damaged = DamagedVaultError(
@@ -246,6 +243,13 @@ class KeyFile(BaseModel):
         if sorted(found_file.wraps) != list(DATA_CLASSES) or found_file.content != stored:
             raise damaged
         return found_file
+
+
+def no_vault(folder: Path) -> VaultError:
+    """Says that a folder has none."""
+    return VaultError(
+        f"{folder}: there is no vault here", hint="Make one with `homefire device init`."
+    )
 
 
 def new_header(

@@ -1,7 +1,7 @@
 """The operating system's keystore, through `keyring`.
 
-Which one it is differs by system: the Secret Service or KWallet on Linux, the keychain on macOS,
-the credential vault on Windows. Backends that keep secrets in plain files, or nowhere, are refused.
+Which one it is differs by system: the Secret Service or KWallet on Linux, the keychain on macOS.
+Backends that keep secrets in plain files, or nowhere, are refused.
 """
 
 from base64 import b64decode, b64encode
@@ -16,7 +16,7 @@ from keyring.backend import KeyringBackend
 from keyring.backends.chainer import ChainerBackend
 from keyring.errors import KeyringError
 
-from homefire.common.errors import ConfigError
+from homefire.common.errors import ConfigError, PrivacyError
 from homefire.common.files import locked, make_folder
 from homefire.common.secret_store import SecretStore, check_name
 
@@ -26,7 +26,6 @@ SECURE = (
     "keyring.backends.kwallet",
     "keyring.backends.libsecret",
     "keyring.backends.macOS",
-    "keyring.backends.Windows",
 )
 """Modules of backends whose secrets are encrypted under the person's login."""
 
@@ -54,7 +53,8 @@ class OSKeystore(SecretStore):
         """A secret, or None where there is none.
 
         Raises:
-            ConfigError: The keystore is locked, does not answer, or holds what is no secret.
+            ConfigError: The keystore is locked or does not answer.
+            PrivacyError: What it holds is no secret.
         """
         with _told(self.place):
             stored = self.backend.get_password(SERVICE, self._entry(name))
@@ -63,7 +63,10 @@ class OSKeystore(SecretStore):
         try:
             return b64decode(stored, validate=True)
         except (Base64Error, ValueError) as error:
-            raise ConfigError(f"{self.place}: {self._entry(name)} is no secret of ours") from error
+            raise PrivacyError(
+                f"{self.place}: {self._entry(name)} is no secret of ours",
+                hint="Delete it if nothing else is of use.",
+            ) from error
 
     def destroy(self, name: str) -> None:
         """Delete a secret; what the system does with its old blocks is up to the system.

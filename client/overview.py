@@ -57,10 +57,11 @@ def overview(vault: Vault) -> Status:
     Raises:
         ConfigError: `device.toml` or `policy.toml` cannot be read.
     """
+    # The vault first: of one that was erased nothing is left.
+    oldest, newest = vault.records.dates()
+    forgotten = vault.log.entries(FORGOT)
     home, policy = VaultHome(vault), VaultHome(vault).policy
     charges = [each.charge for each in home.history]
-    forgotten = vault.log.entries(FORGOT)
-    oldest, newest = vault.records.dates()
     files = [path for path in vault.folder.iterdir() if path.is_file()]
     return Status(
         folder=vault.folder,

@@ -9,16 +9,19 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from homefire.client.conditions import Condition
+from homefire.client.enrolment import Enrolled, enroll, enrolled_with, link_to
 from homefire.client.erasure import Receipt, erase
 from homefire.client.forgetting import change_record, forget_records
 from homefire.client.importers import Format, format_of, read_history
-from homefire.client.joining import Condition, Link, Membership, Preview, preview
+from homefire.client.joining import Link, Membership, Preview, preview
+from homefire.client.joining_changes import Change
 from homefire.client.keys import Protection
 from homefire.client.outcomes import Forgotten, Imported, Learned, Progress
 from homefire.client.overview import Status, overview
@@ -26,10 +29,12 @@ from homefire.client.personalize.recipe import AUTO, PRIVATE, SHARED, Recipe
 from homefire.client.personalize.sampling import Sampling
 from homefire.client.profile import Profile, describe
 from homefire.client.takeout import write_takeout
+from homefire.client.trust import Trust, trust
 from homefire.client.vault import Vault, create, open_vault
 from homefire.client.vault_files import KEYS
 from homefire.client.vault_home import VaultHome, write_settings
 from homefire.client.vault_records import StoredRecord
+from homefire.common.adapter import AdapterConfig
 from homefire.common.chat import Message
 from homefire.common.config import BaseModelConfig, validate
 from homefire.common.errors import ConfigError, HomefireError
@@ -38,6 +43,7 @@ from homefire.common.records import Record, Skipped, check_text
 
 if TYPE_CHECKING:
     from homefire.client.assistant import Assistant, Reply
+    from homefire.client.updates import Updated
 
 FACTS = "facts"
 
@@ -47,7 +53,8 @@ class Personalizer:
     """One person's vault and language model; made by `Personalizer.open`.
 
     Guarantees:
-        Nothing leaves: but for `join`, nothing here uses the network.
+        Nothing leaves: but for `join` and `update`, nothing here uses the network; `update` sends
+            nothing but what it asks for.
 
     Attributes:
         vault: Where all of it is kept.
@@ -87,11 +94,12 @@ class Personalizer:
         if (place / KEYS).exists():
             vault = open_vault(place, passphrase=phrase, accept_backup=accept_backup)
         else:
-            vault = create(place, passphrase=phrase, protection=protection)
+            name = base_model or BaseModelConfig().name
+            prepare = partial(write_settings, place, name)
+            vault = create(place, passphrase=phrase, protection=protection, prepare=prepare)
         with ExitStack() as undo:
             undo.callback(vault.close)
             me = cls(vault, phrase)
-            write_settings(place, base_model or BaseModelConfig().name)
             kept = me._home.config.base_model.name
             if base_model is not None and base_model != kept:
                 raise ConfigError(
@@ -295,41 +303,122 @@ class Personalizer:
         """What is stored, and what was shared."""
         return overview(self.vault)
 
+    def enroll(self, ticket: str) -> str:
+        """Enrol with a server: its ticket is redeemed, and its key put into `policy.toml`.
+
+        Nothing is contributed before `join`.
+
+        Args:
+            ticket: One line, from the server's operator.
+
+        Returns:
+            The server, host:port.
+
+        Raises:
+            ConfigError: No ticket; or the policy names another server already.
+            EnrolmentError: The server refuses it, or cannot be reached.
+        """
+        return enroll(self.vault, ticket).superlink
+
+    def _enrolled(self) -> Enrolled:
+        if (found := enrolled_with(self.vault)) is None:
+            raise ConfigError(
+                "this device is not enrolled with a server",
+                hint="homefire device enroll TICKET; or name the SuperLink.",
+            )
+        return found
+
     def preview(self) -> Preview:
         """What taking part in a federation would send, before anything is."""
         return preview(self.vault, self.assistant.model.specs[SHARED])
 
     def join(
         self,
-        link: Link | str,
+        link: Link | str | None = None,
         *,
         conditions: Sequence[Condition] = (),
         stop: Event | None = None,
-        on_change: Callable[[bool], None] = lambda listening: None,
+        on_change: Callable[[Change], None] = lambda change: None,
     ) -> tuple[Participation, ...]:
         """Take part in a federation, until `stop` is set.
 
         What `policy.toml` and the ledger in the vault allow is answered, nothing else.
 
         Args:
-            link: The SuperLink; host:port alone means TLS with the system's authorities.
-            conditions: All must hold while the device listens, such as those of
+            link: The SuperLink; host:port alone means TLS with the system's authorities. By default
+                the server that this device is enrolled with.
+            conditions: All must hold while the device takes part, such as those of
                 `homefire.client.conditions`.
             stop: Set by another thread, or by a signal's handler.
-            on_change: Called when the device begins to listen, and when it ends.
+            on_change: Called with whatever changes between the device and the federation.
 
         Returns:
             What was taken part in meanwhile.
 
         Raises:
-            ConfigError: The policy trusts no server, or there is no TLS to another machine.
+            ConfigError: The policy trusts no server, there is no TLS to another machine, or a file
+                of the link cannot be read.
         """
-        where = Link(link) if isinstance(link, str) else link
-        member = Membership(self.vault, where, self.passphrase, conditions, on_change)
-        try:
+        with ExitStack() as until:
+            until.callback(self._adapters_changed)
+            if link is None:
+                link = until.enter_context(link_to(self._enrolled()))
+            where = Link(link) if isinstance(link, str) else link
+            member = Membership(self.vault, where, self.passphrase, conditions, on_change)
             return member.run(stop or Event())
-        finally:
-            self._adapters_changed()
+
+    def trust(
+        self,
+        key: str,
+        registry: str,
+        *,
+        root_certificates: str | os.PathLike[str] | None = None,
+        replace_key: bool = False,
+    ) -> Trust:
+        """Say whose releases `update` takes, and from where.
+
+        Args:
+            key: The server's public key, 64 hex digits, from somebody who is believed.
+            registry: host:port.
+            root_certificates: A PEM file of the authority behind its certificate; by default the
+                system's.
+            replace_key: Take another key than the one that is trusted.
+
+        Raises:
+            ConfigError: No key, address or certificate; or another key is trusted already.
+        """
+        path = None if root_certificates is None else Path(root_certificates).expanduser()
+        return trust(self.vault, key, registry, root_certificates=path, replace_key=replace_key)
+
+    def update(self, *, progress: Progress | None = None) -> "Updated":
+        """Fetch the newest release of the shared adapter, without contributing anything.
+
+        What the trusted key signed for this base model is put in place; then the private adapter is
+        compared with it on the person's newest records, and "auto" wears both only where that
+        helps.
+
+        Args:
+            progress: Called with the bytes that are there and those that there will be.
+
+        Raises:
+            ConfigError: Nobody is trusted yet.
+            ModelError: The base model is missing.
+            UpdateError: Nothing was put in place; its subclasses say why.
+        """
+        from homefire.client.updates import Fit, update
+
+        def fit(adapter: AdapterConfig) -> Fit:
+            from homefire.common.peft_adapter import resolve_spec  # brings torch
+
+            with self.assistant.lock:
+                base = self.assistant.model.base
+                return Fit(base.fingerprint, resolve_spec(adapter, base.model.config))
+
+        found = update(self.vault, fit, progress=progress or (lambda done, of: None))
+        self._adapters_changed()
+        if not found.changed or self.vault.adapters.worn(PRIVATE) is None:
+            return found
+        return replace(found, helps=self.recheck())
 
     def restore(self, version: int) -> None:
         """Use an earlier version of the private adapter.

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 Advance = Callable[[], None]
@@ -56,6 +58,25 @@ def step_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]
             shown[0][0]()
 
         yield show
+
+
+@contextmanager
+def byte_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a download: the function takes the bytes that are there, and all of them.
+
+    Where there is no terminal nothing is shown: downloads are short.
+    """
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=None, visible=False)
+        yield lambda done, of: progress.update(task, completed=done, total=of, visible=True)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Everything that a vault holds, as files that other programs read."""
 
 import json
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,9 +11,10 @@ from homefire.client.personalize.recipe import PRIVATE
 from homefire.client.profile import Profile
 from homefire.client.vault import Vault
 from homefire.common.errors import ConfigError
-from homefire.common.files import replacing
+from homefire.common.files import locked, make_folder, replacing
 from homefire.common.vector_file import pack_vector
 
+TEMPORARY = ".homefire-export.tmp"
 README = """Exported by homefire, in the clear.
 
 history.jsonl       records, one a line: text, prompt, created_at, kind; `homefire device import`
@@ -29,13 +31,21 @@ adapters/*.safetensors
 def write_takeout(vault: Vault, profile: Profile, path: Path) -> Path:
     """Write one ZIP file, readable by its owner only.
 
+    What is written lies in the clear in `.homefire-export.tmp` beside it until it is whole; where a
+    kill leaves that file, the next export into the same folder deletes it.
+
     Raises:
         ConfigError: It is there already, or cannot be written.
     """
     if path.exists():
         raise ConfigError(f"{path}: there is a file already", hint="Name another one.")
     try:
-        with replacing(path, mode=0o600) as file, zipfile.ZipFile(file, "w") as archive:
+        make_folder(path.parent)
+        with (
+            locked(path.parent, os.O_RDONLY),  # one at a time: they share the temporary file
+            replacing(path, mode=0o600, temporary=path.with_name(TEMPORARY)) as file,
+            zipfile.ZipFile(file, "w") as archive,
+        ):
             for name, content in _files(vault, profile).items():
                 archive.writestr(name, content, zipfile.ZIP_DEFLATED)
     except OSError as error:

@@ -7,13 +7,15 @@
     vault.lock    kept by whoever has the vault open
     device.toml   base model and private training; see `DeviceConfig`
     policy.toml   what servers may ask; see `DevicePolicy`
+    join.log, flower/   of taking part in federations
 
 Outside of the folder, in the system's keystore or in `<folder>.keys`, lie the anchor of the log and
-what privacy was spent: a vault that is put back from a backup is noticed by them.
+what privacy was spent: a vault that is put back from a backup is noticed by them. What those of the
+account that were erased had spent lies in the system's keystore, or in `$XDG_STATE_HOME/homefire`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +35,7 @@ from homefire.client.keys import (
     new_data_keys,
     new_header,
     next_header,
+    no_vault,
 )
 from homefire.client.os_keystore import secure_backend
 from homefire.client.vault_adapters import Adapters
@@ -42,16 +45,20 @@ from homefire.client.vault_files import (
     KEYS,
     LOG_LOCK,
     NEW_KEYS,
+    POLICY,
     UseLock,
     account_store,
+    check_unshared,
     io_errors,
     make_private_folder,
+    new_unlock,
     put_in_place,
     store_of,
     unlock_with,
 )
 from homefire.client.vault_log import VaultLog
 from homefire.client.vault_opening import (
+    KnownKeys,
     Opened,
     Opening,
     open_locked,
@@ -78,9 +85,11 @@ class Vault:
         Another's never opens: neither by this vault's key nor with this vault's files.
 
     Assumes:
-        The account, its memory and the administrator are trusted while it is open. A copy of the
-        whole machine, keystore included, brings an old vault back unnoticed. What is not in the log
-        is only as new as the file: see `Database`.
+        The account, its memory and the administrator are trusted while it is open; whoever opens it
+        keeps core dumps off, as the command line and the process that takes part in federations do,
+        and the system encrypts what it swaps out. A copy of the whole machine, keystore included,
+        brings an old vault back unnoticed. What is not in the log is only as new as the file: see
+        `Database`.
 
     Attributes:
         folder: Where it lies.
@@ -132,9 +141,8 @@ class Vault:
     def set(self, name: str, value: Any) -> None:
         """Keep a setting."""
         with self.database.transaction() as database:
-            database.write(
-                "INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, json.dumps(value))
-            )
+            database.write("DELETE FROM settings WHERE name = ?", (name,))
+            database.write("INSERT INTO settings VALUES (?, ?)", (name, json.dumps(value)))
 
     def change_protection(
         self, *, passphrase: str | None = None, protection: Protection | None = None
@@ -142,7 +150,9 @@ class Vault:
         """Open it by another passphrase, or by other means, from now on.
 
         The data keys stay, so nothing is encrypted again: who has a copy of the old `keys.json` and
-        what opened it can read later copies of the database too, until the next `rotate`.
+        what opened it can read later copies of the database too, until the next `rotate`. Where the
+        keystore's secret is needed, another is drawn; the one before is destroyed, and with it go
+        older copies of `keys.json` that needed it.
 
         Args:
             passphrase: The new one, where one is needed.
@@ -159,12 +169,14 @@ class Vault:
 
         def new() -> NewKeys:
             header = next_header(self.header, protection=chosen)
-            return header, unlock_with(header, self.store, passphrase, make=True), self.keys
+            return header, new_unlock(header, self.store, passphrase), self.keys
 
         change_keys(self, new)
 
     def rotate(self, *, passphrase: str | None = None) -> None:
         """Encrypt everything under new data keys; who has old ones can read only old copies.
+
+        The keystore's secret is drawn anew too, as by `change_protection`.
 
         Args:
             passphrase: The present one, where one is needed.
@@ -180,7 +192,8 @@ class Vault:
             KeyFile.read(self.folder / KEYS).open(unlock)
             # The identity stays: servers know it.
             keys = {**new_data_keys(), "identity": self.keys["identity"]}
-            return next_header(self.header), unlock, keys
+            header = next_header(self.header)
+            return header, new_unlock(header, self.store, passphrase), keys
 
         change_keys(self, new)
 
@@ -236,6 +249,7 @@ def create(
     passphrase: str | None = None,
     protection: Protection | None = None,
     store: SecretStore | None = None,
+    prepare: Callable[[], None] = lambda: None,
 ) -> Vault:
     """Make a vault.
 
@@ -245,9 +259,11 @@ def create(
         protection: What opens it. By default a passphrase if one is given, else the keystore.
         store: Where secrets and anchors are kept; by default the system's keystore if there is one
             that keeps secrets from others, else the folder `<folder>.keys`.
+        prepare: Called before the vault counts as made; puts files beside it.
 
     Raises:
-        ConfigError: There is a vault already; or no keystore, and no passphrase.
+        ConfigError: There is a vault already, or something else; or no keystore, and no
+            passphrase.
         VaultError: It could not be written.
     """
     chosen = protection or ("passphrase" if passphrase is not None else "keystore")
@@ -258,6 +274,7 @@ def create(
     with io_errors(folder), ExitStack() as undo:
         _check_not_erasing(folder)
         check_free(folder)
+        check_unshared(folder / POLICY)
         make_private_folder(folder)
         lock = UseLock.open(folder)
         undo.callback(lock.close)
@@ -266,14 +283,15 @@ def create(
             clear_unfinished(folder, store)
             header, keys = new_header(chosen, kind), new_data_keys()
             owned = store or store_of(folder, header)
-            take_over(owned, shared=store is not None)
+            take_over(owned, store or account_store(folder, header), shared=store is not None)
             begun.callback(clear_unfinished, folder, store)
-            unlock = unlock_with(header, owned, passphrase, make=True)
+            unlock = new_unlock(header, owned, passphrase)
             file = KeyFile.seal(header, unlock, keys)
             file.write(folder / NEW_KEYS)
             opened = Opening(folder, owned, passphrase, MIGRATIONS).make(file, keys)
             begun.callback(opened.database.close)
             vault = _vault(folder, owned, opened, lock, heirs=store)
+            prepare()
             put_in_place(folder, NEW_KEYS)
             begun.pop_all()
         undo.pop_all()
@@ -286,6 +304,7 @@ def open_vault(
     passphrase: str | None = None,
     store: SecretStore | None = None,
     accept_backup: bool = False,
+    known: KnownKeys | None = None,
 ) -> Vault:
     """Open a vault.
 
@@ -295,6 +314,8 @@ def open_vault(
         store: As it was made with; by default what its key file says.
         accept_backup: Take a vault that is older than it was. What was spent since is added to its
             log; what was forgotten since is there again.
+        known: Its keys, from an earlier opening; where they are others by now, the passphrase is
+            used.
 
     Raises:
         WrongKeyError: Another passphrase, or none; or the keystore's secret is gone.
@@ -304,16 +325,25 @@ def open_vault(
         BusyVaultError: Another process is changing its keys.
         VaultVersionError: A newer homefire made it.
         LedgerError: Its keystore is older than it is, damaged, or cannot be written.
-        ConfigError: Its keystore does not answer, or others can read it.
+        ConfigError: Its keystore does not answer, or others can read it; or others can change its
+            folder or its policy.
+        PrivacyError: Its keystore holds what is no secret.
         VaultError: There is none, or it cannot be read and written.
     """
     with io_errors(folder), ExitStack() as undo:
         _check_not_erasing(folder)
-        KeyFile.read(folder / KEYS)  # before anything is made here
+        if not (folder / KEYS).exists():  # before anything is made here
+            raise no_vault(folder)
+        check_unshared(folder, folder / POLICY)
         lock = UseLock.open(folder)
         undo.callback(lock.close)
         opening = partial(
-            _opening, folder, passphrase=passphrase, store=store, accept_backup=accept_backup
+            _opening,
+            folder,
+            passphrase=passphrase,
+            store=store,
+            accept_backup=accept_backup,
+            known=known,
         )
         opened, owned = open_locked(folder, lock, opening)
         undo.callback(opened.database.close)
@@ -324,14 +354,42 @@ def open_vault(
     return vault
 
 
+def examine(
+    folder: Path, *, passphrase: str | None = None, store: SecretStore | None = None
+) -> list[str]:
+    """What a look at every page of a vault finds wrong, without words of the content.
+
+    Nothing is changed. Whether the vault is the newest is not looked at: opening it does.
+
+    Raises:
+        WrongKeyError: Another passphrase, or none; or the keystore's secret is gone.
+        BusyVaultError: Another process is changing its keys.
+        VaultError: There is none, or its key file or database is none that could be looked at.
+    """
+    with io_errors(folder), ExitStack() as undo:
+        if not (folder / KEYS).exists():
+            raise no_vault(folder)
+        lock = UseLock.open(folder)
+        undo.callback(lock.close)
+        lock.share()
+        header = KeyFile.read(folder / KEYS).header
+        owned = store or store_of(folder, header)
+        return Opening(folder, owned, passphrase, MIGRATIONS).problems()
+
+
 def _opening(
-    folder: Path, *, passphrase: str | None, store: SecretStore | None, accept_backup: bool
+    folder: Path,
+    *,
+    passphrase: str | None,
+    store: SecretStore | None,
+    accept_backup: bool,
+    known: KnownKeys | None,
 ) -> Opening:
     _check_not_erasing(folder)
     header = KeyFile.read(folder / KEYS).header
     owned = store or store_of(folder, header)
     vault_estate.check_alive(owned, header.vault)
-    return Opening(folder, owned, passphrase, MIGRATIONS, accept_backup=accept_backup)
+    return Opening(folder, owned, passphrase, MIGRATIONS, accept_backup=accept_backup, known=known)
 
 
 def _vault(

@@ -81,7 +81,13 @@ class Adapters:
     key: bytes = field(repr=False)
 
     def keep(
-        self, name: str, vector: Vector, about: dict[str, Any], trained_on: Iterable[int]
+        self,
+        name: str,
+        vector: Vector,
+        about: dict[str, Any],
+        trained_on: Iterable[int],
+        *,
+        alone: bool = False,
     ) -> int:
         """Store a version and wear it; returns its number.
 
@@ -90,11 +96,14 @@ class Adapters:
             vector: float32, shape (adapter parameters,).
             about: JSON, such as the release it stands on.
             trained_on: The ids of the records that training or its choices have seen.
+            alone: Delete all other versions, in the same transaction.
         """
         packed = pack_vector(vector, about, kind=name)
         with self.database.transaction() as database:
             rows = database.read("SELECT seq FROM sqlite_sequence WHERE name = 'adapters'")
             version = int(rows[0][0]) + 1 if rows else 1
+            if alone:
+                database.write("DELETE FROM adapters WHERE name = ?", (name,))
             database.write(
                 "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?)",
                 (

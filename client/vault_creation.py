@@ -5,7 +5,14 @@ from pathlib import Path
 
 from homefire.client.keys import KeyFile
 from homefire.client.vault_estate import SPENT, bequeath
-from homefire.client.vault_files import DATABASE, KEYS, NEW_KEYS, ROOT, store_of
+from homefire.client.vault_files import (
+    DATABASE,
+    KEYS,
+    NEW_KEYS,
+    destroy_roots,
+    is_of_vault,
+    store_of,
+)
 from homefire.client.vault_log import ANCHOR, first_anchor
 from homefire.client.vault_opening import KEYS_EVENT, key_entry
 from homefire.common.errors import ConfigError, DamagedVaultError, WrongKeyError
@@ -14,7 +21,10 @@ from homefire.common.secret_store import SecretStore
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that has a vault; one that was not made to its end is none.
+    """Refuse a folder that has a vault, or things that are none of a vault's.
+
+    A vault that was not made to its end is none; settings may lie there before it is made, and what
+    erasing one leaves may stay.
 
     Raises:
         ConfigError: Always then.
@@ -26,6 +36,12 @@ def check_free(folder: Path) -> None:
                 f"{folder}: there is a vault already ({name})",
                 hint="Open it, name another folder, or erase it first.",
             )
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if strange := [name for name in names if not is_of_vault(name)]:
+        raise ConfigError(
+            f"{folder}: there is something else in this folder ({strange[0]})",
+            hint="Name an empty folder, or one that is not there yet.",
+        )
 
 
 def clear_unfinished(folder: Path, store: SecretStore | None) -> None:
@@ -49,16 +65,17 @@ def clear_unfinished(folder: Path, store: SecretStore | None) -> None:
             for secret in (ANCHOR, SPENT):
                 own.destroy(secret)
         if store is None:
-            own.destroy(ROOT)
+            destroy_roots(own, [file.header.generation])
     wipe(path)
     sync_folder(folder)
 
 
-def take_over(store: SecretStore, *, shared: bool) -> None:
+def take_over(store: SecretStore, heirs: SecretStore, *, shared: bool) -> None:
     """Let a vault's keystore serve a new one; what an older one spent that is gone is kept.
 
     Args:
         store: Of the new vault.
+        heirs: Where vaults leave what they had spent to each other.
         shared: It is not this folder's own: what is in it may be in use.
 
     Raises:
@@ -66,7 +83,7 @@ def take_over(store: SecretStore, *, shared: bool) -> None:
     """
     if not shared:
         if store.get(SPENT) is not None:
-            bequeath(store, store)
+            bequeath(store, heirs)
         for secret in (ANCHOR, SPENT):
             store.destroy(secret)
     elif store.anchor(ANCHOR) is not None:

@@ -1,14 +1,15 @@
 """What a vault leaves in its keystore: what it spent, for those that come after it, and its grave.
 
 Participations of the present vault (`spent`) and of those that were erased (`erased`) are canonical
-JSON, `[[vault, [participation, …]], …]`; a grave is an empty secret with a vault's id in its name.
+JSON, `{"digest": …, "estates": [[vault, [participation, …]], …]}`: a changed bit is refused. A
+grave is an empty secret with a vault's id in its name.
 """
 
 import json
 from collections import Counter
 from typing import Any
 
-from homefire.common.encoding import canonical_json
+from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import LedgerError, OldVaultError
 from homefire.common.secret_store import SecretStore
 
@@ -24,7 +25,7 @@ def keep_spent(store: SecretStore, vault: str, participations: Participations) -
     Raises:
         OSError: It could not be written; what was kept before stays.
     """
-    store.put(SPENT, canonical_json([[vault, participations]]))
+    store.put(SPENT, _sealed(SPENT, [(vault, participations)]))
 
 
 def spent(store: SecretStore) -> Participations:
@@ -33,7 +34,7 @@ def spent(store: SecretStore) -> Participations:
     Raises:
         LedgerError: They cannot be read.
     """
-    return _all(_read(store, store.get(SPENT)))
+    return _all(_kept(store, SPENT))
 
 
 def inherited(store: SecretStore) -> Participations:
@@ -42,7 +43,7 @@ def inherited(store: SecretStore) -> Participations:
     Raises:
         LedgerError: They cannot be read.
     """
-    return _all(_read(store, store.get(ERASED)))
+    return _all(_kept(store, ERASED))
 
 
 def heritage(store: SecretStore, heirs: SecretStore) -> Participations:
@@ -55,7 +56,7 @@ def heritage(store: SecretStore, heirs: SecretStore) -> Participations:
     Raises:
         LedgerError: It cannot be read.
     """
-    return _all(_merged(_read(heirs, heirs.get(ERASED)), _read(store, store.get(SPENT))))
+    return _all(_merged(_kept(heirs, ERASED), _kept(store, SPENT)))
 
 
 def bequeath(store: SecretStore, heirs: SecretStore) -> None:
@@ -73,10 +74,10 @@ def bequeath(store: SecretStore, heirs: SecretStore) -> None:
         LedgerError: It cannot be read.
         OSError: It could not be written.
     """
-    mine = _read(store, store.get(SPENT))
+    mine = _kept(store, SPENT)
 
     def with_mine(stored: bytes | None) -> bytes:
-        return canonical_json(_merged(_read(heirs, stored), mine))
+        return _sealed(ERASED, _merged(_read(heirs, ERASED, stored), mine))
 
     heirs.change(ERASED, with_mine)
 
@@ -86,13 +87,18 @@ def bury(store: SecretStore, vault: str) -> None:
     store.put(_grave(vault), b"")
 
 
+def is_buried(store: SecretStore, vault: str) -> bool:
+    """Whether a vault was erased."""
+    return store.get(_grave(vault)) is not None
+
+
 def check_alive(store: SecretStore, vault: str) -> None:
     """Refuse a vault that was erased, of which somebody has put a copy back.
 
     Raises:
         OldVaultError: Always then.
     """
-    if store.get(_grave(vault)) is not None:
+    if is_buried(store, vault):
         raise OldVaultError(
             "this vault was erased; what lies here is an older copy of it",
             hint="Erase it again, and make a new one.",
@@ -126,16 +132,32 @@ def _merged(kept: Estates, more: Estates) -> Estates:
     return list(merged.items())
 
 
-def _read(store: SecretStore, stored: bytes | None) -> Estates:
+def _sealed(name: str, estates: Estates) -> bytes:
+    check = digest("homefire/vault-estate/v1", name.encode(), canonical_json(estates))
+    return canonical_json({"digest": check, "estates": estates})
+
+
+def _kept(store: SecretStore, name: str) -> Estates:
+    return _read(store, name, store.get(name))
+
+
+def _read(store: SecretStore, name: str, stored: bytes | None) -> Estates:
+    if stored is None:
+        return []
     try:
-        found = [(vault, list(entries)) for vault, entries in json.loads(stored or b"[]")]
+        found = [(vault, list(entries)) for vault, entries in json.loads(stored)["estates"]]
         if not all(isinstance(entry, dict) for entry in _all(found)):
-            raise ValueError("no participation")
-        if not all(isinstance(vault, str) for vault, _ in found):
-            raise ValueError("no vault")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise LedgerError(
-            f"{store.place}: what was spent cannot be read ({error})",
-            hint="Put the newest keystore in place.",
-        ) from error
+            raise TypeError("no participation")
+        whole = _sealed(name, found) == stored
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _unreadable(store, name, type(error).__name__) from error
+    if not whole:
+        raise _unreadable(store, name, "it was changed")
     return found
+
+
+def _unreadable(store: SecretStore, name: str, why: str) -> LedgerError:
+    return LedgerError(
+        f"{store.place}, {name}: what was spent cannot be read ({why})",
+        hint="Put the newest keystore in place.",
+    )

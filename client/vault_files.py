@@ -2,24 +2,37 @@
 
 import fcntl
 import os
+import re
+import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from homefire.client.keys import Header, Unlock
 from homefire.client.os_keystore import OSKeystore, secure_backend
-from homefire.common.errors import BusyVaultError, VaultError, WrongKeyError
-from homefire.common.files import make_folder, sync_folder
+from homefire.common.errors import (
+    BusyVaultError,
+    ConfigError,
+    PrivacyError,
+    VaultError,
+    WrongKeyError,
+)
+from homefire.common.files import make_folder, sync_folder, wipe
 from homefire.common.keystore import Keystore
 from homefire.common.model_cache import cache_folder
 from homefire.common.secret_store import SecretStore
 
 KEYS, NEXT_KEYS, NEW_KEYS = "keys.json", "keys.next.json", "keys.new.json"
 DATABASE, LOCK, LOG_LOCK, KEYSTORE_LOCK = "vault.db", "vault.lock", "log.lock", "keystore.lock"
-ERASING = "erasing.json"
-ROOT = "root"
+OLD_KEYS, ERASING = "keys.old.json", "erasing.json"
+RECEIPT, SETTINGS, POLICY = "erased.json", "device.toml", "policy.toml"
+LEDGER_LOCK, JOIN_LOG, FLOWER = "ledger.lock", "join.log", "flower"
+LOCKS = (LOCK, LOG_LOCK, KEYSTORE_LOCK, LEDGER_LOCK)
+KEY_FILES = (KEYS, NEXT_KEYS, NEW_KEYS, OLD_KEYS)
+LEFTOVER = r"\.(keys(\.next|\.new)?\.json|eras(ing|ed)\.json|(device|policy)\.toml)\.[0-9]+\.tmp"
+"""What a killed process leaves of a file that it was writing."""
 WAIT_SECONDS = 5.0
 POLL_SECONDS = 0.05
 
@@ -42,27 +55,106 @@ def store_of(folder: Path, header: Header) -> SecretStore:
 
 
 def account_store(folder: Path, header: Header) -> SecretStore:
-    """Where vaults of one account leave what they had spent to each other."""
+    """Where vaults of one account, wherever they lie, leave what they had spent to each other.
+
+    Raises:
+        WrongKeyError: As `store_of`.
+    """
     store = store_of(folder, header)
     if isinstance(store, OSKeystore):
         # One lock for all vaults, wherever they lie.
         return replace(store, owner="account", lock=cache_folder() / KEYSTORE_LOCK)
-    return store
+    return account_keystore()
 
 
-def unlock_with(
-    header: Header, store: SecretStore, passphrase: str | None, *, make: bool = False
-) -> Unlock:
-    """What there is to open a vault with; `make` draws the keystore's secret if there is none."""
+def account_keystore() -> Keystore:
+    """The same where the system has no keystore: `homefire` in the account's folder of state."""
+    named = Path(os.environ.get("XDG_STATE_HOME", ""))
+    # A relative one is none, says the XDG Base Directory Specification.
+    above = named if named.is_absolute() else Path.home() / ".local" / "state"
+    return Keystore(above / "homefire")
+
+
+def unlock_with(header: Header, store: SecretStore, passphrase: str | None) -> Unlock:
+    """What there is to open a vault with."""
     if header.protection == "passphrase":
         return Unlock(passphrase)
-    return Unlock(passphrase, store.secret(ROOT) if make else store.get(ROOT))
+    return Unlock(passphrase, store.get(_root(header.generation)))
+
+
+def new_unlock(header: Header, store: SecretStore, passphrase: str | None) -> Unlock:
+    """What new keys are to be opened with; the keystore's secret is drawn for them alone."""
+    if header.protection == "passphrase":
+        return Unlock(passphrase)
+    destroy_roots(store, [header.generation])  # of keys that were never in force
+    return Unlock(passphrase, store.secret(_root(header.generation)))
+
+
+def destroy_roots(store: SecretStore, generations: Iterable[int]) -> None:
+    """Destroy the keystore's secrets of keys that are no more; may be repeated."""
+    for generation in generations:
+        with suppress(PrivacyError):  # damaged, and to be destroyed all the same
+            if store.get(_root(generation)) is None:
+                continue
+        store.destroy(_root(generation))
+
+
+def is_of_vault(name: str) -> bool:
+    """Whether a vault's folder has something of this name, or may have."""
+    named = (*LOCKS, *KEY_FILES, ERASING, RECEIPT, SETTINGS, POLICY, JOIN_LOG, FLOWER)
+    leftover = re.fullmatch(LEFTOVER, name) is not None
+    return name in named or name.startswith(DATABASE) or leftover
 
 
 def put_in_place(folder: Path, name: str) -> None:
-    """Let a key file be the vault's from now on."""
-    (folder / name).replace(folder / KEYS)
+    """Let a key file be the vault's from now on; the one before is overwritten.
+
+    A kill may leave the one before as `keys.old.json`, until the next change or the erasing.
+    """
+    keys, old = folder / KEYS, folder / OLD_KEYS
+    _wipe_old(keys, old)
+    if keys.exists():
+        old.hardlink_to(keys)
+    (folder / name).replace(keys)
     sync_folder(folder)
+    _wipe_old(keys, old)
+    sync_folder(folder)
+
+
+def _wipe_old(keys: Path, old: Path) -> None:
+    if not old.exists():
+        return
+    if keys.exists() and old.samefile(keys):
+        old.unlink()  # a kill came before the new one was in place
+    else:
+        wipe(old)
+
+
+def _root(generation: int) -> str:
+    return f"root-{generation}"
+
+
+def check_unshared(*paths: Path) -> None:
+    """Refuse what another account could change: it would choose what is opened, or what is allowed.
+
+    Raises:
+        ConfigError: Always then.
+    """
+    for path in paths:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        if status.st_uid != os.geteuid():
+            raise ConfigError(
+                f"{path}: it belongs to another account ({status.st_uid})",
+                hint="A vault belongs to the account that uses it.",
+            )
+        if status.st_mode & 0o022:
+            raise ConfigError(
+                f"{path}: others can change it (mode {stat.S_IMODE(status.st_mode):o})",
+                hint=f"Look whether anybody has, then: chmod go-w '{path}'",
+            )
 
 
 def make_private_folder(folder: Path) -> None:

@@ -15,6 +15,7 @@ from homefire.client.home import PrivateAdapter, read_once
 from homefire.client.participation import ParticipationLedger
 from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault import Vault
+from homefire.client.vault_files import LEDGER_LOCK, POLICY, SETTINGS
 from homefire.client.vault_log import FORGOT, PARTICIPATION, VaultLog
 from homefire.common.config import DeviceConfig
 from homefire.common.errors import LedgerError
@@ -22,8 +23,6 @@ from homefire.common.files import write_atomically
 from homefire.common.plan import RoundPlan
 from homefire.common.policy import DevicePolicy, Participation
 from homefire.common.records import User
-
-SETTINGS, POLICY, LEDGER_LOCK = "device.toml", "policy.toml", "ledger.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ class VaultHome:
 
     def keep_release(self, plan: RoundPlan) -> None:
         """Keep the shared adapter that a plan brought, in place of the one before."""
-        header, adapters = plan.header, self.vault.adapters
+        header = plan.header
         about = {
             "run": header.run,
             "round": header.round,
@@ -119,10 +118,7 @@ class VaultHome:
             "release_digest": header.release_digest,
             "server_key": header.server_key,
         }
-        before = [each.version for each in adapters.versions(SHARED)]
-        adapters.keep(SHARED, plan.release, about, ())
-        with self.vault.database.transaction():
-            adapters.drop(before)
+        self.vault.adapters.keep(SHARED, plan.release, about, (), alone=True)
 
     def save_private(self, user_id: str, adapter: PrivateAdapter) -> None:
         """Store a private adapter as the one in use."""

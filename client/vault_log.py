@@ -138,7 +138,7 @@ class VaultLog:
                 self._insert("accepted", {"lost": len(lost)})
             _, anchors = self._read()
             with _anchoring(self.store):
-                self._keep_spent()
+                self.keep_spent()
                 self.store.replace_anchor(ANCHOR, anchors[-1])
         return len(lost)
 
@@ -152,7 +152,7 @@ class VaultLog:
         known, newest = self._compared()
         if newest != known:
             with _anchoring(self.store):
-                self._keep_spent()
+                self.keep_spent()
                 self.store.keep_anchor(ANCHOR, newest)
 
     def _compared(self) -> tuple[Anchor | None, Anchor]:
@@ -180,7 +180,12 @@ class VaultLog:
             raise LedgerError(f"{self._where}: the entry is not JSON ({error})") from error
         self.database.write("INSERT INTO log VALUES (?, ?)", (anchor.length, line))
 
-    def _keep_spent(self) -> None:
+    def keep_spent(self) -> None:
+        """Keep in the store what was taken part in, whatever it says.
+
+        Raises:
+            OSError: It could not be written.
+        """
         keep_spent(self.store, self.vault, self.entries(PARTICIPATION))
 
     def _read(self) -> tuple[list[dict[str, Any]], list[Anchor]]:

@@ -14,7 +14,9 @@ from homefire.client.vault_files import (
     LOG_LOCK,
     NEXT_KEYS,
     UseLock,
+    destroy_roots,
     put_in_place,
+    store_of,
     unlock_with,
 )
 from homefire.client.vault_log import VaultLog
@@ -42,6 +44,28 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownKeys:
+    """The keys in a key file, for who opens its vault more than once.
+
+    Argon2id takes a tenth of a second and more each time. They are held in memory alone.
+    """
+
+    file: KeyFile
+    keys: Mapping[str, bytes] = field(repr=False)
+
+    @classmethod
+    def of(cls, folder: Path, passphrase: str | None) -> "KnownKeys":
+        """Those of a vault.
+
+        Raises:
+            VaultError: As `homefire.client.vault.open_vault`.
+        """
+        file = KeyFile.read(folder / KEYS)
+        unlock = unlock_with(file.header, store_of(folder, file.header), passphrase)
+        return cls(file, file.open(unlock))
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
     """What a vault is opened with.
 
@@ -54,6 +78,7 @@ class Opening:
         passphrase: None where none was given.
         migrations: What brings an older schema up to date.
         accept_backup: Take what is older than the anchor.
+        known: Keys that are taken for those of the same key file, byte for byte.
     """
 
     folder: Path
@@ -61,6 +86,7 @@ class Opening:
     passphrase: str | None = field(repr=False)
     migrations: Sequence[str]
     accept_backup: bool = False
+    known: KnownKeys | None = field(repr=False, default=None)
 
     def make(self, file: KeyFile, keys: Mapping[str, bytes]) -> Opened:
         """Make the database of a new vault."""
@@ -79,12 +105,37 @@ class Opening:
         """
         file = KeyFile.read(self.folder / KEYS)
         keys = self._keys(file)
-        self._look(keys["database"], file)
+        seen = self._look(keys["database"], file)
         database = self._database(file.header, keys["database"])
         with _closed_on_error(database):
+            if seen is None or database.state != seen:
+                database.check_pages()
             self._check_in_force(self._checked_log(database, file.header), file)
-            database.migrate(self.migrations)
+            self._migrate(database)
         return Opened(file, keys, database)
+
+    def problems(self) -> list[str]:
+        """What a look at every page finds wrong; nothing is changed, and no anchor looked at.
+
+        Raises:
+            WrongKeyError: Another passphrase, or none; or the keystore's secret is gone.
+            VaultError: As `open`, where there is no database of this vault to look at.
+        """
+        names = [KEYS] + [NEXT_KEYS] * (self.folder / NEXT_KEYS).exists()
+        files = [KeyFile.read(self.folder / name) for name in names]
+        both = self._both(files[0], files[-1])
+        found = [
+            self._problems(files[0].header, key)
+            for key in {keys["database"] for keys in both if keys is not None}
+        ]
+        return min(found, key=len)
+
+    def _problems(self, header: Header, key: bytes) -> list[str]:
+        try:
+            with closing(self._database(header, key, read_only=True)) as database:
+                return database.problems()
+        except DamagedVaultError as error:
+            return [str(error)]
 
     def settle(self) -> Opened:
         """End a change of keys that was cut short: wholly if its log entry is there, else not.
@@ -100,12 +151,14 @@ class Opening:
         fits = self._first_that_fits((old_keys, new_keys), old, new)
         database = self._database(old.header, fits)
         with _closed_on_error(database):
+            database.check_pages()
             log = self._checked_log(database, old.header)
             self._check_in_force(log, old, new)
             made = in_force(log, new)
             if not made and old_keys is not None:
                 (self.folder / NEXT_KEYS).unlink()
-                database.migrate(self.migrations)
+                destroy_roots(self.store, [new.header.generation])
+                self._migrate(database)
                 return Opened(old, old_keys, database)
             if new_keys is None:
                 raise WrongKeyError("the vault's passphrase was changed", hint="Give the new one.")
@@ -114,7 +167,8 @@ class Opening:
             if fits != new_keys["database"]:
                 database.rekey(new_keys["database"])
             put_in_place(self.folder, NEXT_KEYS)
-            database.migrate(self.migrations)
+            destroy_roots(self.store, range(1, new.header.generation))
+            self._migrate(database)
         return Opened(new, new_keys, database)
 
     def log(self, database: Database, header: Header) -> VaultLog:
@@ -152,6 +206,8 @@ class Opening:
             )
 
     def _keys(self, file: KeyFile) -> dict[str, bytes]:
+        if self.known is not None and self.known.file == file:
+            return dict(self.known.keys)
         return file.open(unlock_with(file.header, self.store, self.passphrase))
 
     def _both(
@@ -179,16 +235,27 @@ class Opening:
             return others[0]
         return first
 
-    def _look(self, key: bytes, *files: KeyFile) -> None:
-        """Refuse what has to be refused before anything is opened that could be changed."""
+    def _migrate(self, database: Database) -> None:
+        if database.migrate(self.migrations):
+            database.check_pages()
+
+    def _look(self, key: bytes, *files: KeyFile) -> tuple[int, ...] | None:
+        """Refuse what has to be refused before anything is opened that could be changed.
+
+        Returns:
+            The state in which every page of the file was looked at; None where some were looked at
+            through the write-ahead log, which opening takes over.
+        """
         database = self._database(files[0].header, key, read_only=True)
         with closing(database):
+            state = database.state
             database.check_pages()
             database.check_version(self.migrations)
             if not self.accept_backup:
                 log = self.log(database, files[0].header)
                 log.look()
                 self._check_in_force(log, *files)
+        return state
 
     def _database(self, header: Header, key: bytes, *, read_only: bool = False) -> Database:
         path, salt = self.folder / DATABASE, salt_of(header.vault)
@@ -204,7 +271,7 @@ class Opening:
                 hint="Put its newest copy in place.",
             )
         try:
-            database = Database(path, key, salt, read_only=read_only)
+            return Database(path, key, salt, read_only=read_only)
         except DamagedVaultError as error:
             if _is_of_another(path, salt):
                 raise ForeignVaultError(
@@ -212,10 +279,6 @@ class Opening:
                     hint="Put this vault's own in its place.",
                 ) from error
             raise
-        if not read_only:
-            with _closed_on_error(database):
-                database.check_pages()
-        return database
 
 
 def open_locked(

@@ -23,6 +23,10 @@ END
 CREATE TRIGGER adapter_to_sweep AFTER DELETE ON adapters BEGIN
     INSERT INTO unswept VALUES (NULL);
 END
+
+CREATE TRIGGER setting_to_sweep AFTER DELETE ON settings BEGIN
+    INSERT INTO unswept VALUES (NULL);
+END
 """
 SCHEMAS = (vault_records.SCHEMA, vault_adapters.SCHEMA, vault_log.SCHEMA, SETTINGS, UNSWEPT)
 # Never changed once released, only followed by others: a vault carries out those that it lacks.

@@ -248,7 +248,8 @@ def _first_line(error: Exception) -> str:
 def _remedy(place: str) -> str:
     folder = Path(place)
     if not folder.is_dir():
-        return f"Fetch it once, with a network: homefire models get {place}"
+        known = ", ".join(sorted(model_cache.ALIASES))
+        return f"Fetch it once, with a network: homefire models get {place}; or use {known}."
     files = {file.name for file in folder.iterdir()}
     if "adapter_config.json" in files and "config.json" not in files:
         return "This is an adapter: name the base model that it was trained on."

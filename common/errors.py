@@ -21,6 +21,16 @@ HomefireError
 │   ├── LedgerError             a ledger is damaged, rolled back or in use; nothing may be spent
 │   └── BudgetExhaustedError    the privacy that was planned is spent; nothing was released
 ├── EnrolmentError         a device cannot be enrolled
+├── UpdateError            a release was not taken; the shared adapter stays as it was
+│   ├── UnreachableRegistryError  the registry does not answer, or not as who it should be
+│   ├── RegistryAnswerError     what the registry answers is none of its answers
+│   ├── ForgedReleaseError      the trusted key did not sign it
+│   ├── FrozenRegistryError     the newest that the registry shows is no longer vouched for
+│   ├── WrongClockError         the clocks of device and server are too far apart to tell
+│   ├── OlderReleaseError       another release was newer, or had the same number
+│   ├── UnfitReleaseError       it was made for another base model or adapter
+│   └── DamagedReleaseError     its file is not the one that was signed
+├── RegistryError          a registry of releases is damaged, rolled back or was asked for nonsense
 └── FederationError        a run cannot go on
 """
 
@@ -135,6 +145,46 @@ class BudgetExhaustedError(PrivacyError):
 
 class EnrolmentError(HomefireError):
     """A device cannot be enrolled; no ticket was used up."""
+
+
+class UpdateError(HomefireError):
+    """A release was not taken; the shared adapter stays as it was."""
+
+
+class UnreachableRegistryError(UpdateError):
+    """The registry does not answer, or not as who it should be."""
+
+
+class RegistryAnswerError(UpdateError):
+    """What the registry answers is none of its answers."""
+
+
+class ForgedReleaseError(UpdateError):
+    """The trusted key did not sign it."""
+
+
+class FrozenRegistryError(UpdateError):
+    """The newest that the registry shows is no longer vouched for."""
+
+
+class WrongClockError(UpdateError):
+    """The clocks of device and server are too far apart to tell what is new."""
+
+
+class OlderReleaseError(UpdateError):
+    """Another release was newer, or had the same number."""
+
+
+class UnfitReleaseError(UpdateError):
+    """It was made for another base model or adapter."""
+
+
+class DamagedReleaseError(UpdateError):
+    """Its file is not the one that was signed."""
+
+
+class RegistryError(HomefireError):
+    """A registry of releases is damaged, rolled back, or was asked for nonsense."""
 
 
 class FederationError(HomefireError):

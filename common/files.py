@@ -18,7 +18,9 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
 
 
 @contextmanager
-def replacing(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
+def replacing(
+    path: Path, *, mode: int | None = None, temporary: Path | None = None
+) -> Iterator[BinaryIO]:
     """Replace a file so that a crash leaves either the old content or the new one.
 
     What is written goes to a temporary file beside it, is forced to disk at the end of the block
@@ -29,9 +31,11 @@ def replacing(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
         path: The file; its folder is made where it is absent.
         mode: The file's permissions, which it has before it holds any data; without it, what the
             umask leaves.
+        temporary: The temporary file, where no two processes write the same file at once: what a
+            killed one left of it is deleted by the next. By default every process has its own.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # Made anew: somebody may hold a leftover open that had other permissions.
     temporary.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL

@@ -14,8 +14,9 @@ from typing import Literal, TypeVar
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from homefire.common.canonical import parse_canonical
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import ProtocolError, RejectedContributionError, SignatureError
 from homefire.common.plan import Hex, PlanHeader, RoundPlan, release_digest
@@ -273,20 +274,7 @@ def _only_record(content: RecordDict, name: str, keys: set[str]) -> dict[str, ob
 
 def _parse(model: type[Header], value: object) -> Header:
     text = _bytes(value, "header")
-    if len(text) > LARGEST_HEADER:
-        raise ProtocolError(f"header: {len(text)} bytes are more than {LARGEST_HEADER}")
-    try:
-        header = model.model_validate_json(text, strict=True)
-        canonical = canonical_json(header.model_dump(mode="json"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ProtocolError(f"header: {key}: {first['msg']}") from error
-    except ValueError as error:
-        raise ProtocolError(f"header: a number has no canonical form ({error})") from error
-    if canonical != text:
-        raise ProtocolError("header: not in canonical form")
-    return header
+    return parse_canonical(model, text, what="header", largest=LARGEST_HEADER)
 
 
 def _bytes(value: object, name: str, *, length: int | None = None) -> bytes:

@@ -4,6 +4,8 @@ What is signed is the digest of the parts under a label that names the purpose a
 that a signature made for one purpose says nothing in another. Public keys travel as 64 hex digits.
 """
 
+import re
+
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
@@ -11,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 )
 
 from homefire.common.encoding import digest
-from homefire.common.errors import SignatureError
+from homefire.common.errors import ConfigError, SignatureError
 
 SIGNATURE_BYTES = 64
 
@@ -53,10 +55,27 @@ def verify(signer: str, signature: bytes, label: str, *parts: bytes) -> None:
         SignatureError: The signature is not this key's over this.
     """
     try:
-        raw = bytes.fromhex(signer)
-        key = Ed25519PublicKey.from_public_bytes(raw)
-        if (int.from_bytes(raw, "little") & (2**255 - 1)) % FIELD in SMALL_ORDER:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signer))
+        if _is_nobodys(signer):
             raise SignatureError(f"{signer[:16]}… is nobody's key: anybody can sign for it")
         key.verify(signature, bytes.fromhex(digest(label, *parts)))
     except (ValueError, InvalidSignature) as error:
         raise SignatureError(f"the signature is not that of key {signer[:16]}…") from error
+
+
+def check_public_key(text: str) -> None:
+    """Refuse what cannot be somebody's public key.
+
+    Raises:
+        ConfigError: Always then.
+    """
+    hint = "The operator's `homefire server status` shows it: 64 hex digits."
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ConfigError(f"{text[:80]!r} is no public key", hint=hint)
+    if _is_nobodys(text):
+        raise ConfigError(f"{text[:16]}… is nobody's key: anybody can sign for it", hint=hint)
+
+
+def _is_nobodys(key: str) -> bool:
+    raw = bytes.fromhex(key)
+    return (int.from_bytes(raw, "little") & (2**255 - 1)) % FIELD in SMALL_ORDER

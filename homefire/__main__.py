@@ -12,10 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from homefire import __version__
+from homefire import (
+    __version__,
+    device_commands,  # noqa: F401 - adds the device's verbs
+    device_network_commands,  # noqa: F401 - adds more of them
+)
 from homefire.bench_commands import bench_app
 from homefire.common.errors import ConfigError, HomefireError, PrivacyError
-from homefire.device_commands import device_app, exit_code
+from homefire.device_session import device_app, exit_code
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
 from homefire.privacy_experiments import clip, compare

@@ -2,14 +2,11 @@
 
 import json
 import os
-import resource
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -20,38 +17,26 @@ from rich.table import Table
 from homefire.common.errors import (
     BusyVaultError,
     ConfigError,
-    DamagedVaultError,
-    ForeignVaultError,
     HomefireError,
-    OldVaultError,
-    VaultVersionError,
-    WrongKeyError,
+)
+from homefire.device_session import (
+    HOME,
+    NEW_PASSPHRASE,
+    HomeFolder,
+    ask_passphrase,
+    device_app,
+    no_core_dumps,
+    open_vault,
+    present_passphrase,
+    say_spent,
+    show,
 )
 from homefire.options import AsJson
 
 if TYPE_CHECKING:
     from homefire.client.assistant import Reply
     from homefire.client.outcomes import Learned
-    from homefire.client.personalizer import Personalizer
 
-device_app = typer.Typer(
-    help="""Your own language model, on this machine.
-
-    Everything lies in one encrypted vault (--home, or HOMEFIRE_HOME). It is
-    opened by the system's keystore, or by a passphrase: you are asked for it,
-    or it is taken from HOMEFIRE_PASSPHRASE.
-
-    Exit codes: 0 done, 1 refused or failed (why is on stderr), 2 wrong use,
-    3 wrong passphrase or no key, 4 damaged, older or another's vault, 5 in use
-    by another process.
-    """,
-    no_args_is_help=True,
-)
-
-HomeFolder = Annotated[
-    Path, typer.Option("--home", envvar="HOMEFIRE_HOME", help="Folder of the vault.")
-]
-HOME = Path("~/.homefire")
 LONGEST_LINE = 60
 RecipeName = Annotated[str, typer.Option(help="auto, plain, shared, private, retrieval or both.")]
 MostTokens = Annotated[int, typer.Option(min=1, help="Tokens of a reply at most.")]
@@ -85,16 +70,16 @@ def init(
     place = home.expanduser()
     if (place / KEYS).exists():
         raise ConfigError(f"{place}: there is a vault already", hint="Name another --home.")
-    _no_core_dumps()
+    no_core_dumps()
     phrase = os.environ.get("HOMEFIRE_PASSPHRASE")
     needed = protection in ("passphrase", "both") or (protection is None and not secure_backend())
     if phrase is None and needed:
-        phrase = _ask_passphrase(confirm=True)
+        phrase = ask_passphrase(confirm=True)
     with Personalizer.open(
         place, base_model=base_model, passphrase=phrase, protection=protection
     ) as me:
         status = me.status()
-        _show(as_json, status, f"A vault in {place}, opened by {_opener(status.protection)}.")
+        show(as_json, status, f"A vault in {place}, opened by {_opener(status.protection)}.")
 
 
 @device_app.command()
@@ -106,9 +91,9 @@ def remember(
 ) -> None:
     """Keep something you say."""
     words = sys.stdin.read() if text == "-" else text
-    with _vault(home) as me:
+    with open_vault(home) as me:
         number = me.remember(words, prompt=prompt)
-        _show(as_json, {"id": number}, f"Record {number}.")
+        show(as_json, {"id": number}, f"Record {number}.")
 
 
 @device_app.command()
@@ -132,14 +117,14 @@ def records(
     """
     if (change is None) != (text is None):
         raise ConfigError("--change and --text go together")
-    with _vault(home) as me:
+    with open_vault(home) as me:
         if change is not None and text is not None:
             number = me.change(change, text)
-            _show(as_json, {"id": number}, f"Record {number}.")
+            show(as_json, {"id": number}, f"Record {number}.")
             return
         found = me.search(search, count) if search else me.records(count, before=before)
     if as_json:
-        _show(True, [asdict(each) for each in found], "")
+        show(True, [asdict(each) for each in found], "")
         return
     table = Table("id", "date", "text", "source", box=None)
     for each in found:
@@ -168,11 +153,11 @@ def import_(
     was imported before is left out; what you forgot comes back if it is still
     in the file.
     """
-    with _vault(home) as own:
+    with open_vault(home) as own:
         found = own.import_records(path, format=format, me=me, on_bad=on_bad)
         left = sum(found.skipped.values())
         more = f", {left} left out" if left else ""
-        _show(as_json, found, f"{found.added} new records, {found.known} known{more}.")
+        show(as_json, found, f"{found.added} new records, {found.known} known{more}.")
 
 
 @device_app.command()
@@ -192,14 +177,14 @@ def personalize(
     The better of the old one and the new one is used, by your newest records.
     A training that was interrupted goes on where it was.
     """
-    with _vault(home) as me:
+    with open_vault(home) as me:
         if restore is not None:
             me.restore(restore)
-            _show(as_json, {"version": restore}, f"Version {restore} is in use.")
+            show(as_json, {"version": restore}, f"Version {restore} is in use.")
             return
         with _progress(as_json) as advance:
             found = me.personalize(memory_limit=memory_limit, seed=seed, progress=advance)
-        _show(as_json, found, _learned(found))
+        show(as_json, found, _learned(found))
 
 
 @device_app.command()
@@ -214,7 +199,7 @@ def ask(
 ) -> None:
     """Ask one question."""
     words = sys.stdin.read() if question == "-" else question
-    with _vault(home) as me:
+    with open_vault(home) as me:
         reply = me.ask(
             words, recipe=recipe, max_tokens=max_tokens, temperature=temperature, seed=seed
         )
@@ -247,7 +232,7 @@ def chat(
     }
     sampling = validate(Sampling, asked, where="the options")
     messages: list[Any] = []
-    with _vault(home) as me:
+    with open_vault(home) as me:
         while question := _line("" if as_json else "> "):
             messages.append({"role": "user", "content": question})
             reply = me.chat(messages, recipe=recipe, sampling=sampling)
@@ -265,10 +250,10 @@ def chat(
 @device_app.command()
 def status(home: HomeFolder = HOME, as_json: AsJson = False) -> None:
     """What is stored, and what was shared."""
-    with _vault(home) as me:
+    with open_vault(home) as me:
         found = me.status()
     if as_json:
-        _show(True, found, "")
+        show(True, found, "")
         return
     table = Table(box=None, show_header=False)
     worn = next((each for each in found.private if each.worn), None)
@@ -287,7 +272,7 @@ def status(home: HomeFolder = HOME, as_json: AsJson = False) -> None:
         "forgotten": f"{found.forgotten} records, and {found.forgotten_adapters} private adapters "
         "that had seen them",
         "taken part in": f"{found.participations} rounds",
-        "ε spent": _spent(found.epsilon, found.lifetime_epsilon, found.delta),
+        "ε spent": say_spent(found.epsilon, found.lifetime_epsilon, found.delta),
     }
     for name, value in rows.items():
         table.add_row(name, escape(value))
@@ -303,7 +288,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """What you said about yourself, and what your history shows by counting."""
-    with _vault(home) as me:
+    with open_vault(home) as me:
         if fact is not None:
             name, mark, value = fact.partition("=")
             if not mark or not name.strip():
@@ -311,7 +296,7 @@ def profile(
             me.set_fact(name.strip(), value.strip() or None)
         found = me.profile()
     if as_json:
-        _show(True, found, "")
+        show(True, found, "")
         return
     for name, value in found.facts.items():
         typer.echo(f"{name}: {value}")
@@ -340,7 +325,7 @@ def forget(
     What was contributed to a shared adapter before stays in it, within the
     epsilon that its releases state.
     """
-    with _vault(home) as me, _progress(as_json) as advance:
+    with open_vault(home) as me, _progress(as_json) as advance:
         found = me.forget(
             ids=ids or (), query=query, before=before, retrain=retrain, progress=advance
         )
@@ -354,7 +339,7 @@ def forget(
             f" {found.shared} rounds were taken part in before: what they contributed stays in "
             "the shared adapter, within its epsilon."
         )
-    _show(as_json, found, said)
+    show(as_json, found, said)
 
 
 @device_app.command()
@@ -364,9 +349,9 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write all that is kept about you into one file, in the clear."""
-    with _vault(home) as me:
+    with open_vault(home) as me:
         made = me.export(path)
-    _show(as_json, {"path": str(made)}, f"{made}: not encrypted; keep it where you keep letters.")
+    show(as_json, {"path": str(made)}, f"{made}: not encrypted; keep it where you keep letters.")
 
 
 @device_app.command()
@@ -377,105 +362,27 @@ def erase(
 ) -> None:
     """Destroy the vault and its keys; copies of it become unreadable too.
 
-    Works without the passphrase. What privacy was spent is remembered, so that
-    joining again does not spend it twice.
+    Works without the passphrase, and whatever is damaged. What privacy was spent
+    is remembered, so that joining again does not spend it twice.
     """
     from homefire.client import erasure
+    from homefire.client.vault import open_vault
+    from homefire.client.vault_files import RECEIPT
 
     place = home.expanduser()
     if not yes and not typer.confirm(f"Destroy everything in {place}? There is no way back."):
         raise typer.Exit(1)
+    no_core_dumps()
+    phrase = os.environ.get("HOMEFIRE_PASSPHRASE")
     try:
-        with _vault(home, ask=False) as me:
-            receipt = me.erase()
-    except WrongKeyError:
+        # For the receipt's signature, and for what only the vault's log may know.
+        with open_vault(place, passphrase=phrase, accept_backup=True) as vault:
+            receipt = erasure.erase(place, vault=vault)
+    except BusyVaultError:
+        raise
+    except HomefireError:
         receipt = erasure.erase(place)
-    _show(as_json, receipt, f"{receipt.statement}\nReceipt: {place / erasure.RECEIPT}")
-
-
-@device_app.command()
-def join(
-    superlink: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the federation.")],
-    root_certificates: Annotated[
-        Path | None, typer.Option(help="The authority behind its certificate.")
-    ] = None,
-    node_key: Annotated[
-        Path | None, typer.Option(help="The key that the operator registered, if it is asked for.")
-    ] = None,
-    insecure: Annotated[bool, typer.Option(help="Without TLS, on this machine alone.")] = False,
-    on_mains: Annotated[bool, typer.Option(help="Only while not on the battery.")] = False,
-    when_idle: Annotated[bool, typer.Option(help="Only while there is little to do.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    home: HomeFolder = HOME,
-) -> None:
-    """Take part in a federation until you stop it (Ctrl-C).
-
-    Shows beforehand what would be sent, and afterwards what was. The code that
-    trains is the one installed here, whatever the server sends.
-    """
-    from homefire.client.conditions import is_idle, on_mains_power
-    from homefire.client.joining import Link
-
-    link = Link(superlink, root_certificates, insecure, node_key)
-    conditions = [on_mains_power] * on_mains + [is_idle] * when_idle
-    with _vault(home) as me:
-        shown = me.preview()
-        typer.echo(
-            f"Each contribution: {shown.parameters} numbers, {shown.bytes_up / 1e3:.1f} kB up, "
-            f"{shown.bytes_down / 1e3:.1f} kB down; at most ε = {_epsilon(shown.largest_epsilon)} "
-            "each.\nε spent so far: "
-            f"{_spent(shown.spent_epsilon, shown.lifetime_epsilon, shown.delta)}. "
-            "Your texts stay here."
-        )
-        if not yes and not typer.confirm(f"Take part at {superlink}?"):
-            raise typer.Exit(1)
-        stop = Event()
-        signal.signal(signal.SIGINT, lambda *_: stop.set())
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        done = me.join(link, conditions=conditions, stop=stop)
-        after = me.status()
-        spent = _spent(after.epsilon, after.lifetime_epsilon, after.delta)
-        typer.echo(f"Took part in {len(done)} rounds; ε spent: {spent}.")
-
-
-@device_app.command()
-def serve(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
-    host: Annotated[
-        str, typer.Option(help="Another than this machine needs --expose.")
-    ] = "127.0.0.1",
-    expose: Annotated[
-        bool, typer.Option(help="Let other machines ask; put TLS in front of it yourself.")
-    ] = False,
-    learn: Annotated[bool, typer.Option(help="Remember what you say in conversations.")] = False,
-    new_token: Annotated[bool, typer.Option(help="Draw another token; old ones end.")] = False,
-    home: HomeFolder = HOME,
-    as_json: AsJson = False,
-) -> None:
-    """Serve any app on this machine, OpenAI-compatible, and a page for you.
-
-    Models: homefire (what works best for you), homefire/plain, homefire/shared,
-    homefire/private, homefire/retrieval, homefire/both.
-
-    Example:
-      OPENAI_BASE_URL=http://127.0.0.1:8765/v1 OPENAI_API_KEY=<token> some-app
-    """
-    from homefire.client.serving import serve as serve_vault
-
-    with _vault(home) as me:
-        serve_vault(
-            me,
-            host=host,
-            port=port,
-            expose=expose,
-            learn=learn,
-            new_token=new_token,
-            say=lambda url, token: _show(
-                as_json,
-                {"url": url, "token": token},
-                f"Page: {url}/#token={token}\nFor apps: base URL {url}/v1, API key {token}",
-            ),
-        )
+    show(as_json, receipt, f"{receipt.statement}\nReceipt: {place / RECEIPT}")
 
 
 @device_app.command()
@@ -489,44 +396,35 @@ def doctor(
     ] = False,
     rotate: Annotated[bool, typer.Option(help="Encrypt everything under new keys.")] = False,
     change_passphrase: Annotated[bool, typer.Option(help="Ask for a new passphrase.")] = False,
+    protection: Annotated[
+        Literal["passphrase", "keystore", "both"] | None,
+        typer.Option(help="What opens the vault from now on."),
+    ] = None,
     home: HomeFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Look at every page of the vault, and mend what can be mended."""
-    with _vault(home, accept_backup=accept_backup) as me:
-        if change_passphrase:
-            me.vault.change_protection(passphrase=_ask_passphrase(confirm=True))
-        if rotate:
-            me.vault.rotate(passphrase=me.passphrase)
-        problems = me.vault.database.problems()
-    _show(as_json, {"problems": problems}, "\n".join(problems) or "The vault is whole.")
+    """Look at every page of the vault, and mend what can be mended.
+
+    A new passphrase is asked for, or taken from HOMEFIRE_NEW_PASSPHRASE.
+    """
+    from homefire.client.personalizer import Personalizer
+    from homefire.client.vault import examine
+
+    no_core_dumps()
+    place, phrase = home.expanduser(), present_passphrase(home)
+    problems = examine(place, passphrase=phrase)
+    if not problems:
+        with Personalizer.open(place, passphrase=phrase, accept_backup=accept_backup) as me:
+            if change_passphrase or protection is not None:
+                asked = change_passphrase or protection in ("passphrase", "both")
+                new = ask_passphrase(confirm=True, variable=NEW_PASSPHRASE) if asked else None
+                me.protect(passphrase=new, protection=protection)
+            if rotate:
+                me.rotate()
+            problems = me.vault.database.problems()
+    show(as_json, {"problems": problems}, "\n".join(problems) or "The vault is whole.")
     if problems:
         raise typer.Exit(4)
-
-
-@contextmanager
-def _vault(
-    home: Path, *, ask: bool = True, accept_backup: bool = False
-) -> Iterator["Personalizer"]:
-    """An existing vault, open; asks for the passphrase where one is needed."""
-    from homefire.client.keys import KeyFile
-    from homefire.client.personalizer import Personalizer
-    from homefire.client.vault_files import KEYS
-
-    _no_core_dumps()
-    place = home.expanduser()
-    phrase = os.environ.get("HOMEFIRE_PASSPHRASE")
-    protection = KeyFile.read(place / KEYS).header.protection
-    if phrase is None and protection != "keystore" and ask and sys.stdin.isatty():
-        phrase = _ask_passphrase(confirm=False)
-    with Personalizer.open(place, passphrase=phrase, accept_backup=accept_backup) as me:
-        yield me
-
-
-def _ask_passphrase(*, confirm: bool) -> str:
-    if not sys.stdin.isatty():
-        raise ConfigError("a passphrase is needed", hint="Set HOMEFIRE_PASSPHRASE.")
-    return str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm))
 
 
 def _reply(reply: "Reply") -> str:
@@ -547,11 +445,6 @@ def _line(mark: str) -> str:
         return ""
 
 
-def _no_core_dumps() -> None:
-    """A crash must not write keys and texts to the disk."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
 @contextmanager
 def _progress(as_json: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar for a training; none where a machine reads."""
@@ -562,14 +455,6 @@ def _progress(as_json: bool) -> Iterator[Callable[[int, int], None]]:
 
     with step_bar(Console(stderr=True), "Private adapter") as advance:
         yield advance
-
-
-def _show(as_json: bool, found: Any, said: str) -> None:
-    if as_json:
-        plain = asdict(found) if is_dataclass(found) and not isinstance(found, type) else found
-        typer.echo(json.dumps(plain, default=str, ensure_ascii=False))
-    else:
-        typer.echo(said)
 
 
 def _learned(found: "Learned") -> str:
@@ -588,20 +473,3 @@ def _opener(protection: str) -> str:
         "keystore": "the system's keystore",
         "both": "a passphrase and the system's keystore",
     }[protection]
-
-
-def _spent(epsilon: float | None, allowed: float, delta: float) -> str:
-    return f"{_epsilon(epsilon)} of {allowed:g} at δ = {delta:g}"
-
-
-def _epsilon(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.2f}"
-
-
-def exit_code(error: HomefireError) -> int:
-    """What a command ends with."""
-    if isinstance(error, WrongKeyError):
-        return 3
-    if isinstance(error, DamagedVaultError | ForeignVaultError | OldVaultError | VaultVersionError):
-        return 4
-    return 5 if isinstance(error, BusyVaultError) else 1

@@ -3,6 +3,7 @@
 The run configuration holds one key, `federation`: the path of a TOML file on the server.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,17 @@ from flwr.serverapp import Grid, ServerApp
 
 from homefire.common.base_model import load_base_model
 from homefire.common.config import FederationConfig, load_config
-from homefire.common.errors import ConfigError
+from homefire.common.errors import ConfigError, HomefireError
 from homefire.common.peft_adapter import resolve_spec
 from homefire.server.federation import run_federation
 from homefire.server.nodes import ascending
 from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import plan_privacy
+from homefire.server.registry import open_home
 from homefire.server.roster import read_roster
 from homefire.server.run_state import Federation
 
+LOG = logging.getLogger(__name__)
 app = ServerApp()
 
 
@@ -50,7 +53,18 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
     nodes = ascending(device.node for device in devices)
     config = home.federation()
     federation = replace(open_federation(config), enrolled=nodes)
-    run_federation(grid, federation, drained=home.is_draining)
+    registry = open_home(home.folder)
+
+    def publish(number: int) -> None:
+        try:
+            registry.publish(federation.store, number, federation.spec)
+        except (HomefireError, OSError) as error:
+            # The run goes on; the next round, or the next start, publishes again.
+            LOG.warning("round %d could not be published: %s", number, error)
+
+    if published := [number for number in federation.store.rounds()[-1:] if number]:
+        publish(published[0])
+    run_federation(grid, federation, drained=home.is_draining, released=publish)
 
 
 def open_federation(config: FederationConfig) -> Federation:

@@ -71,7 +71,11 @@ class RoundLog:
 
 
 def run_federation(
-    grid: Grid, federation: Federation, *, drained: Callable[[], bool] = lambda: False
+    grid: Grid,
+    federation: Federation,
+    *,
+    drained: Callable[[], bool] = lambda: False,
+    released: Callable[[int], None] = lambda number: None,
 ) -> list[RoundLog]:
     """Train the shared adapter, from the start or from where an interrupted run stopped.
 
@@ -79,6 +83,7 @@ def run_federation(
         grid: In-process, Ray simulation or SuperLink: the loop does not know which.
         federation: What the run is about.
         drained: Whether no further round is to be opened; the run can go on later.
+        released: Called with a round's number when its release is on the disk.
 
     Returns:
         The operator's log of this process's rounds; releases and log are under `config.output`.
@@ -112,6 +117,7 @@ def run_federation(
                 return logs
             logs.append(_round(grid, federation, state))
             _append_line(config.output / "rounds.jsonl", asdict(logs[-1]))
+            released(logs[-1].round)
             LOG.info("round %d of %d released", logs[-1].round, config.federation.rounds)
         finish(federation, state)
         return logs

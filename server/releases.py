@@ -9,12 +9,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from homefire.common.adapter import AdapterSpec, Vector
 from homefire.common.encoding import canonical_json
 from homefire.common.errors import AdapterError, SignatureError
-from homefire.common.peft_adapter import export_adapter
+from homefire.common.files import write_atomically
 from homefire.common.plan import release_digest
 from homefire.common.signatures import public_key, sign, verify
 from homefire.common.vector_file import read_vector, write_vector
 
 LABEL = "homefire/signed-release/v1"
+SIGNING_KEY = "server-signing"
+"""The name, in a server's keystore, of the key that signs all that it says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,14 @@ class ReleaseStore:
             "server_key": public_key(key),
         }
         described["signature"] = sign(key, LABEL, canonical_json(described)).hex()
-        write_vector(self._path(round_number), vector, described, kind="release")
+        write_vector(self.path(round_number), vector, described, kind="release")
         return Release(round_number, vector, described)
 
     def rounds(self) -> list[int]:
         """The rounds that have a release, in order."""
         stems = (path.stem for path in self.folder.glob("[0-9]*.safetensors"))
         numbers = {stem: int(stem) for stem in stems if stem.isdecimal()}
-        return sorted(n for stem, n in numbers.items() if self._path(n).stem == stem)
+        return sorted(n for stem, n in numbers.items() if self.path(n).stem == stem)
 
     def read(self, round_number: int) -> Release:
         """Read a release and check its digest.
@@ -101,7 +103,7 @@ class ReleaseStore:
         Raises:
             AdapterError: It is missing, damaged, or another round's.
         """
-        path = self._path(round_number)
+        path = self.path(round_number)
         vector, about = read_vector(path, kind="release")
         if about["round"] != round_number:
             raise AdapterError(f"{path}: this is the release of round {about['round']}")
@@ -117,9 +119,28 @@ class ReleaseStore:
             raise AdapterError(f"{self.folder}: no releases")
         return self.read(rounds[-1])
 
-    def export(self, spec: AdapterSpec, folder: Path, *, base_model: str) -> None:
-        """Write the newest release as a PEFT folder."""
-        export_adapter(spec, self.latest().vector, folder, base_model=base_model)
+    def export(
+        self, spec: AdapterSpec, folder: Path, *, base_model: str, round_number: int | None = None
+    ) -> None:
+        """Write a release as a PEFT folder, with a card that says what its privacy is.
 
-    def _path(self, round_number: int) -> Path:
+        Args:
+            spec: Of the shared adapter.
+            folder: Made where it is absent.
+            base_model: The base model's name.
+            round_number: Which release; by default the newest.
+
+        Raises:
+            AdapterError: There is no such release, or it is of another adapter.
+        """
+        from homefire.common.peft_adapter import export_adapter  # brings torch
+        from homefire.server.model_card import model_card
+
+        release = self.latest() if round_number is None else self.read(round_number)
+        card = model_card(release.about, spec.config, base_model=base_model)
+        export_adapter(spec, release.vector, folder, base_model=base_model)
+        write_atomically(folder / "README.md", card.encode())
+
+    def path(self, round_number: int) -> Path:
+        """Where the release of a round lies."""
         return self.folder / f"{round_number:06d}.safetensors"

@@ -40,12 +40,13 @@ from homefire.server.checkpoints import (
 from homefire.server.nodes import Nodes, read_nodes, write_nodes
 from homefire.server.optimizers import OptimizerState
 from homefire.server.planning import PrivacyPlan
+from homefire.server.releases import SIGNING_KEY as SIGNING_KEY
 from homefire.server.releases import ReleaseStore
 from homefire.server.roster import roster_digest
 from homefire.server.run_ledger import KIND, RunLedger
 
 LOG = logging.getLogger(__name__)
-SIGNING_KEY, RUN_KEY = "server-signing", "run-key"
+RUN_KEY = "run-key"
 LEDGER = "ledger.jsonl"
 
 

@@ -138,9 +138,10 @@ class Supervisor:
         executor = ["--runtime-api-address", f"127.0.0.1:{config.private}"]
         executor += ["--root-certificates", str(self.home.certificates.authority.absolute())]
         executor += ["--superexec-auth-secret-file", str(self.home.secret(EXECUTOR_SECRET))]
-        parent = ["--parent", str(os.getpid())]
+        parent, listen = ["--parent", str(os.getpid())], ["--listen", config.registry]
         self.children = [
             Child("superlink", [*python, "homefire.server.superlink", *own], folder),
+            Child("registry", [*python, "homefire.server.registry", *own, *listen], folder),
             Child("executor", [*python, "homefire.server.executor", *parent, *executor], folder),
         ]
 

@@ -32,6 +32,22 @@ def _no_system_keystore() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_state_of_the_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes what vaults of whoever runs it have spent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _an_account_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test inherits what another's vaults have spent."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The real per-user text; mark tests that use it `data`."""

@@ -1,20 +1,25 @@
 """`homefire device`: the verbs, their JSON, and what they end with."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
+from tiny_steps import StoppedError, stop
 from tiny_vaults import CANARY, PASSPHRASE, TWO_STEPS
 from typer.testing import CliRunner
 
-from homefire import device_commands
+import homefire.__main__  # noqa: F401 - adds all verbs
+from homefire.client import erasure, vault_files
+from homefire.client.vault import open_vault
 from homefire.common.errors import (
     BusyVaultError,
     ConfigError,
@@ -24,7 +29,7 @@ from homefire.common.errors import (
     VaultVersionError,
     WrongKeyError,
 )
-from homefire.device_commands import device_app, exit_code
+from homefire.device_session import device_app, exit_code
 
 pytestmark = pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
 
@@ -127,8 +132,8 @@ def test_what_cannot_be_sampled_is_refused(home: Path) -> None:
 def test_the_passphrase_changes_and_the_old_one_ends(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_commands, "_ask_passphrase", lambda **_: "another passphrase")
-    run("doctor", "--change-passphrase")
+    monkeypatch.setenv("HOMEFIRE_NEW_PASSPHRASE", "another passphrase")
+    run("doctor", "--change-passphrase", "--rotate")
     assert isinstance(device("status").exception, WrongKeyError)
     monkeypatch.setenv("HOMEFIRE_PASSPHRASE", "another passphrase")
     run("doctor", "--rotate")
@@ -144,6 +149,117 @@ def test_a_vault_is_made_once_and_erased_without_its_passphrase(
     assert not (home / "keys.json").exists()
     refused = device("erase", stdin="n\n")
     assert refused.exit_code == 1
+
+
+def begun(home: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(erasure, "_finish", stop)
+        assert isinstance(device("erase", "--yes").exception, StoppedError)
+    assert (home / "erasing.json").exists()
+
+
+def begun_without_keys(home: Path) -> None:
+    begun(home)
+    (home / "keys.json").unlink()
+
+
+def begun_and_damaged(home: Path) -> None:
+    begun(home)
+    (home / "erasing.json").write_bytes(b"damaged")
+
+
+def damaged_page(home: Path) -> None:
+    content = bytearray((home / "vault.db").read_bytes())
+    content[5000] ^= 1
+    (home / "vault.db").write_bytes(content)
+
+
+def copy_of_an_erased_one(home: Path) -> None:
+    copy = Path(shutil.copytree(home, home.with_name("copy")))
+    run("erase", "--yes")
+    for name in ("keys.json", "vault.db"):
+        shutil.copy(copy / name, home / name)
+
+
+def settings_that_are_no_toml(home: Path) -> None:
+    (home / "device.toml").write_text("x = [")
+
+
+def lost_keystore(home: Path) -> None:
+    with open_vault(home, passphrase=PASSPHRASE) as vault:
+        vault.log.append("note")
+    shutil.rmtree(home.with_name("home.keys"))
+
+
+def damaged_keys(home: Path) -> None:
+    (home / "keys.json").write_bytes(b"damaged")
+
+
+def damaged_spent(home: Path) -> None:
+    (home.with_name("home.keys") / "spent").write_bytes(b"damaged")
+
+
+@pytest.mark.parametrize(
+    ("state", "signed"),
+    [
+        (begun, True),
+        (begun_without_keys, True),
+        (begun_and_damaged, False),
+        (damaged_page, False),
+        (copy_of_an_erased_one, False),
+        (settings_that_are_no_toml, True),
+        (lost_keystore, True),
+        (damaged_keys, False),
+        (damaged_spent, True),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_vault_is_erased_whatever_is_damaged(
+    home: Path, state: Callable[[Path], None], signed: bool
+) -> None:
+    state(home)
+    receipt = as_json("erase", "--yes")
+    assert (receipt["records"] == 4, receipt["signature"] is not None) == (signed, signed)
+    left = {path.name for path in home.iterdir()}
+    assert left <= {"erased.json", "vault.lock", "log.lock", "ledger.lock"}
+    run("init")
+
+
+def test_a_vault_in_use_is_not_erased(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vault_files, "WAIT_SECONDS", 0.05)
+    with open_vault(home, passphrase=PASSPHRASE):
+        assert isinstance(device("erase", "--yes").exception, BusyVaultError)
+    assert as_json("status")["records"] == 4
+
+
+@pytest.mark.parametrize("page", [0, 1, 3])
+def test_doctor_says_what_opening_refuses(home: Path, page: int) -> None:
+    content = bytearray((home / "vault.db").read_bytes())
+    content[4096 * page + 1000] ^= 1
+    (home / "vault.db").write_bytes(content)
+    refused = device("status").exception
+    assert isinstance(refused, DamagedVaultError) and "doctor" in refused.hint
+    for options in ((), ("--accept-backup",), ("--rotate",)):
+        done = device("doctor", "--json", *options)
+        assert done.exit_code == 4
+        (problem,) = json.loads(done.stdout)["problems"]
+        assert f"page {page + 1}" in problem or page == 0
+    assert (home / "vault.db").read_bytes() == content
+
+
+def test_doctor_needs_the_passphrase_and_refuses_what_is_old(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = (home / "vault.db").read_bytes()
+    with open_vault(home, passphrase=PASSPHRASE) as vault:
+        vault.log.append("note")
+    (home / "vault.db").write_bytes(copy)
+    assert isinstance(device("doctor").exception, OldVaultError)
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", "wrong passphrase")
+    assert isinstance(device("doctor").exception, WrongKeyError)
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", PASSPHRASE)
+    assert run("doctor", "--accept-backup") == "The vault is whole.\n"
+    assert as_json("status")["records"] == 4
 
 
 def test_without_a_passphrase_there_is_no_vault(

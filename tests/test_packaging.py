@@ -99,7 +99,14 @@ def test_imports_follow_the_arrows(folder: str) -> None:
 
 def test_nothing_but_the_command_line_stands_above_the_folders() -> None:
     names = {path.name for path in sources("homefire")}
-    commands = {"options.py", "bench_commands.py", "device_commands.py", "server_commands.py"}
+    commands = {
+        "options.py",
+        "bench_commands.py",
+        "device_commands.py",
+        "device_network_commands.py",
+        "device_session.py",
+        "server_commands.py",
+    }
     commands |= {"privacy_commands.py", "privacy_experiments.py"}
     assert names == {"__init__.py", "__main__.py"} | commands
     tree = ast.parse((ROOT / "homefire" / "__init__.py").read_text(encoding="utf-8"))
@@ -183,7 +190,7 @@ def test_extras_bring_what_their_commands_need_and_a_device_needs_none() -> None
         extra: {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements}
         for extra, requirements in project["optional-dependencies"].items()
     }
-    assert names["server"] == {"dp-accounting"}
+    assert names["server"] == {"dp-accounting", "grpcio-health-checking"}
     assert names["example-dp"] == {"opacus"}
     assert names["gguf"] == {"gguf"}
     device = {re.split(r"[\[<>=]", requirement)[0] for requirement in project["dependencies"]}

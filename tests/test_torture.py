@@ -1,18 +1,40 @@
-"""Ten of the kills of `make torture`."""
+"""Some of the kills of `make torture`."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-TORTURE = Path(__file__).with_name("torture.py")
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_ten_kills_leave_everything_valid() -> None:
+def killed(script: str, kills: int) -> str:
+    """What a script says that kills so many times; everything must hold."""
     # In a process of its own, for it forks: a forked pytest would carry threads along.
-    command = [sys.executable, str(TORTURE), "--kills", "10", "--seed", "1"]
+    command = [sys.executable, str(HERE / script), "--kills", str(kills), "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "10 of 10 kills" in done.stdout and "all invariants held" in done.stdout
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"{kills} of {kills} kills" in done.stdout
+    assert "all invariants held" in done.stdout
+    return done.stdout
+
+
+def test_ten_kills_leave_everything_valid() -> None:
+    killed("torture.py", 10)
+
+
+def test_twelve_kills_of_a_person_at_work_leave_every_act_whole_and_nothing_in_the_clear() -> None:
+    said = killed("device_torture.py", 12)
+    counts = {act: int(count) for act, count in re.findall(r"(.+): (\d+) kills under way", said)}
+    for act in ("import", "personalize: training", "forget", "change", "rotate"):
+        assert counts[act] >= 1, said
+
+
+def test_four_kills_while_vaults_take_part_lose_no_charge_and_let_nothing_out() -> None:
+    said = killed("join_torture.py", 4)
+    for target in ("joined", "executor", "task", "SuperNode"):
+        assert f"{target}, " in said

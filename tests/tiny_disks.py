@@ -35,6 +35,39 @@ def run_in_child(body: Callable[[], object]) -> int:
 
 
 @contextmanager
+def held_by_another_process(body: Callable[[], object]) -> Iterator[Callable[[], None]]:
+    """A process that has run a function, and keeps what it has open until it is told to end."""
+    (ready, says), (waits, tells) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(tells)
+            kept = body()
+            os.write(says, b"x")
+            os.read(waits, 1)
+            del kept
+        finally:
+            os._exit(0)
+    os.close(says)
+    os.close(waits)
+    ended = False
+
+    def end() -> None:
+        nonlocal ended
+        if not ended:
+            ended = True
+            os.close(tells)
+            os.waitpid(child, 0)
+
+    try:
+        assert os.read(ready, 1) == b"x"
+        yield end
+    finally:
+        end()
+        os.close(ready)
+
+
+@contextmanager
 def another_process(*bodies: Callable[[], object]) -> Iterator[Callable[[], int]]:
     """Processes that wait; each call lets the next one run its function, and gives its status.
 

@@ -5,20 +5,29 @@ They talk to this machine alone, and are ended by their process ids.
 
 import json
 import os
+import select
 import socket
+import ssl
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 from threading import Thread
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.x509.oid import NameOID
 
 from homefire.server.releases import ReleaseStore
 
@@ -64,8 +73,8 @@ class Flower:
     def start(self, name: str, *command: str, **environment: str) -> None:
         """Start a program that goes on, away from the checkout."""
         home = self.folder / name
-        home.mkdir()
-        with (self.folder / f"{name}.log").open("wb") as log:
+        home.mkdir(exist_ok=True)
+        with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [str(PROGRAMS / command[0]), *command[1:]],
                 cwd=home,
@@ -75,24 +84,34 @@ class Flower:
             )
         self.processes.append(process)
 
-    def superlink(self, *options: str, **environment: str) -> int:
-        """Start a SuperLink and wait until it answers; returns its port."""
-        port = free_port()
-        command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
+    def superlink(
+        self,
+        *options: str,
+        program: Sequence[str] = ("flower-superlink",),
+        port: int = 0,
+        **environment: str,
+    ) -> int:
+        """Start a SuperLink and wait until it answers; returns its port: a free one, or that."""
+        port = port or free_port()
+        command = [*program, "--insecure", "--host", "127.0.0.1", "--port", str(port)]
         install_nothing = "--disable-runtime-dependency-installation"
         self.start("superlink", *command, install_nothing, *options, **environment)
         self.wait(lambda: answers(f"http://127.0.0.1:{port}/health"), "the SuperLink")
         home = self.folder / "operator"
-        home.mkdir()
+        home.mkdir(exist_ok=True)
         address = f'[superlink.mine]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "mine"\n{address}')
         return port
 
-    def run(self, federation: Path, *options: str) -> None:
-        """Carry out a run of the checkout's app; it must end well."""
+    def begin(self, federation: Path, *options: str) -> str:
+        """Start a run of the checkout's app; returns its number."""
         settings = f'federation="{federation}"'
         started = self.ask("run", str(ROOT), "mine", "--run-config", settings, *options)
-        number = str(started["run-id"])
+        return str(started["run-id"])
+
+    def run(self, federation: Path, *options: str) -> None:
+        """Carry out a run of the checkout's app; it must end well."""
+        number = self.begin(federation, *options)
         releases = ReleaseStore(federation.parent / "releases")
 
         def ended() -> bool:
@@ -159,14 +178,23 @@ class Flower:
 class Tap:
     """Stands between two programs on this machine and keeps every byte that goes through.
 
+    Args:
+        target: The port that all goes on to, without TLS.
+        certificate: A file with key and certificate: who connects here does so by TLS, which ends
+            here.
+
     Attributes:
         port: Where to connect instead.
-        captured: All bytes, both ways.
+        captured: All bytes, both ways, as they are without TLS.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, certificate: Path | None = None) -> None:
         self.captured = bytearray()
         self._target = target
+        self._tls: ssl.SSLContext | None = None
+        if certificate is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(certificate)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._sockets: list[socket.socket] = []
@@ -179,31 +207,79 @@ class Tap:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            far = socket.create_connection(("127.0.0.1", self._target))
-            self._sockets += [near, far]
-            for source, sink in ((near, far), (far, near)):
-                self._threads.append(Thread(target=self._pass_on, args=(source, sink)))
-                self._threads[-1].start()
+            self._threads.append(Thread(target=self._connect, args=(near,)))
+            self._threads[-1].start()
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while part := source.recv(1 << 16):
-                self.captured += part
-                sink.sendall(part)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            return
+    def _connect(self, near: socket.socket) -> None:
+        with suppress(OSError, ValueError):
+            if self._tls is not None:
+                near = self._tls.wrap_socket(near, server_side=True)
+            with near, socket.create_connection(("127.0.0.1", self._target)) as far:
+                self._sockets += [near, far]
+                while self._pass_on(near, far):
+                    pass
+
+    def _pass_on(self, near: socket.socket, far: socket.socket) -> bool:
+        """What came from one side goes to the other; False once one has ended."""
+        waiting = isinstance(near, ssl.SSLSocket) and near.pending()
+        ready = [near] if waiting else select.select([near, far], [], [])[0]
+        for source in ready:
+            part = source.recv(1 << 16)
+            if not part:
+                return False
+            self.captured += part
+            (far if source is near else near).sendall(part)
+        return True
 
     def close(self) -> None:
         """End all connections."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for each in self._sockets:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 each.shutdown(socket.SHUT_RDWR)
-            each.close()
         for thread in self._threads:
             thread.join(10)
+
+
+def make_keys(folder: Path) -> None:
+    """`node` and `node.pub` for a SuperNode; `tls.pem` for a tap, `authority.pem` to trust it."""
+    folder.mkdir()
+    key, tls = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    private = folder / "node"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+    )
+    private.with_suffix(".pub").write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+    )
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tap")])
+    here = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, tls.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(here, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(tls, SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+    (folder / "authority.pem").write_bytes(certificate)
+    (folder / "tls.pem").write_bytes(
+        tls.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        + certificate
+    )
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -18,7 +18,7 @@ class StoppedError(Exception):
     """Stands for what may go wrong."""
 
 
-def stop() -> None:
+def stop(*_: object) -> None:
     """Let something go wrong."""
     raise StoppedError
 

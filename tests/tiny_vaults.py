@@ -91,13 +91,18 @@ def system_keyring(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryKeyring]:
 @pytest.fixture
 def quick_passphrases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passphrases are as cheap to try as Argon2 allows."""
+    make_passphrases_quick(monkeypatch)
+
+
+def make_passphrases_quick(patch: pytest.MonkeyPatch) -> None:
+    """Let new passphrases be as cheap to try as Argon2 allows."""
     slow = keys._new_argon2
 
     def quick(protection: keys.Protection) -> keys.Argon2 | None:
         made = slow(protection)
         return made and made.model_copy(update={"iterations": 1, "lanes": 1, "memory_kib": 8192})
 
-    monkeypatch.setattr(keys, "_new_argon2", quick)
+    patch.setattr(keys, "_new_argon2", quick)
 
 
 def make_vault(folder: Path, *records: Record) -> Vault:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,8 @@ from homefire.client.vault import Vault, create, open_vault
 from homefire.common.errors import HomefireError, WrongKeyError
 from homefire.common.records import Record
 
-LONGEST_LIFE = 0.4  # seconds
+GUESS = 0.05  # seconds that an act takes
+PATIENCE = 60.0  # seconds
 SIZE = 5000  # of an adapter
 BATCH = 5  # records
 
@@ -148,6 +150,8 @@ MAKE = Act(
     lambda model, number: replace(model, exists=True, passphrase=number),
 )
 
+EVER = (*ACTS, "make")
+
 
 @dataclass
 class Torture:
@@ -160,6 +164,7 @@ class Torture:
         model: What must be there.
         number: Of the next act.
         seen: How often each act was under way when it was killed.
+        spans: The longest that each act took so far, in seconds.
     """
 
     folder: Path
@@ -167,41 +172,48 @@ class Torture:
     temporary: Path
     model: Model = field(default_factory=Model)
     number: int = 1
-    seen: dict[str, int] = field(default_factory=dict)
+    seen: Counter[str] = field(default_factory=Counter)
+    spans: dict[str, float] = field(default_factory=dict)
 
     def work(self, rng: random.Random) -> None:
         """Act until killed."""
         model, number = self.model, self.number
         with self.notes.open("w", encoding="ascii", buffering=1) as notes:
             vault = self._open(model) if model.exists else None
-            print("working", file=notes)
+            print(json.dumps({"working": True}), file=notes)
             while True:
                 name = "make" if vault is None else _drawn(rng)
-                print(json.dumps({"act": name, "number": number}), file=notes)
+                at = time.monotonic()
+                print(json.dumps({"act": name, "number": number, "at": at}), file=notes)
                 if vault is None:
                     vault = create(self.folder, passphrase=words(number))
                 else:
                     ACTS[name].do(vault, number, model)
-                print("done", file=notes)
+                print(json.dumps({"done": name, "at": time.monotonic()}), file=notes)
                 model, number = _act(name).becomes(model, number), number + 1
                 if name == "reopen":
                     vault = self._open(model)
                 elif name == "erase":
                     vault = None
 
+    def noted(self) -> list[dict[str, Any]]:
+        """What the worker said; a line that a kill has cut is none."""
+        said = self.notes.read_text(encoding="ascii") if self.notes.exists() else ""
+        return [json.loads(line) for line in said.split("\n")[:-1]]
+
     def examine(self, rng: random.Random) -> None:
         """Check everything; raises AssertionError with what does not hold."""
-        lines = self.notes.read_text(encoding="ascii").split("\n")[:-1]
-        before, under_way = self.model, ""
-        for line in lines:
-            if line.startswith("{"):
-                begun = json.loads(line)
-                under_way, self.number = begun["act"], begun["number"]
-            elif line == "done":
+        before, under_way, begun = self.model, "", 0.0
+        for line in self.noted():
+            if "act" in line:
+                under_way, self.number, begun = line["act"], line["number"], line["at"]
+            elif "done" in line:
+                took = line["at"] - begun
+                self.spans[under_way] = max(self.spans.get(under_way, 0.0), took)
                 before, under_way = _act(under_way).becomes(before, self.number), ""
         after = _act(under_way).becomes(before, self.number) if under_way else before
         self.number += 1
-        self.seen[under_way or "nothing"] = self.seen.get(under_way or "nothing", 0) + 1
+        self.seen[under_way or "nothing"] += 1
         self._nothing_in_the_clear()
         self.model = self._settled(before, after, rng)
         if self.model.exists:
@@ -298,9 +310,10 @@ def require(holds: bool, what: str) -> None:
 
 
 def run_and_kill(torture: Torture, rng: random.Random) -> None:
-    """Let a process work on the vault, and kill it after a while."""
+    """Let a process work on the vault, and kill it in the act that was killed least so far."""
     torture.notes.unlink(missing_ok=True)
-    seed, life = rng.random(), rng.uniform(0.0, LONGEST_LIFE)
+    target = min(EVER, key=lambda name: (torture.seen[name], rng.random()))
+    seed, after = rng.random(), rng.uniform(0.0, torture.spans.get(target, GUESS))
     child = os.fork()
     if child == 0:
         try:
@@ -309,12 +322,12 @@ def run_and_kill(torture: Torture, rng: random.Random) -> None:
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)  # whatever it was: never back into the parent's code
-    deadline = time.monotonic() + 60
-    while not torture.notes.exists() or not torture.notes.stat().st_size:
-        require(time.monotonic() < deadline, "the worker does not begin")
+    deadline = time.monotonic() + PATIENCE
+    while not any(line.get("act") == target for line in torture.noted()[-2:]):
+        require(time.monotonic() < deadline, f"the worker comes to no {target!r}")
         require(not os.waitpid(child, os.WNOHANG)[0], "the worker failed by itself")
         time.sleep(0.0005)
-    time.sleep(life)
+    time.sleep(after)
     os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     require(status == -signal.SIGKILL, "the worker failed by itself")
@@ -368,7 +381,11 @@ def main() -> None:
             killed += 1
             if killed % 20 == 0 or killed == options.kills:
                 print(f"{killed} of {options.kills} kills, {torture.number} acts", flush=True)
-        print(f"under way when killed: {dict(sorted(torture.seen.items()))}")
+        for name in EVER:
+            print(f"{name}: {torture.seen[name]} kills under way")
+        print(f"between two acts: {torture.seen['nothing']} kills")
+        never = [name for name in EVER if not torture.seen[name]]
+        require(not never or options.kills < 10 * len(EVER), f"never under way: {never}")
     print(f"all invariants held; {time.monotonic() - started:.0f} s")
 
 

@@ -64,7 +64,7 @@ async function* pieces(answer) {
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("The reply was cut off.");
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
@@ -152,14 +152,22 @@ function editRecord(record, item, text, edit) {
   edit.replaceWith(save);
   area.focus();
   save.addEventListener("click", guarded(async () => {
-    await ask(`/api/records?id=${record.id}`, { method: "PATCH", body: { text: area.value } });
-    item.replaceWith(recordItem({ ...record, text: area.value }));
+    if (area.value === record.text) {
+      item.replaceWith(recordItem(record));
+      return;
+    }
+    if (!confirm("Forget the old text, and the private adapters that have seen it?")) return;
+    const { id } = await ask(`/api/records?id=${record.id}`, { method: "PATCH", body: { text: area.value } });
+    item.replaceWith(recordItem({ ...record, id, text: area.value }));
+    await showForgotten();
+    await showAbout();
   }));
 }
 
 async function forgetRecords(what) {
   const gone = await ask("/api/forget", { method: "POST", body: what });
   await showMemory();
+  await showAbout();
   let said = `${gone.records} forgotten.`;
   if (gone.adapters.length) said += " Your private adapter had seen it and is deleted: learn again under Vault.";
   if (gone.shared) said += ` ${gone.shared} rounds were taken part in before; what they contributed stays in the shared adapter, within its budget.`;
@@ -174,12 +182,26 @@ async function showMemory(append = false) {
   $("records").append(...records.map(recordItem));
   oldest = next;
   $("more").hidden = next === null;
-  const { records: all } = await ask("/api/status");
+  const all = await showForgotten();
   $("count").textContent = words ? `${records.length} that fit` : `${all} records`;
+}
+
+async function showForgotten() {
+  const status = await ask("/api/status");
+  $("forgotten").textContent = `Forgotten or changed so far: ${forgotten(status)}.`;
+  return status.records;
+}
+
+function forgotten({ forgotten: gone, forgotten_adapters: adapters }) {
+  if (!gone) return "nothing";
+  return `${gone} records, and ${adapters} private adapters that had seen them`;
+}
+
+async function showAbout() {
   const profile = await ask("/api/profile");
   pairs($("facts"), Object.entries(profile.facts));
   $("shown").textContent = profile.records
-    ? `Your history shows: ${Math.round(profile.mean_words)} words on average; often: ${profile.words.map(([w]) => w).join(", ")}.`
+    ? `Your newest ${profile.records} records show: ${Math.round(profile.mean_words)} words on average; often: ${profile.words.map(([w]) => w).join(", ")}.`
     : "";
 }
 
@@ -213,6 +235,7 @@ async function showVault() {
     ["Folder", status.folder], ["Size", `${(status.bytes / 1e6).toFixed(1)} MB`],
     ["Opened by", { both: "passphrase and keystore" }[status.protection] || status.protection],
     ["Base model", status.base_model], ["Records", status.records],
+    ["Forgotten", forgotten(status)],
     ["Shared adapter", status.shared ? `round ${status.shared.about.round}` : "none"],
   ]);
   $("adapter").textContent = worn
@@ -243,7 +266,15 @@ async function erase() {
 
 // Views
 
-const VIEWS = { chat: async () => $("question").focus(), memory: showMemory, shared: showShared, vault: showVault };
+const VIEWS = {
+  chat: async () => $("question").focus(),
+  memory: async () => {
+    await showMemory();
+    await showAbout();
+  },
+  shared: showShared,
+  vault: showVault,
+};
 
 const show = guarded(async () => {
   const wanted = location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "chat";
@@ -276,7 +307,7 @@ $("forget-before").addEventListener("submit", guarded(async () => {
 $("fact").addEventListener("submit", guarded(async () => {
   await ask("/api/profile", { method: "POST", body: { name: $("fact-name").value, value: $("fact-value").value } });
   $("fact").reset();
-  await showMemory();
+  await showAbout();
 }));
 $("personalize").addEventListener("click", guarded(personalize));
 $("erase").addEventListener("submit", guarded(erase));

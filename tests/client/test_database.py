@@ -13,8 +13,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_disks import on_read_only_disk, on_small_disk, run_in_child
-from tiny_vaults import CANARY, PAGE, decrypted, everything
+from tiny_disks import (
+    held_by_another_process,
+    on_read_only_disk,
+    on_small_disk,
+    run_in_child,
+)
+from tiny_vaults import CANARY, PAGE, decrypted, elsewhere, everything
 
 from homefire.client import database as database_module
 from homefire.client.database import Database, salt_of
@@ -116,13 +121,17 @@ def test_all_or_nothing_an_error_within_a_transaction_leaves_nothing_of_it(path:
     database.close()
 
 
-def test_a_transaction_in_a_transaction_is_refused_and_the_outer_one_goes_on(path: Path) -> None:
+def test_a_transaction_in_a_transaction_is_a_part_of_it(path: Path) -> None:
     database = made(path)
     with database.transaction():
         database.write("INSERT INTO things (thing) VALUES ('one')")
-        with pytest.raises(VaultError, match="within a transaction"), database.transaction():
-            pytest.fail("it was begun")
-        database.write("INSERT INTO things (thing) VALUES ('two')")
+        with database.transaction():
+            database.write("INSERT INTO things (thing) VALUES ('two')")
+    assert things(database) == ["one", "two"]
+    with pytest.raises(ZeroDivisionError), database.transaction():
+        with database.transaction():
+            database.write("INSERT INTO things (thing) VALUES ('three')")
+        raise ZeroDivisionError
     assert things(database) == ["one", "two"]
     database.close()
 
@@ -447,6 +456,33 @@ def test_deleted_is_gone_after_a_sweep_from_every_decrypted_page(path: Path, see
     assert [word for word in gone if word in pages] == []
 
 
+def test_deleted_is_gone_or_not_said_while_another_process_reads(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "WAIT_SECONDS", 0.1)
+    made(path, *[f"{CANARY} {number} " * 50 for number in range(50)]).close()
+
+    def read() -> Database:
+        reading = Database(path, KEY, SALT)
+        reading.write("BEGIN")
+        assert len(things(reading)) == 50
+        return reading
+
+    with held_by_another_process(read) as let_go:
+        database = Database(path, KEY, SALT)
+        with database.transaction():
+            database.write("DELETE FROM things")
+        for use in (database.sweep, database.compact_log):
+            with pytest.raises(BusyVaultError) as caught:
+                use()
+            assert caught.value.hint
+        assert elsewhere(lambda: any(CANARY.encode() in page for page in decrypted(path, KEY)))
+        let_go()
+        database.sweep()
+        assert not elsewhere(lambda: any(CANARY.encode() in page for page in decrypted(path, KEY)))
+    database.close()
+
+
 def test_deleted_words_leave_the_index_too(path: Path) -> None:
     database = Database(path, KEY, SALT, make=True)
     database.migrate(MIGRATIONS)
@@ -476,6 +512,37 @@ def test_steps_that_are_lacking_are_carried_out_once(path: Path) -> None:
     assert database.read("SELECT * FROM more") == [("first",)]
     assert things(database) == ["one"]
     database.close()
+
+
+def test_two_that_open_at_once_carry_steps_out_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(path, "one").close()
+    more = (*SCHEMA, "CREATE TABLE more (thing TEXT)\n\nINSERT INTO more VALUES ('first')")
+    both, looked = threading.Barrier(2), set()
+    real = Database.check_version
+
+    def together(self: Database, steps: tuple[str, ...]) -> int:
+        version = real(self, steps)
+        if self not in looked:
+            looked.add(self)
+            both.wait()
+        return version
+
+    monkeypatch.setattr(Database, "check_version", together)
+    databases, outcomes = [Database(path, KEY, SALT) for _ in range(2)], []
+    threads = [
+        threading.Thread(target=lambda each=each: outcomes.append(each.migrate(more)))
+        for each in databases
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 2
+    for database in databases:
+        assert database.read("SELECT * FROM more") == [("first",)]
+        database.close()
 
 
 def test_a_step_that_fails_leaves_nothing(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The sentence encoder, on a tiny random model."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -78,10 +79,24 @@ def test_openais_client_gets_embeddings(encoder: Encoder, tiny_llama: Path, tmp_
             plain = client.embeddings.create(
                 model="homefire/encoder", input=TEXTS[0], encoding_format="float"
             )
-            with pytest.raises(openai.BadRequestError, match="input must be"):
-                client.embeddings.create(model="homefire/encoder", input=[])
+            sized = client.embeddings.create(
+                model="homefire/encoder", input=TEXTS[0], dimensions=32
+            )
+            for wrong, what in (
+                ({"input": []}, "input"),
+                ({"input": [""]}, r"input\.0"),
+                ({"input": [[1, 2]]}, r"input\.0"),
+                ({"model": "homefire"}, "no encoder 'homefire'"),
+                ({"dimensions": 16}, "dimensions: an embedding has 32"),
+                ({"encoding_format": "int8"}, "encoding_format"),
+                ({"extra_body": {"truncate": True}}, "truncate is not done here"),
+            ):
+                asked: dict[str, Any] = {"model": "homefire/encoder", "input": TEXTS, **wrong}
+                with pytest.raises(openai.BadRequestError, match=what):
+                    client.embeddings.create(**asked)
     expected = encoder.encode(TEXTS)
     for found, row in zip(packed.data, expected, strict=True):
         np.testing.assert_allclose(found.embedding, row, atol=1e-6)
+    assert len(sized.data[0].embedding) == 32
     np.testing.assert_allclose(plain.data[0].embedding, expected[0], atol=1e-5)
     assert packed.usage.prompt_tokens == encoder.count(TEXTS)

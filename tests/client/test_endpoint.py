@@ -1,4 +1,4 @@
-"""The endpoint: OpenAI's client against it, and who may ask."""
+"""The endpoint: OpenAI's client against it, and the person's desk."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tiny_vaults import PASSPHRASE, served_on_a_port
 
 from homefire.client import Personalizer
 from homefire.client.completions import read_request
-from homefire.client.endpoint import HEADERS, MOST_BYTES, make_app, token_of
+from homefire.client.endpoint import make_app, token_of
 from homefire.client.personalize.recipe import RECIPES
 from homefire.common.errors import ConfigError, DataError
 
@@ -91,6 +91,32 @@ def test_openais_client_lists_the_recipes(served: openai.OpenAI) -> None:
     assert names == ["homefire", *(f"homefire/{recipe}" for recipe in RECIPES)]
 
 
+def test_openais_client_retrieves_a_model(served: openai.OpenAI) -> None:
+    for name in ("homefire", "homefire/plain"):
+        assert served.models.retrieve(name).id == name
+    with pytest.raises(openai.NotFoundError, match="no model 'homefire/none'"):
+        served.models.retrieve("homefire/none")
+
+
+def test_openais_client_gets_raw_answers(served: openai.OpenAI) -> None:
+    raw = served.chat.completions.with_raw_response.create(
+        model="homefire/plain",
+        messages=[{"role": "user", "content": "the quick"}],
+        max_tokens=4,
+    )
+    assert raw.status_code == 200
+    assert raw.headers["content-type"] == "application/json"
+    assert raw.parse().choices[0].message.role == "assistant"
+    with served.chat.completions.with_streaming_response.create(
+        model="homefire/plain",
+        messages=[{"role": "user", "content": "the quick"}],
+        max_tokens=4,
+        stream=True,
+    ) as streamed:
+        assert streamed.headers["content-type"].startswith("text/event-stream")
+        assert list(streamed.iter_lines())[-2:] == ["data: [DONE]", ""]
+
+
 def test_openais_client_sees_errors_as_its_own(served: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="no model 'gpt-9'"):
         served.chat.completions.create(
@@ -109,11 +135,44 @@ def test_drawn_replies_follow_the_seed(client: TestClient) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_long_reply_leaves_the_prompt_its_room(client: TestClient, me: Personalizer) -> None:
+    """Whatever is asked for: the reply gets the rest, and says that it ended there."""
+    context = me.assistant.model.base.context_length
+    short = ask(client, max_tokens=4)
+    for most in (context, context + 1, 10 * context, None):
+        long = ask(client, max_tokens=most)
+        used = long["usage"]
+        assert used["prompt_tokens"] == short["usage"]["prompt_tokens"]
+        text = long["choices"][0]["message"]["content"]
+        assert text.startswith(short["choices"][0]["message"]["content"])
+        if long["choices"][0]["finish_reason"] == "length":
+            assert used["total_tokens"] == context
+
+
+@pytest.mark.parametrize("most", [4, 20, 400])
+def test_a_long_conversation_keeps_its_newest_turns(
+    client: TestClient, me: Personalizer, most: int
+) -> None:
+    context = me.assistant.model.base.context_length
+    turns = [{"role": "user", "content": "old " * 20}, {"role": "assistant", "content": "yes"}]
+    alone = ask(client, max_tokens=most)["usage"]["prompt_tokens"]
+    assert ask(client, messages=[*turns * 3, *QUESTION], max_tokens=most)["usage"][
+        "prompt_tokens"
+    ] in range(alone, context - min(most, context // 4) + 1)
+    longest = ask(client, messages=[{"role": "user", "content": "x" * 500}], max_tokens=most)
+    assert longest["usage"]["prompt_tokens"] == context - min(most, context // 4)
+
+
 def test_what_is_not_done_here_is_an_error(client: TestClient) -> None:
     refused: list[dict[str, Any]] = [
         {"n": 2},
-        {"tools": []},
+        {"tools": [{"type": "function", "function": {"name": "weather"}}]},
+        {"tool_choice": "required"},
         {"logprobs": True},
+        {"frequency_penalty": 0.5},
+        {"response_format": {"type": "json_object"}},
+        {"nonsense": 1},
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}, *QUESTION]},
         {"messages": []},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         {"messages": [{"role": "assistant", "content": "no question"}]},
@@ -124,13 +183,23 @@ def test_what_is_not_done_here_is_an_error(client: TestClient) -> None:
         asked = {"model": "homefire", "messages": QUESTION, **wrong}
         answer = client.post("/v1/chat/completions", json=asked)
         assert answer.status_code == 400, wrong
-        assert answer.json()["error"]["message"]
+        message = answer.json()["error"]["message"]
+        assert message.startswith((*wrong, "a conversation must end with a question")), message
     for raw in (b"", b"[]", b"{", b"\xff"):
         assert client.post("/v1/chat/completions", content=raw).status_code == 400
 
 
 def test_what_changes_nothing_is_read_past(client: TestClient) -> None:
-    assert ask(client, user="me", metadata={}, stop=None, temperature=None)["choices"]
+    """What clients send by default, and what says nothing about a reply."""
+    for field in (
+        {"user": "me", "metadata": {}, "store": False, "service_tier": "auto"},
+        {"stop": None, "temperature": None, "tools": None},
+        {"frequency_penalty": 0, "presence_penalty": 0.0, "n": 1, "logit_bias": {}},
+        {"response_format": {"type": "text"}, "logprobs": False, "modalities": ["text"]},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"messages": [{"role": "assistant", "content": "Hi", "tool_calls": []}, *QUESTION]},
+    ):
+        assert ask(client, **field)["choices"]
 
 
 def test_text_in_parts_is_text() -> None:
@@ -167,62 +236,6 @@ def test_learning_is_asked_for(me: Personalizer) -> None:
     assert (newest.text, newest.prompt) == ("It is Ann", "Who is it?")
 
 
-# Who may ask
-
-
-def test_nobody_asks_without_the_token(client: TestClient) -> None:
-    for path in ("/v1/models", "/api/status", "/api/records", "/v1/chat/completions", "/nothing"):
-        for given in ("", "Bearer", "Bearer wrong", token_of_client(client) + "x"):
-            answer = client.get(path, headers={"Authorization": given})
-            assert answer.status_code == 401, (path, given)
-            assert "Mauzi" not in answer.text
-
-
-def token_of_client(client: TestClient) -> str:
-    return client.headers["Authorization"]
-
-
-def test_the_page_itself_is_open_and_holds_nothing(client: TestClient) -> None:
-    for path in ("/", "/page.js", "/page.css"):
-        answer = client.get(path, headers={"Authorization": ""})
-        assert answer.status_code == 200
-        assert "Mauzi" not in answer.text
-        for name, value in HEADERS.items():
-            assert answer.headers[name] == value
-
-
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "", "[::2]:8765"]
-)
-def test_a_name_that_points_here_opens_nothing(client: TestClient, host: str) -> None:
-    """DNS rebinding: the browser believes that this is the attacker's own page."""
-    answer = client.get("/api/status", headers={"Host": host})
-    assert answer.status_code == 421
-
-
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:9999"])
-def test_pages_of_other_origins_may_not_ask(client: TestClient, origin: str) -> None:
-    answer = client.get("/api/status", headers={"Origin": origin})
-    assert answer.status_code == 403
-    assert "access-control-allow-origin" not in answer.headers
-    own = client.get("/api/status", headers={"Origin": "http://127.0.0.1:8765"})
-    assert own.status_code == 200
-
-
-def test_a_request_that_is_too_long_is_refused(client: TestClient) -> None:
-    answer = client.post("/v1/chat/completions", content=b" " * (MOST_BYTES + 1))
-    assert answer.status_code == 413
-
-
-def test_a_new_token_ends_the_old_one(me: Personalizer) -> None:
-    old = token_of(me)
-    assert token_of(me) == old
-    new = token_of(me, new=True)
-    assert new != old
-    assert token_of(me) == new
-    assert len(new) >= 40
-
-
 # The person's desk
 
 
@@ -239,6 +252,8 @@ def test_what_is_stored_can_be_seen_changed_and_forgotten(
     assert found[0]["text"] == "my cat is called Mauzi"
     changed = client.patch(f"/api/records?id={number}", json={"text": "I moved to Lisbon"})
     assert changed.status_code == 200
+    number, old = changed.json()["id"], number
+    assert number != old
     assert me.vault.records[number].record.text == "I moved to Lisbon"
     gone = client.post("/api/forget", json={"ids": [number]}).json()
     assert gone["records"] == 1
@@ -255,15 +270,70 @@ def test_pages_of_records_follow_each_other(client: TestClient, me: Personalizer
     assert second["next"] is None
 
 
-def test_what_is_wrong_is_said(client: TestClient) -> None:
-    assert client.post("/api/records", json={"text": " "}).status_code == 400
-    assert client.patch("/api/records?id=999", json={"text": "a"}).status_code == 400
-    assert client.patch("/api/records?id=x", json={"text": "a"}).status_code == 400
-    assert client.patch("/api/records", json={"text": "a"}).status_code == 400
-    assert client.post("/api/forget", json={}).status_code == 400
-    assert client.post("/api/forget", json={"ids": "1"}).status_code == 400
-    assert client.post("/api/erase", json={"word": "yes"}).status_code == 400
-    assert client.get("/api/records", params={"before": "x"}).status_code == 400
+HALF = '"\\ud800"'
+"""A text in JSON that is none."""
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "what"),
+    [
+        ("POST", "/api/records", '{"text": " "}', "text"),
+        ("POST", "/api/records", '{"text": 5}', "text"),
+        ("POST", "/api/records", f'{{"text": {HALF}}}', "half of a character"),
+        ("POST", "/api/records", "{}", "text"),
+        ("PATCH", "/api/records?id=999", '{"text": "a"}', "no record 999"),
+        ("PATCH", "/api/records?id=x", '{"text": "a"}', "id"),
+        ("PATCH", "/api/records?id=-1", '{"text": "a"}', "id"),
+        ("PATCH", "/api/records", '{"text": "a", "id": true}', "id"),
+        ("PATCH", "/api/records", '{"text": "a"}', "id"),
+        ("POST", "/api/forget", "{}", "nothing says what to forget"),
+        ("POST", "/api/forget", '{"ids": "1"}', "ids"),
+        ("POST", "/api/forget", '{"ids": [true]}', "ids.0"),
+        ("POST", "/api/forget", f'{{"ids": [{10**30}]}}', "ids.0"),
+        ("POST", "/api/forget", '{"query": 5}', "query"),
+        ("POST", "/api/forget", '{"query": ""}', "query"),
+        ("POST", "/api/forget", '{"before": 5}', "before"),
+        ("POST", "/api/forget", '{"before": "soon"}', "soon"),
+        ("POST", "/api/forget", '{"everything": true}', "everything"),
+        ("POST", "/api/profile", f'{{"name": "name", "value": {HALF}}}', "half of a character"),
+        ("POST", "/api/profile", '{"name": "name", "value": 5}', "value"),
+        ("POST", "/api/profile", '{"name": " ", "value": "a"}', "name"),
+        ("POST", "/api/profile", f'{{"name": "{"n" * 201}", "value": "a"}}', "name"),
+        ("POST", "/api/erase", '{"word": "yes"}', "word"),
+        ("POST", "/api/erase", '{"word": NaN}', "not JSON"),
+        ("POST", "/api/personalize", '{"steps": 1}', "steps"),
+        ("GET", "/api/records?before=x", "", "before"),
+        ("GET", "/api/records?before=0", "", "before"),
+        ("GET", "/api/records?before=99999999999999999999999", "", "before"),
+        ("GET", f"/api/records?q={'x' * 2001}", "", "q"),
+        ("GET", "/api/status", "[1]", "no JSON object"),
+        ("GET", "/api/status", "[" * 100_000, "not JSON"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    client: TestClient, me: Personalizer, method: str, path: str, body: str, what: str
+) -> None:
+    answer = client.request(method, path, content=body)
+    assert answer.status_code == 400
+    assert what in answer.json()["error"]["message"]
+    assert len(me.vault.records) == 1
+
+
+def test_half_a_character_is_no_message(client: TestClient) -> None:
+    body = f'{{"model": "homefire", "messages": [{{"role": "user", "content": {HALF}}}]}}'
+    assert client.post("/v1/chat/completions", content=body).status_code == 400
+
+
+def test_a_profile_is_counted_on_the_newest_records(
+    client: TestClient, me: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, the page shows it at once."""
+    monkeypatch.setattr("homefire.client.desk.COUNTED", 3)
+    for _ in range(3):
+        me.remember("umbrellas everywhere")
+    shown = client.get("/api/profile").json()
+    assert shown["records"] == 3
+    assert shown["words"] == [["everywhere", 3], ["umbrellas", 3]]
 
 
 def test_facts_status_and_what_was_shared(client: TestClient, me: Personalizer) -> None:
@@ -295,6 +365,6 @@ def test_the_word_erases(client: TestClient, me: Personalizer) -> None:
 
 def test_reading_a_request_names_the_field() -> None:
     with pytest.raises(DataError, match="tools is not done here"):
-        read_request({"model": "homefire", "messages": QUESTION, "tools": []})
+        read_request({"model": "homefire", "messages": QUESTION, "tools": [{}]})
     with pytest.raises(DataError, match=r"messages\.0\.role"):
         read_request({"model": "homefire", "messages": [{"role": "tool", "content": ""}]})

@@ -25,15 +25,15 @@ from tiny_vaults import (
 )
 
 from homefire.client import vault_files
-from homefire.client.erasure import LABEL, RECEIPT, Receipt, erase
+from homefire.client.erasure import LABEL, Receipt, erase
 from homefire.client.keys import Protection
 from homefire.client.os_keystore import SERVICE
 from homefire.client.vault import Vault, create, open_vault
 from homefire.client.vault_estate import inherited
+from homefire.client.vault_files import RECEIPT, account_keystore
 from homefire.common.errors import (
     BusyVaultError,
     ConfigError,
-    DamagedVaultError,
     ForeignVaultError,
     HomefireError,
     LedgerError,
@@ -247,15 +247,153 @@ def test_spent_stays_spent_for_all_vaults_of_an_account(
         assert third.log.participations == [part(1), part(2)]
 
 
-def test_spent_that_cannot_be_read_stops_the_erasure_and_nothing_is_changed(
-    folder: Path,
+def test_spent_stays_spent_for_vaults_elsewhere_where_the_system_has_no_keystore(
+    tmp_path: Path,
 ) -> None:
+    with made(tmp_path / "one") as one:
+        erase(tmp_path / "one", vault=one)
+    with create(tmp_path / "other", passphrase=PASSPHRASE) as other:
+        assert other.log.participations == [part(1)]
+    kept = Path(os.environ["XDG_STATE_HOME"]) / "homefire"
+    assert [path.name for path in kept.iterdir()] == ["erased"]
+    assert kept.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_was_spent_lies_in_the_home_folder_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named in (None, "", "relative"):
+        if named is None:
+            monkeypatch.delenv("XDG_STATE_HOME")
+        else:
+            monkeypatch.setenv("XDG_STATE_HOME", named)
+        assert account_keystore().folder == tmp_path / ".local" / "state" / "homefire"
+
+
+def test_spent_stays_spent_of_a_vault_whose_folder_was_deleted_by_hand(folder: Path) -> None:
+    made(folder).close()
+    shutil.rmtree(folder)
+    with create(folder, passphrase=PASSPHRASE) as vault:
+        assert vault.log.participations == [part(1)]
+    with create(folder.with_name("other"), passphrase=PASSPHRASE) as vault:
+        assert vault.log.participations == [part(1)]
+
+
+# Damage stops nothing
+
+
+def test_damage_stops_nothing_of_what_was_spent_the_open_vault_knows(folder: Path) -> None:
     with made(folder) as vault:
         vault.store.put("spent", b"damaged")
+        assert erase(folder, vault=vault).participations == 1
+    with create(folder, passphrase=PASSPHRASE) as vault:
+        assert vault.log.participations == [part(1)]
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    changed = content.replace(b'"round":1', b'"round":3')
+    path.write_bytes(changed)
+    assert changed != content
+
+
+def test_damage_stops_nothing_and_what_was_spent_stays_where_it_is(folder: Path) -> None:
+    """So nobody takes its place as if nothing had been spent."""
+    made(folder).close()
+    spent = folder.with_name("vault.keys") / "spent"
+    flip(spent)
+    damaged = spent.read_bytes()
+    receipt = erase(folder)
+    assert receipt.participations is None
+    assert "spent could not be kept" in receipt.statement and "it was changed" in receipt.statement
+    assert {path.name for path in folder.iterdir()} <= LEFT
+    assert spent.read_bytes() == damaged
+    with pytest.raises(LedgerError, match="what was spent cannot be read"):
+        create(folder, passphrase=PASSPHRASE)
+
+
+def test_damage_stops_nothing_of_what_others_left(tmp_path: Path) -> None:
+    for name in ("one", "other", "third"):
+        made(tmp_path / name).close()
+    erase(tmp_path / "one")
+    flip(Path(os.environ["XDG_STATE_HOME"]) / "homefire" / "erased")
+    for use in (create, open_vault):
         with pytest.raises(LedgerError, match="what was spent cannot be read"):
-            erase(folder, vault=vault)
-        assert vault.adapters.vector("private", 1).tolist() == VECTOR.tolist()
-    assert not (folder / "erasing.json").exists()
+            use(tmp_path / ("new" if use is create else "third"), passphrase=PASSPHRASE)
+    assert erase(tmp_path / "other").participations is None
+    assert not (tmp_path / "other" / "keys.json").exists()
+    assert (tmp_path / "other.keys" / "spent").exists()  # nothing of it is lost
+
+
+def test_damage_stops_nothing_of_a_keystore_that_others_can_read(folder: Path) -> None:
+    made(folder).close()
+    folder.with_name("vault.keys").chmod(0o755)
+    receipt = erase(folder)
+    assert receipt.participations is None and "others can read" in receipt.statement
+    assert {path.name for path in folder.iterdir()} <= LEFT
+    folder.with_name("vault.keys").chmod(0o700)
+    with create(folder, passphrase=PASSPHRASE) as vault:
+        assert vault.log.participations == [part(1)]
+
+
+def test_damage_stops_nothing_where_the_keystore_is_lost(folder: Path) -> None:
+    made(folder).close()
+    shutil.rmtree(folder.with_name("vault.keys"))
+    receipt = erase(folder)
+    assert receipt.participations is None and "knows nothing of this vault" in receipt.statement
+    assert {path.name for path in folder.iterdir()} <= LEFT
+
+
+def test_damage_stops_nothing_of_the_systems_keystore(
+    folder: Path, system_keyring: MemoryKeyring
+) -> None:
+    with made(folder, "both") as vault:
+        name = vault.header.vault
+    for secret in ("root-1", "spent"):
+        system_keyring.held[SERVICE, f"{name}/{secret}"] = "no base64!"
+    receipt = erase(folder)
+    assert receipt.participations is None and "is no secret of ours" in receipt.statement
+    assert not (folder / "keys.json").exists()
+    left = {entry for _, entry in system_keyring.held if name in entry}
+    assert left == {f"{name}/spent", f"{name}/erased-{name}"}
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", b"{}", None])
+def test_damage_stops_nothing_of_the_key_file(folder: Path, content: bytes | None) -> None:
+    made(folder).close()
+    if content is None:
+        (folder / "keys.json").unlink()
+    else:
+        (folder / "keys.json").write_bytes(content)
+    receipt = erase(folder)
+    assert receipt.vault is None and receipt.participations == 1
+    assert "was not reached" in receipt.statement
+    assert {path.name for path in folder.iterdir()} <= LEFT
+    assert list(folder.with_name("vault.keys").iterdir()) == []
+    with create(folder, passphrase=PASSPHRASE) as vault:
+        assert vault.log.participations == [part(1)]
+
+
+# Nothing stays
+
+
+def test_nothing_stays_but_the_receipt_and_locks(folder: Path) -> None:
+    made(folder).close()
+    clear = ("device.toml", "policy.toml", "join.log", ".policy.toml.4711.tmp")
+    for name in clear:
+        (folder / name).write_text(f"Ann trusts {CANARY}")
+    (folder / "flower" / "deep").mkdir(parents=True)
+    (folder / "flower" / "deep" / "state").write_text(f"Ann trusts {CANARY}")
+    (folder / "ledger.lock").touch()
+    opened = [(folder / name).open("rb") for name in clear]
+    erase(folder)
+    assert {path.name for path in folder.iterdir()} <= {*LEFT, "ledger.lock"}
+    assert CANARY.encode() not in everything(folder)
+    for file in opened:
+        with file:
+            assert file.read().strip(b"\0") == b""
+    create(folder, passphrase=PASSPHRASE).close()
 
 
 # Begun is done
@@ -297,7 +435,8 @@ def test_begun_is_done_wherever_a_kill_falls(
         assert {path.name for path in folder.iterdir()} <= LEFT
         assert (folder / RECEIPT).exists()
         kept = Keystore(tmp_path / f"vault{fatal}.keys")
-        assert inherited(kept) == [part(1)] and kept.get("log") is kept.get("spent") is None
+        assert inherited(account_keystore()) == [part(1)]
+        assert kept.get("log") is kept.get("spent") is None
         if status == 0:
             assert fatal > 12 and outcomes == sorted(outcomes) and set(outcomes) == {0, 1, 2}
             return
@@ -339,17 +478,15 @@ def test_begun_is_done_with_a_keystore_of_the_system(
     pytest.fail("it never ended by itself")
 
 
-def test_what_says_that_it_is_being_erased_may_be_damaged(folder: Path) -> None:
-    made(folder).close()
+def test_damage_stops_nothing_of_what_says_that_it_is_being_erased(folder: Path) -> None:
     for content in (b"", b"{}", b"[]", b'{"header": {}, "receipt": {}}', b"\xff", b"7"):
+        with made(folder) as vault:
+            name = vault.header.vault
         (folder / "erasing.json").write_bytes(content)
-        with pytest.raises(DamagedVaultError, match=r"erasing\.json") as caught:
-            erase(folder)
-        assert "Delete that file" in caught.value.hint
         with pytest.raises(VaultError, match="is being erased"):
             open_vault(folder, passphrase=PASSPHRASE)
-    (folder / "erasing.json").unlink()
-    open_vault(folder, passphrase=PASSPHRASE).close()
+        assert erase(folder).vault == name
+        assert {path.name for path in folder.iterdir()} <= LEFT
 
 
 # Who may

@@ -93,7 +93,9 @@ def test_golden_keys_are_opened_by_hand() -> None:
     salt = bytes.fromhex(file["argon2id"]["salt"])
     argon2 = Argon2idPrimitive(salt=salt, length=32, iterations=3, lanes=4, memory_cost=65536)
     parts = argon2.derive(words) + bytes.fromhex(case["root"])
-    kek = hkdf(sha256(parts).digest(), "homefire/vault-kek/v1", file["vault"].encode(), b"both")
+    kek = hkdf(
+        sha256(parts).digest(), "homefire/vault-kek/v1", file["vault"].encode(), b"both", b"1"
+    )
     assert kek.hex() == VECTORS["encryption_keys"]["both"]
 
     check = hkdf(kek, "homefire/vault-check/v1")
@@ -166,6 +168,13 @@ def test_own_class_a_data_key_opens_as_nothing_else() -> None:
         for head, other in others:
             with pytest.raises(DamagedVaultError, match=f"wrapped key '{other}'"):
                 keys._unwrap(key, head, other, wrapped)
+
+
+def test_every_generation_has_a_key_of_its_own() -> None:
+    """Of the same passphrase and the same secret."""
+    unlock = Unlock(PASSPHRASE, ROOT)
+    made = {quick_header(generation=number).encryption_key(unlock) for number in range(1, 5)}
+    assert len(made) == 4
 
 
 def test_every_sealing_is_another(quick_passphrases: None) -> None:
@@ -333,7 +342,7 @@ def test_told_apart_a_forger_who_computes_digests_opens_nothing(
     with pytest.raises(VaultError) as caught:
         opened(content, tmp_path, Unlock(PASSPHRASE, ROOT))
     expected: set[type[VaultError]] = {DamagedVaultError}
-    if place[0] in ("vault", "protection", "argon2id", "check"):
+    if place[0] in ("vault", "generation", "protection", "argon2id", "check"):
         expected.add(WrongKeyError)
     if place[0] in ("format", "version"):
         expected = {VaultVersionError} if type(value) in (int, str, dict) else expected

@@ -4,13 +4,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import Page, Route, expect, sync_playwright
+from playwright.sync_api import Dialog, Page, Route, expect, sync_playwright
+from tiny_models import byte_alphabet
 from tiny_vaults import PASSPHRASE, served_on_a_port
 
 from homefire.client import Personalizer
 from homefire.client.endpoint import make_app, token_of
+from homefire.client.personalize import decoding
+from homefire.common.errors import AdapterError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
 pytestmark = [
@@ -50,7 +54,13 @@ def url(me: Personalizer) -> Iterator[str]:
 
 
 @pytest.fixture
-def page(url: str, me: Personalizer) -> Iterator[Page]:
+def asked() -> list[str]:
+    """What the page asked before it did it; it was told to go on."""
+    return []
+
+
+@pytest.fixture
+def page(url: str, me: Personalizer, asked: list[str]) -> Iterator[Page]:
     """Opened at the address that the command prints; a request to anywhere else fails the test."""
     elsewhere: list[str] = []
     errors: list[str] = []
@@ -62,12 +72,16 @@ def page(url: str, me: Personalizer) -> Iterator[Page]:
             elsewhere.append(route.request.url)
             route.abort()
 
+    def accept(dialog: Dialog) -> None:
+        asked.append(dialog.message)
+        dialog.accept()
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         opened = browser.new_page(viewport={"width": 900, "height": 760})
         opened.route("**/*", only_here)
         opened.on("pageerror", lambda error: errors.append(str(error)))
-        opened.on("dialog", lambda dialog: dialog.accept())
+        opened.on("dialog", accept)
         opened.goto(f"{url}/#token={token_of(me)}")
         yield opened
         browser.close()
@@ -118,9 +132,30 @@ def test_a_reply_can_be_stopped(page: Page) -> None:
     expect(page.locator("#send")).to_be_enabled()
 
 
-def test_see_search_edit_and_forget(page: Page, me: Personalizer) -> None:
+def test_what_goes_wrong_within_a_reply_is_said(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letters = iter("abc")
+
+    def diverging(row: Any, sampling: Any, stream: Any) -> int:
+        if (letter := next(letters, None)) is None:
+            raise AdapterError("the logits are not finite", hint="Weaken the adapters.")
+        return byte_alphabet().index(letter)
+
+    monkeypatch.setattr(decoding, "_pick", diverging)
+    page.fill("#question", "the quick")
+    page.click("#send")
+    expect(page.locator("#notice")).to_have_text("the logits are not finite. Weaken the adapters.")
+    expect(page.locator("#talk .model")).to_have_text("abc")
+    expect(page.locator("#send")).to_be_enabled()
+    look(page, "chat-error")
+
+
+def test_see_search_edit_and_forget(page: Page, me: Personalizer, asked: list[str]) -> None:
     page.click("nav a[data-view=memory]")
     expect(page.locator("#records li")).to_have_count(10)
+    expect(page.locator("#forgotten")).to_have_text("Forgotten or changed so far: nothing.")
+    expect(page.locator("#shown")).to_contain_text("Your newest 10 records")
     look(page, "memory")
     page.fill("#words", "where is my cat")
     page.click("#search button")
@@ -131,8 +166,12 @@ def test_see_search_edit_and_forget(page: Page, me: Personalizer) -> None:
     item.get_by_role("button", name="Save").click()
     expect(page.locator("#records .text").first).to_have_text("my cat is called Minka")
     assert me.search("Minka")
+    assert asked == ["Forget the old text, and the private adapters that have seen it?"]
+    expect(page.locator("#forgotten")).to_contain_text("so far: 1 records")
     page.locator("#records li").first.get_by_role("button", name="Forget").click()
     expect(page.locator("#count")).to_contain_text("1 forgotten")
+    expect(page.locator("#forgotten")).to_contain_text("so far: 2 records")
+    assert asked[1:] == ["Forget this, and the private adapters that have seen it?"]
     assert me.search("Minka") == []
     page.fill("#words", "")
     page.fill("#new-text", "something new")
@@ -146,6 +185,22 @@ def test_see_search_edit_and_forget(page: Page, me: Personalizer) -> None:
     page.fill("#date", "2025-01-05")
     page.click("#forget-before button")
     expect(page.locator("#count")).to_contain_text("4 forgotten")
+    expect(page.locator("#shown")).to_contain_text("Your newest 6 records")
+    look(page, "memory-after")
+    page.click("nav a[data-view=vault]")
+    expect(page.locator("#about")).to_contain_text("6 records, and 0 private")
+    look(page, "vault-after")
+
+
+def test_leaving_a_text_as_it_is_forgets_nothing(
+    page: Page, me: Personalizer, asked: list[str]
+) -> None:
+    page.click("nav a[data-view=memory]")
+    page.locator("#records li").nth(1).get_by_role("button", name="Edit").click()
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("button", name="Edit")).to_have_count(10)
+    assert asked == []
+    assert me.status().forgotten == 0
 
 
 def test_text_is_text(page: Page) -> None:
@@ -194,4 +249,8 @@ def test_a_narrow_screen_has_no_sideways_scrolling(page: Page) -> None:
         page.click(f"nav a[data-view={view}]")
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        if view == "memory":
+            item = page.locator("#records li").last
+            tops = [item.get_by_role("button", name=n).bounding_box() for n in ("Edit", "Forget")]
+            assert tops[0] and tops[1] and tops[0]["y"] == tops[1]["y"]
         look(page, f"narrow-{view}")

@@ -13,7 +13,13 @@ import keyring
 import numpy as np
 import pytest
 from keyring.backends import null
-from tiny_disks import another_process, on_read_only_disk, on_small_disk, run_in_child
+from tiny_disks import (
+    another_process,
+    held_by_another_process,
+    on_read_only_disk,
+    on_small_disk,
+    run_in_child,
+)
 from tiny_vaults import (
     CANARY,
     PASSPHRASE,
@@ -27,12 +33,15 @@ from tiny_vaults import (
     snapshot,
 )
 
-from homefire.client import vault_files
+from homefire.client import database, vault_files
+from homefire.client import vault as vault_module
+from homefire.client.database import Database
 from homefire.client.erasure import erase
 from homefire.client.keys import KeyFile, Protection
 from homefire.client.os_keystore import SERVICE
 from homefire.client.vault import Vault, create, open_vault
-from homefire.client.vault_files import UseLock
+from homefire.client.vault_files import UseLock, unlock_with
+from homefire.client.vault_schema import MIGRATIONS
 from homefire.common.errors import (
     BusyVaultError,
     ConfigError,
@@ -248,7 +257,7 @@ def test_a_vault_opens_with_its_keystore_and_not_without(
         check(vault)
     assert not folder.with_name("vault.keys").exists()
     before, held = snapshot(folder), dict(system_keyring.held)
-    root = (SERVICE, f"{vault.header.vault}/root")
+    root = (SERVICE, f"{vault.header.vault}/root-1")
 
     del system_keyring.held[root]
     with pytest.raises(WrongKeyError, match="no secret for this vault"):
@@ -384,6 +393,117 @@ def test_a_vault_that_was_deleted_by_hand_leaves_what_it_spent_to_the_next(folde
             assert vault.log.participations == [{"run": "r", "round": 1}]
         for path in folder.iterdir():
             path.unlink()
+
+
+def test_the_keystores_secret_is_another_for_every_generation_of_keys(
+    folder: Path, system_keyring: MemoryKeyring
+) -> None:
+    def roots() -> dict[str, str]:
+        return {name[1].split("/")[1]: kept for name, kept in system_keyring.held.items()
+                if "/root" in name[1]}  # fmt: skip
+
+    with create(folder) as vault:
+        first, old = roots(), KeyFile.read(folder / "keys.json")
+        assert list(first) == ["root-1"]
+        system_keyring.held[SERVICE, f"{vault.header.vault}/root-2"] = "A" * 43 + "="
+        vault.rotate()  # what a change that was killed has left is not taken
+        second = roots()
+        assert list(second) == ["root-2"]
+        assert second["root-2"] not in (first["root-1"], "A" * 43 + "=")
+        vault.change_protection(protection="both", passphrase=PASSPHRASE)
+        assert list(roots()) == ["root-3"]
+        system_keyring.held[SERVICE, f"{vault.header.vault}/root-1"] = first["root-1"]
+        vault.change_protection(protection="keystore")
+        assert list(roots()) == ["root-4"]  # what a kill has left is gone too
+        vault.change_protection(protection="passphrase", passphrase=PASSPHRASE)
+        assert roots() == {}
+        vault.change_protection(protection="keystore")
+        system_keyring.held[SERVICE, f"{vault.header.vault}/root-7"] = first["root-1"]
+        erase(folder, vault=vault)
+    assert roots() == {}
+    old.write(folder / "keys.json")
+    with pytest.raises(WrongKeyError):
+        old.open(unlock_with(old.header, vault.store, None))
+
+
+def test_an_old_key_file_is_overwritten(folder: Path) -> None:
+    with make_vault(folder) as vault, (folder / "keys.json").open("rb") as old:
+        vault.change_protection(passphrase=OTHER)
+        content = old.read()
+        assert content == bytes(len(content)) and len(content) > 500
+        assert not (folder / "keys.old.json").exists()
+    check_opens(folder, OTHER)
+
+
+@pytest.mark.parametrize("step", ["replace", "wipe"])
+def test_a_kill_while_an_old_key_file_is_overwritten_leaves_it_to_the_next_change(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    make_vault(folder).close()
+
+    def change_and_die() -> None:
+        vault = open_vault(folder, passphrase=PASSPHRASE)
+        real = Path.replace
+
+        def replace(self: Path, target: Path) -> Path:
+            return os._exit(0) if self.name == "keys.next.json" else real(self, target)
+
+        if step == "replace":
+            monkeypatch.setattr(Path, "replace", replace)
+        monkeypatch.setattr(vault_files, "wipe", lambda path: os._exit(0))
+        vault.change_protection(passphrase=OTHER)
+
+    assert run_in_child(change_and_die) == 0
+    assert (folder / "keys.old.json").exists()
+    check_opens(folder, OTHER)
+    with open_vault(folder, passphrase=OTHER) as vault:
+        vault.change_protection(passphrase=PASSPHRASE)
+    assert not (folder / "keys.old.json").exists()
+    check_opens(folder)
+
+
+# Who else can change it
+
+
+def test_a_folder_with_other_things_is_not_taken(folder: Path) -> None:
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    (folder / "letter.txt").write_text("Dear Ann")
+    with pytest.raises(ConfigError, match=r"something else in this folder .letter\.txt") as caught:
+        create(folder, passphrase=PASSPHRASE)
+    assert caught.value.hint
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert [path.name for path in folder.iterdir()] == ["letter.txt"]
+    (folder / "letter.txt").unlink()
+    for name in ("device.toml", "policy.toml", "erased.json", "vault.lock", ".keys.json.7.tmp"):
+        (folder / name).write_text("")
+    make_vault(folder).close()
+    check_opens(folder)
+
+
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+@pytest.mark.parametrize("name", ["", "policy.toml"])
+def test_a_vault_that_others_can_change_is_refused(folder: Path, name: str, mode: int) -> None:
+    make_vault(folder).close()
+    (folder / "policy.toml").write_text("server_keys = []\n")
+    check_opens(folder)
+    path, before = folder / name, snapshot(folder)
+    path.chmod(path.stat().st_mode | mode)
+    with pytest.raises(ConfigError, match="others can change it") as caught:
+        open_vault(folder, passphrase=PASSPHRASE)
+    assert "chmod go-w" in caught.value.hint
+    path.chmod(path.stat().st_mode & ~mode)
+    assert snapshot(folder) == before
+    check_opens(folder)
+
+
+def test_a_vault_of_another_account_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_vault(folder).close()
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match="another account"):
+        open_vault(folder, passphrase=PASSPHRASE)
 
 
 # Nothing in the clear
@@ -638,6 +758,72 @@ def test_a_vault_that_is_erased_between_two_looks_of_an_opening_is_gone(
     with pytest.raises(VaultError, match="there is no vault here"):
         open_vault(folder, passphrase=PASSPHRASE)
     assert not (folder / "vault.db").exists()
+
+
+def test_what_another_process_still_reads_is_swept_later(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "WAIT_SECONDS", 0.1)
+    make_vault(folder, *[Record(f"{CANARY} {number} " * 40) for number in range(40)]).close()
+
+    def read() -> Vault:
+        mine = open_vault(folder, passphrase=PASSPHRASE)
+        mine.database.write("BEGIN")
+        assert len(mine.records) == 40
+        return mine
+
+    def left() -> bool:
+        pages = decrypted(folder / "vault.db", key)
+        return any(CANARY.encode() in page for page in pages)
+
+    with held_by_another_process(read) as let_go:
+        vault = open_vault(folder, passphrase=PASSPHRASE)
+        key = vault.keys["database"]
+        with vault.log.transaction("forgot", records=40):
+            vault.records.delete(range(1, 41))
+        with pytest.raises(BusyVaultError):
+            vault.sweep()
+        assert vault.database.read("SELECT count(*) FROM unswept") == [(40,)]
+        let_go()
+        vault.sweep()
+        assert vault.database.read("SELECT count(*) FROM unswept") == [(0,)]
+        assert not elsewhere(left)
+    vault.close()
+
+
+def test_pages_are_looked_at_once_unless_opening_may_have_changed_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_vault(folder).close()
+    looks = []
+    real = Database._damaged_pages
+
+    def look(self: Database) -> list[str]:
+        looks.append(self)
+        return real(self)
+
+    monkeypatch.setattr(Database, "_damaged_pages", look)
+
+    def opened() -> int:
+        looks.clear()
+        vault = open_vault(folder, passphrase=PASSPHRASE)
+        count = len(looks)
+        vault.close()
+        return count
+
+    assert opened() == 1
+
+    def write_and_die() -> None:
+        vault = open_vault(folder, passphrase=PASSPHRASE)
+        vault.records.remember(Record("one more"))
+        os._exit(0)
+
+    assert run_in_child(write_and_die) == 0
+    assert opened() == 2  # what was in the write-ahead log is in the file now
+    assert opened() == 1
+    monkeypatch.setattr(vault_module, "MIGRATIONS", (*MIGRATIONS, "CREATE TABLE more (a TEXT)"))
+    assert opened() == 2
+    assert opened() == 1
 
 
 def test_two_processes_make_one_vault(folder: Path) -> None:

@@ -3,11 +3,13 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_vaults import CANARY, PASSPHRASE, make_vault, reopen
 
+from homefire.client.database import Database
 from homefire.client.vault import Vault, open_vault
 from homefire.client.vault_adapters import Adapters
 from homefire.common.errors import AdapterError, DamagedVaultError, HomefireError
@@ -85,6 +87,27 @@ def test_what_is_dropped_is_worn_no_more(vault: Vault) -> None:
     assert [each.version for each in vault.adapters.versions("private")] == [1]
     worn = vault.adapters.worn("shared")
     assert worn and worn.version == 3
+
+
+def test_one_that_is_kept_alone_takes_the_place_of_all_others_at_once(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_three(vault)
+    commits = []
+    real = Database.write
+
+    def write(self: Database, statement: str, *values: Any) -> int:
+        if statement == "COMMIT":
+            commits.append(statement)
+        return real(self, statement, *values)
+
+    monkeypatch.setattr(Database, "write", write)
+    assert vault.adapters.keep("private", THREE, {}, [], alone=True) == 4
+    assert len(commits) == 1
+    assert [each.version for each in vault.adapters.versions("private")] == [4]
+    worn = vault.adapters.worn("private")
+    assert worn and worn.version == 4
+    assert [each.version for each in vault.adapters.versions("shared")] == [3]
 
 
 @pytest.mark.parametrize(("name", "version"), [("private", 3), ("shared", 1), ("private", 99)])

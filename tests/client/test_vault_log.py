@@ -275,7 +275,7 @@ def test_an_unwritable_keystore_is_said(tmp_path: Path, log: VaultLog) -> None:
 # Spent outlives the vault
 
 
-def test_spent_is_in_the_store_before_an_append_returns(
+def test_spent_outlives_the_vault_for_it_is_in_the_store_before_an_append_returns(
     log: VaultLog, store: FailingKeystore
 ) -> None:
     for number in range(1, 4):

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,38 @@ def test_an_error_at_any_step_of_a_change_leaves_a_vault_that_goes_on_or_is_clos
     pytest.fail("it never ended by itself")
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_error_at_any_step_of_a_change_leaves_one_secret_in_the_systems_keystore(
+    tmp_path: Path, system_keyring: MemoryKeyring, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    do, new = CHANGES[change]
+    create(tmp_path / "template", passphrase=PASSPHRASE, protection="both").close()
+    kept = dict(system_keyring.held)
+    for fatal in range(MOST):
+        folder = copied(tmp_path / "template", f"vault{fatal}")
+        system_keyring.held = dict(kept)
+        vault = open_vault(folder, passphrase=PASSPHRASE)
+        with monkeypatch.context() as patch:
+            die_at(patch, fatal, stop)
+            try:
+                do(vault)
+                ended = True
+            except (StoppedError, HomefireError):
+                ended = False
+        vault.close()
+        for passphrase in (PASSPHRASE, new):
+            with suppress(WrongKeyError), open_vault(folder, passphrase=passphrase) as vault:
+                vault.change_protection(passphrase=OTHER)
+                break
+        with open_vault(folder, passphrase=OTHER) as vault:
+            root = f"{vault.header.vault}/root-{vault.header.generation}"
+        assert [entry for _, entry in system_keyring.held if "/root" in entry] == [root]
+        if ended:
+            assert fatal > 8
+            return
+    pytest.fail("it never ended by itself")
+
+
 def test_a_change_that_was_cut_short_is_ended_by_one_of_two_that_open_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +302,7 @@ def test_an_error_at_any_step_of_making_leaves_nothing_behind(
             open_vault(folder, passphrase=PASSPHRASE).close()
             system_keyring.held.clear()
         # Only a secret that was drawn before anything pointed to it may stay.
-        assert {entry.split("/")[1] for _, entry in system_keyring.held} <= {"root"}
+        assert {entry.split("/")[1] for _, entry in system_keyring.held} <= {"root-1"}
     pytest.fail("it never ended by itself")
 
 

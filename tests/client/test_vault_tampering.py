@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_disks import run_in_child
-from tiny_vaults import PAGE, PASSPHRASE, snapshot
+from tiny_vaults import PAGE, PASSPHRASE, make_passphrases_quick, snapshot
 
 from homefire.client import keys
 from homefire.client.erasure import erase
@@ -42,9 +42,8 @@ KEYS, NEXT_KEYS, DATABASE, WAL = "keys.json", "keys.next.json", "vault.db", "vau
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three people's vaults, closed."""
     folder = tmp_path_factory.mktemp("people")
-    slow = keys._new_argon2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keys, "_new_argon2", lambda protection: quick(slow(protection)))
+        make_passphrases_quick(patch)
         for name, passphrase in PEOPLE.items():
             with create(folder / name, passphrase=passphrase) as vault:
                 vault.records.add([Record(f"{name} {n} " * 40) for n in range(60)], "test")
@@ -53,10 +52,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     vault.adapters.keep("private", VECTOR + number, {"of": name}, [1])
                     vault.log.append("participation", run=name, round=number)
     return folder
-
-
-def quick(made: keys.Argon2 | None) -> keys.Argon2 | None:
-    return made and made.model_copy(update={"iterations": 1, "lanes": 1, "memory_kib": 8192})
 
 
 @pytest.fixture
@@ -111,6 +106,23 @@ def change(path: Path, what: Callable[[bytearray], object]) -> None:
     path.write_bytes(content)
 
 
+def test_checked_first_what_is_refused_is_left_as_it_is(ann: Path) -> None:
+    """Also what a killed process left to be taken over; every refusal here is looked at so."""
+    kill_after(ann, PASSPHRASE, lambda vault: vault.records.add([Record("new")], "new"))
+    copy = Path(shutil.copytree(ann, ann.with_name("copy")))
+    place = len((ann / DATABASE).read_bytes()) // PAGE // 2 * PAGE + 9
+    change(ann / DATABASE, lambda content: content.__setitem__(place, content[place] ^ 1))
+    refused(ann, DamagedVaultError)
+    refused(ann, WrongKeyError, OTHER)
+    shutil.copy(copy / DATABASE, ann / DATABASE)
+    anchor = ann.with_name("ann.keys") / "log"
+    good = anchor.read_bytes()
+    anchor.write_bytes(good[:-1])
+    refused(ann, LedgerError)
+    anchor.write_bytes(good)
+    opens_with(ann, PASSPHRASE)
+
+
 # The key file (its own tests have every field)
 
 
@@ -139,7 +151,7 @@ def test_keys_that_are_missing(ann: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "kind"),
     [
-        ("generation", 2, DamagedVaultError),
+        ("generation", 2, WrongKeyError),
         ("store", "system", WrongKeyError),
         ("protection", "keystore", WrongKeyError),
         ("vault", "f" * 32, WrongKeyError),
@@ -504,6 +516,33 @@ def test_an_old_copy_of_everything_is_not_noticed_as_documented(ann: Path) -> No
         shutil.copytree(place.with_name(f"old {place.name}"), place)
     with open_vault(ann, passphrase=PASSPHRASE) as vault:
         assert len(vault.log.participations) == 2
+
+
+@pytest.mark.parametrize("accept_backup", [False, True])
+def test_what_erased_vaults_spent_with_a_changed_bit(people: Path, accept_backup: bool) -> None:
+    with open_vault(people / "bob", passphrase=OTHER) as vault:
+        erase(people / "bob", vault=vault)
+    kept = Path(os.environ["XDG_STATE_HOME"]) / "homefire" / "erased"
+    good = kept.read_bytes()
+    assert b'"run":"bob"' in good
+    for place in range(0, len(good), 9):
+        change(kept, lambda content, place=place: content.__setitem__(place, content[place] ^ 4))  # type: ignore[misc]
+        refused(people / "ann", LedgerError, accept_backup=accept_backup)
+        kept.write_bytes(good)
+    opens_with(people / "ann", PASSPHRASE)
+
+
+def test_what_was_spent_with_a_changed_bit(ann: Path) -> None:
+    """It is looked at where an older vault is taken: the log is not enough then."""
+    put_back(ann, DEEDS["a participation"], "the database")
+    kept = ann.with_name("ann.keys") / "spent"
+    good = kept.read_bytes()
+    for place in (*range(0, len(good), 9), good.rindex(b'"round":') + 8):
+        change(kept, lambda content, place=place: content.__setitem__(place, content[place] ^ 4))  # type: ignore[misc]
+        refused(ann, LedgerError, accept_backup=True)
+        kept.write_bytes(good)
+    with open_vault(ann, passphrase=PASSPHRASE, accept_backup=True) as vault:
+        assert len(vault.log.participations) == 3
 
 
 # A change of keys that somebody makes up

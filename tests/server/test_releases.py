@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
+from tiny_registries import PRIVACY
 from tiny_runs import device_key
 
 from homefire.common.adapter import AdapterConfig, AdapterSpec, TargetModule
@@ -312,11 +313,30 @@ def test_release_that_could_not_be_written_leaves_the_last_one(
     assert list(store.folder.iterdir()) == [stored]
 
 
-def test_newest_release_is_exported(store: ReleaseStore, tmp_path: Path) -> None:
-    spec = AdapterSpec(AdapterConfig(rank=1), (TargetModule("q_proj", 2, 3),), ("q_proj",))
-    store.write(0, spec.initial(), ABOUT, KEY)
-    store.write(1, VECTOR, ABOUT, KEY)
-    store.export(spec, tmp_path / "peft", base_model="some/model")
-    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+EXPORTED = AdapterSpec(AdapterConfig(rank=1), (TargetModule("q_proj", 2, 3),), ("q_proj",))
+
+
+@pytest.mark.parametrize("asked", [None, 0, 1])
+def test_a_release_is_exported_with_its_card(
+    store: ReleaseStore, tmp_path: Path, asked: int | None
+) -> None:
+    vectors = [EXPORTED.initial(), VECTOR]
+    for number, vector in enumerate(vectors):
+        store.write(number, vector, {**ABOUT, "privacy": PRIVACY}, KEY)
+    folder = tmp_path / "peft"
+    store.export(EXPORTED, folder, base_model="some/model", round_number=asked)
+    tensors = load_file(folder / "adapter_model.safetensors")
     exported = tensors["base_model.model.q_proj.lora_B.weight"]
-    assert exported.ravel().tobytes() == VECTOR.tobytes()
+    number = 1 if asked is None else asked
+    assert exported.ravel().tobytes() == vectors[number].tobytes()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"# Shared adapter, round {number}" in card and "ε = 3.50 at δ = 1e-05" in card
+
+
+def test_a_release_that_states_no_privacy_is_not_exported(
+    store: ReleaseStore, tmp_path: Path
+) -> None:
+    store.write(0, VECTOR, ABOUT, KEY)
+    with pytest.raises(AdapterError, match="does not state its privacy"):
+        store.export(EXPORTED, tmp_path / "peft", base_model="some/model")
+    assert not (tmp_path / "peft").exists()

@@ -79,7 +79,7 @@ def cases() -> Iterator[dict[str, object]]:
         ),
         ("a digest with another digit", "damaged", good.replace(other, flipped), words),
         ("not canonical", "damaged", good + "\n", words),
-        ("forged: another generation", "damaged", forged(by_passphrase, generation=2), words),
+        ("forged: another generation", "wrong key", forged(by_passphrase, generation=2), words),
         ("forged: another store", "damaged", forged(by_passphrase, store="system"), words),
         ("forged: another vault", "wrong key", forged(by_passphrase, vault=OTHER_VAULT), words),
         ("forged: less is needed", "wrong key", forged(by_both, protection="passphrase"), words),

@@ -644,3 +644,80 @@ def test_a_release_is_verified_from_its_file() -> None:
 def test_what_a_release_states_is_in_the_text() -> None:
     stated = set(VECTORS["release"]["about"]["privacy"])
     assert stated <= set(re.findall(r"`([a-z_]+)`", section("Release")))
+
+
+# Registry
+
+PUBLISHED: dict[str, Any] = json.loads((FOLDER / "releases_v1.json").read_text(encoding="utf-8"))
+
+
+def text_of(case: dict[str, Any]) -> bytes:
+    text = case["text"]
+    whole = text if isinstance(text, str) else "".join(piece * times for piece, times in text)
+    return whole.encode("ascii")
+
+
+def keys_of(kind: str) -> set[str]:
+    """The keys that a statement of the registry has, by the text's tables."""
+    title = {"release": "release statement", "latest": "statement of the newest release"}[kind]
+    _, _, rest = section("Registry").partition(f"| {title} | value |\n| --- | --- |\n")
+    rows = re.findall(r"^\| ([^|]*) \|", rest.partition("\n\n")[0], re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def is_statement(case: dict[str, Any]) -> bool:
+    """Whether a text that is signed is what it must be."""
+    text = text_of(case)
+    if len(text) > 32_768:
+        return False
+    try:
+        read = json.loads(text)
+    except ValueError:
+        return False
+    if not isinstance(read, dict) or canonical(read) != text or set(read) != keys_of(case["kind"]):
+        return False
+    if type(read["number"]) is not int or read["number"] < 1:
+        return False
+    if read["expires_at"] <= read["issued_at"]:
+        return False
+    return case["kind"] == "latest" or states_its_privacy(read["privacy"])
+
+
+def states_its_privacy(privacy: dict[str, Any]) -> bool:
+    epsilons = [privacy["epsilon_release"], privacy["epsilon_known_cohort"]]
+    if privacy["mechanism"] == "none":
+        return epsilons == [None, None]
+    said = [privacy["noise_multiplier"], privacy["delta"], *epsilons]
+    return all(type(value) is float for value in said)
+
+
+@pytest.mark.parametrize("case", PUBLISHED["cases"], ids=lambda case: str(case["name"]))
+def test_statements_of_a_registry_have_their_outcomes(case: dict[str, Any]) -> None:
+    trusted, signature = PUBLISHED["key"]["public"], bytes.fromhex(case["signature"])
+    labels = {
+        "release": "homefire/signed-release-statement/v1",
+        "latest": "homefire/signed-latest/v1",
+    }
+    text, outcome = text_of(case), "signature"
+    if len(signature) == 64 and is_signed(trusted, signature, labels[case["kind"]], text):
+        outcome = "malformed"
+        if is_statement(case):
+            named = json.loads(text)["server_key"] == trusted
+            outcome = "accepted" if named else "signature"
+    assert outcome == case["outcome"]
+
+
+def test_a_statement_names_its_file_its_vector_and_itself() -> None:
+    statement, file = PUBLISHED["statement"], bytes.fromhex(PUBLISHED["file"])
+    assert set(statement) == keys_of("release")
+    assert statement["file_digest"] == hashlib.sha256(file).hexdigest()
+    assert statement["file_size"] == len(file)
+    (size,) = struct.unpack_from("<Q", file)
+    start, stop = json.loads(file[8 : 8 + size])["vector"]["data_offsets"]
+    vector = file[8 + size :][start:stop]
+    assert statement["release_digest"] == digest("homefire/release/v1", vector)
+    assert PUBLISHED["digest"] == digest("homefire/release-statement/v1", canonical(statement))
+    first, newest = (json.loads(text_of(case)) for case in PUBLISHED["cases"][:2])
+    assert first == statement
+    assert newest["statement_digest"] == PUBLISHED["digest"]
+    assert newest["expires_at"] - newest["issued_at"] == 86_400

@@ -96,7 +96,7 @@ def test_the_exported_folder_holds_the_shared_adapter_and_nothing_else(
     run_federation(make_grid(home, 2)[0], federation)
     federation.store.export(federation.spec, tmp_path / "peft", base_model="tiny")
     files = {path.name for path in (tmp_path / "peft").iterdir()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     weights = tmp_path / "peft" / "adapter_model.safetensors"
     allowed = shared_shapes(federation.spec)
     assert foreign_tensors(weights, allowed) == []

@@ -1,0 +1,309 @@
+"""The registry's folder: published releases, each whole or absent, by a number that only grows.
+
+::
+
+    FOLDER/
+        NNNNNN.safetensors      a release's file, as it lies in its run
+        NNNNNN.json             its statement and, on a line of its own, the signature: publishes it
+        registry.lock           kept while something is published
+
+The number and digest of the newest statement are anchored in the server's keystore: a folder that
+is put back from a backup is refused, for it would use numbers a second time.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from threading import Lock
+from typing import Any, Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import ValidationError
+
+from homefire.common.adapter import AdapterSpec
+from homefire.common.errors import AdapterError, ProtocolError, RegistryError
+from homefire.common.files import locked, make_folder, write_atomically
+from homefire.common.privacy.ledger import Anchor
+from homefire.common.release_statement import (
+    LatestStatement,
+    ReleaseStatement,
+    Signed,
+    read_statement,
+    sign_statement,
+)
+from homefire.common.secret_store import SecretStore
+from homefire.common.signatures import public_key
+from homefire.server.releases import Release, ReleaseStore
+
+ANCHOR = "registry"
+LOCK = "registry.lock"
+DAY = 86_400
+RELEASE_SECONDS = 365 * DAY
+"""How long a release is offered as good; afterwards it is published anew."""
+
+LATEST_SECONDS = DAY
+"""How long devices can be kept from newer releases unnoticed; their clocks must be better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One release of a registry.
+
+    Attributes:
+        statement: What is known of it.
+        signed: The statement as devices get it.
+        file: What they download.
+    """
+
+    statement: ReleaseStatement
+    signed: Signed
+    file: Path
+
+
+@dataclass(slots=True)
+class RegistryFolder:
+    """An open registry; made by `RegistryFolder.open`.
+
+    Guarantees:
+        Whole or absent: a kill at any moment leaves a release published, or not.
+        Never twice: a number that was published once names that release for good.
+        Never shrinking: a folder that lacks a published release is refused.
+
+    Attributes:
+        folder: Where it lies.
+        key: Signs statements; the same that signs plans and releases.
+        store: Keeps the anchor.
+        latest_seconds: How long a statement of the newest release is valid.
+        clock: Seconds since 1970.
+    """
+
+    folder: Path
+    key: Ed25519PrivateKey = field(repr=False)
+    store: SecretStore
+    latest_seconds: int = LATEST_SECONDS
+    clock: Callable[[], float] = time.time
+    _releases: list[Published] = field(default_factory=list, repr=False)
+    _latest: tuple[LatestStatement, Signed] | None = field(default=None, repr=False)
+    _alone: Lock = field(default_factory=Lock, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path, key: Ed25519PrivateKey, store: SecretStore, **how: Any) -> Self:
+        """Open a registry, or begin one; see the attributes.
+
+        Raises:
+            RegistryError: It is damaged, or older than it was.
+            LedgerError: It is newer than the keystore.
+        """
+        make_folder(folder)
+        registry = cls(folder, key, store, **how)
+        with registry._alone, locked(folder / LOCK):
+            known = store.anchor(ANCHOR)
+            registry._read_new()
+            registry._check(known)
+            registry._check_file()
+            registry._keep_anchor(known)
+        return registry
+
+    @property
+    def releases(self) -> list[Published]:
+        """All releases in the order of their numbers, also those that another process published.
+
+        Raises:
+            RegistryError: A new one is damaged.
+            LedgerError: The keystore cannot be written.
+        """
+        with self._alone:
+            if self._statement_file(len(self._releases) + 1).exists():
+                with locked(self.folder / LOCK):
+                    self._read_new()
+                    self._keep_anchor(self.store.anchor(ANCHOR))
+            return list(self._releases)
+
+    def publish(
+        self,
+        releases: ReleaseStore,
+        round_number: int,
+        spec: AdapterSpec,
+        *,
+        valid_seconds: int = RELEASE_SECONDS,
+    ) -> Published:
+        """Publish a release of a run; one that is published already stays as it is.
+
+        Args:
+            releases: Of the run.
+            round_number: Which of them.
+            spec: Of the shared adapter.
+            valid_seconds: How long devices may take it.
+
+        Raises:
+            AdapterError: There is no such release, or it is of another adapter.
+            SignatureError: This server did not make it.
+            RegistryError: A later round of its run is published already.
+            OSError: It could not be written; it is not published.
+        """
+        release = releases.read(round_number)
+        release.verify(public_key(self.key))
+        if release.about.get("adapter_digest") != spec.digest:
+            raise AdapterError(f"release {round_number} is of another adapter than this one")
+        with self._alone, locked(self.folder / LOCK):
+            self._read_new()
+            self._keep_anchor(self.store.anchor(ANCHOR))
+            now = int(self.clock())
+            if (before := self._before(release)) and before.statement.expires_at > now:
+                return before
+            content = releases.path(round_number).read_bytes()
+            number = len(self._releases) + 1
+            statement = _statement(release, spec, content, number=number, key=self.key)
+            times = {"issued_at": now, "expires_at": now + valid_seconds}
+            self._write(_validated({**statement, **times}), content)
+            self._read_new()
+            self._keep_anchor(self.store.anchor(ANCHOR))
+            return self._releases[-1]
+
+    def latest(self) -> tuple[Signed, Published] | None:
+        """The newest release, with a word that it is the newest; None where nothing is published.
+
+        That word is renewed long before it expires.
+
+        Raises:
+            RegistryError: A new release is damaged.
+            LedgerError: The keystore cannot be written.
+        """
+        if not (releases := self.releases):
+            return None
+        newest, now = releases[-1], int(self.clock())
+        if self._latest is not None:
+            statement, signed = self._latest
+            fresh = statement.issued_at <= now < statement.issued_at + self.latest_seconds / 4
+            if fresh and statement.number == newest.statement.number:
+                return signed, newest
+        statement = LatestStatement(
+            number=newest.statement.number,
+            statement_digest=newest.statement.digest,
+            server_key=public_key(self.key),
+            issued_at=now,
+            expires_at=now + self.latest_seconds,
+        )
+        signed = sign_statement(statement, self.key)
+        self._latest = statement, signed
+        return signed, newest
+
+    def _before(self, release: Release) -> Published | None:
+        """The newest of the same run, where it is the same release."""
+        of_run = [each for each in self._releases if each.statement.run == release.about.get("run")]
+        if not of_run or (newest := of_run[-1]).statement.round < release.round:
+            return None
+        if newest.statement.round > release.round:
+            raise RegistryError(
+                f"round {newest.statement.round} of this run is published already, "
+                f"and round {release.round} is older",
+                hint="Devices never go back: publish a later one.",
+            )
+        if newest.statement.release_digest != release.about["digest"]:
+            raise RegistryError(
+                f"round {release.round} of this run is published already, with another vector"
+            )
+        return newest
+
+    def _write(self, statement: ReleaseStatement, content: bytes) -> None:
+        signed = sign_statement(statement, self.key)
+        # The file first: it is published by its statement, and by nothing else.
+        write_atomically(self._file(statement.number), content)
+        lines = signed.text + b"\n" + signed.signature.hex().encode("ascii") + b"\n"
+        write_atomically(self._statement_file(statement.number), lines)
+
+    def _read_new(self) -> None:
+        for number in count(len(self._releases) + 1):
+            path = self._statement_file(number)
+            try:
+                text, _, signature = path.read_bytes().removesuffix(b"\n").partition(b"\n")
+            except FileNotFoundError:
+                return
+            published = self._published(number, path, text, signature)
+            self._releases.append(published)
+
+    def _published(self, number: int, path: Path, text: bytes, signature: bytes) -> Published:
+        file = self._file(number)
+        try:
+            signed = Signed(text, bytes.fromhex(signature.decode("ascii")))
+            statement = read_statement(ReleaseStatement, signed, key=public_key(self.key))
+            whole = statement.number == number and file.stat().st_size == statement.file_size
+        except (ValueError, ProtocolError, FileNotFoundError) as error:
+            raise self._damaged(path, str(error)) from error
+        if not whole:
+            raise self._damaged(path, "it is another number's, or its file has another length")
+        return Published(statement, signed, file)
+
+    def _check(self, known: Anchor | None) -> None:
+        names = {path.name for path in self.folder.glob("[0-9]*.json")}
+        if lost := names - {f"{n:06d}.json" for n in range(1, len(self._releases) + 1)}:
+            raise self._damaged(self.folder / min(lost), "one before it is missing")
+        if known is None:
+            return
+        if len(self._releases) < known.length:
+            raise RegistryError(
+                f"{self.folder}: it holds {len(self._releases)} releases, and held {known.length}",
+                hint="It was put back from a backup: put its newest copy in place, for numbers "
+                "are never used twice.",
+            )
+        if known.length and self._releases[known.length - 1].statement.digest != known.head:
+            raise RegistryError(
+                f"{self.folder}: release {known.length} is not the one that was published",
+                hint="Put the newest copy of the folder in place.",
+            )
+
+    def _check_file(self) -> None:
+        if not self._releases:
+            return
+        newest = self._releases[-1]
+        if _sha256(newest.file.read_bytes()) != newest.statement.file_digest:
+            raise self._damaged(newest.file, "it does not have its digest")
+
+    def _keep_anchor(self, known: Anchor | None) -> None:
+        if not self._releases:
+            return
+        newest = self._releases[-1].statement
+        anchor = Anchor(newest.number, newest.digest)
+        self.store.catch_up(ANCHOR, known, anchor, where=str(self.folder))
+
+    def _damaged(self, path: Path, why: str) -> RegistryError:
+        return RegistryError(f"{path}: {why}", hint="Put an undamaged copy in place.")
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+    def _statement_file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.json"
+
+
+def _statement(
+    release: Release, spec: AdapterSpec, content: bytes, *, number: int, key: Ed25519PrivateKey
+) -> dict[str, Any]:
+    said = ("run", "base_model", "privacy", "deployment", "ledger")
+    return {
+        **{name: release.about.get(name) for name in said},
+        "number": number,
+        "round": release.round,
+        "release_digest": release.about["digest"],
+        "file_digest": _sha256(content),
+        "file_size": len(content),
+        "adapter": spec.config,
+        "adapter_digest": spec.digest,
+        "server_key": public_key(key),
+    }
+
+
+def _validated(fields: dict[str, Any]) -> ReleaseStatement:
+    try:
+        return ReleaseStatement.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RegistryError(f"the release cannot be stated: {place}: {first['msg']}") from error
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,312 @@
+"""The registry of releases as a gRPC service: the newest, a list, downloads that can be resumed.
+
+Who asks is in no log and in no file.
+"""
+
+import asyncio
+import json
+import logging
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health
+
+from homefire.common import registry_pb2 as wire
+from homefire.common.errors import ConfigError, HomefireError
+from homefire.common.registry_calls import (
+    CHUNK_BYTES,
+    LARGEST_ANSWER,
+    LARGEST_REQUEST,
+    PAGE_RELEASES,
+    SERVICE,
+)
+from homefire.common.release_statement import Signed
+from homefire.server.admission import Admission, BusyError, Limits
+from homefire.server.registry_folder import RegistryFolder
+
+LOG = logging.getLogger(__name__)
+GRACE_SECONDS = 20.0
+"""How long downloads may go on after the order to stop."""
+
+LARGEST_METADATA = 1 << 13
+STREAMS_OF_A_CONNECTION = 16
+HANDSHAKE_SECONDS = 10
+Context = Any
+"""`grpc.aio.ServicerContext`; grpcio brings no types."""
+
+Handler = Callable[[Any, Context], Awaitable[Message | None]]
+
+
+class _RefusedError(Exception):
+    """An answer that is no answer; its words say nothing of who asked."""
+
+    def __init__(self, code: grpc.StatusCode, words: str) -> None:
+        super().__init__(words)
+        self.code = code
+
+
+@dataclass(slots=True)
+class Service:
+    """Answers the registry's calls.
+
+    Guarantees:
+        Bounded: calls a second and streams at once are limited, and the time and memory of each.
+        Nobody named: neither log nor counts say who asked.
+
+    Attributes:
+        folder: What is published.
+        admission: Who is let in.
+        counts: Answers by kind, refusals by reason.
+    """
+
+    folder: RegistryFolder
+    admission: Admission
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def guarded(self, work: Handler, *, stream: bool = False) -> Handler:
+        """A call with its limits; what it raises becomes a refusal in constant words."""
+
+        async def handler(request: Message, context: Context) -> Message | None:
+            try:
+                with ExitStack() as stack:
+                    self.admission.admit(context.peer())
+                    if not stream:
+                        return await work(request, context)
+                    stack.enter_context(self.admission.stream(context.peer()))
+                    async with asyncio.timeout(self.admission.limits.call_seconds):
+                        return await work(request, context)
+            except BusyError as error:
+                refusal = _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            except TimeoutError:
+                refusal = _RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "it took too long")
+            except _RefusedError as error:
+                refusal = error
+            except (HomefireError, OSError) as error:
+                LOG.error("the registry's folder cannot be served: %s", error)
+                refusal = _RefusedError(grpc.StatusCode.INTERNAL, "the registry has a problem")
+            self.counts[refusal.code.name] += 1
+            await context.abort(refusal.code, str(refusal))
+            return None
+
+        return handler
+
+    async def latest(self, request: wire.LatestRequest, context: Context) -> wire.LatestReply:
+        """The newest release."""
+        found = await asyncio.to_thread(self.folder.latest)
+        if found is None:
+            raise _RefusedError(grpc.StatusCode.NOT_FOUND, "nothing is published yet")
+        latest, newest = found
+        self.counts["latest"] += 1
+        now = int(self.folder.clock())
+        return wire.LatestReply(latest=_wired(latest), release=_wired(newest.signed), now=now)
+
+    async def list(self, request: wire.ListRequest, context: Context) -> wire.ListReply:
+        """A page of releases."""
+        releases = await asyncio.to_thread(lambda: self.folder.releases)
+        after, most = request.after, min(request.limit or PAGE_RELEASES, PAGE_RELEASES)
+        page = releases[after : after + most]
+        self.counts["list"] += 1
+        more = after + len(page) < len(releases)
+        return wire.ListReply(releases=[_wired(each.signed) for each in page], more=more)
+
+    async def download(self, request: wire.DownloadRequest, context: Context) -> None:
+        """A release's file from an offset on."""
+        releases = await asyncio.to_thread(lambda: self.folder.releases)
+        if not 1 <= request.number <= len(releases):
+            raise _RefusedError(grpc.StatusCode.NOT_FOUND, "no such release")
+        release = releases[request.number - 1]
+        size, offset = release.statement.file_size, request.offset
+        if offset > size:
+            raise _RefusedError(grpc.StatusCode.OUT_OF_RANGE, "the file ends before")
+        with open(release.file, "rb") as file:
+            file.seek(offset)
+            while offset < size:
+                data = await asyncio.to_thread(file.read, min(CHUNK_BYTES, size - offset))
+                if not data:
+                    raise OSError(f"{release.file} ends early")
+                written = context.write(wire.Chunk(offset=offset, data=data))
+                await asyncio.wait_for(written, self.admission.limits.chunk_seconds)
+                offset += len(data)
+        self.counts["download"] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """The registry's certificate; files that are replaced serve the next connections.
+
+    Attributes:
+        certificate: PEM: the server's certificate, and those between it and the authority.
+        private_key: PEM; may be the same file.
+    """
+
+    certificate: Path
+    private_key: Path
+
+    def credentials(self) -> Any:
+        """For gRPC.
+
+        Raises:
+            ConfigError: A file cannot be read, or holds no such thing.
+        """
+        known = [self._stamp(), self._configuration()]
+
+        def renewed() -> Any:
+            try:
+                if (stamp := self._stamp()) == known[0]:
+                    return None
+                known[:] = [stamp, self._configuration()]
+            except ConfigError as error:
+                LOG.warning("%s; the certificate before stays in use", error)
+                return None
+            return known[1]
+
+        return grpc.dynamic_ssl_server_credentials(known[1], renewed)
+
+    def _stamp(self) -> tuple[int, ...]:
+        try:
+            stats = [path.stat() for path in (self.certificate, self.private_key)]
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename}: cannot be read ({error.strerror})",
+                hint="Name the files by --certificate and --private-key.",
+            ) from error
+        return tuple(number for stat in stats for number in (stat.st_mtime_ns, stat.st_ino))
+
+    def _configuration(self) -> Any:
+        try:
+            chain, key = self.certificate.read_bytes(), self.private_key.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        if b"BEGIN CERTIFICATE" not in chain or b"PRIVATE KEY" not in key:
+            raise ConfigError(
+                f"{self.certificate}, {self.private_key}: no certificate, or no private key",
+                hint="Both are PEM files.",
+            )
+        return grpc.ssl_server_certificate_configuration(((key, chain),))
+
+
+@dataclass(slots=True)
+class RegistryServer:
+    """The service on a port; `start`, then `stop`.
+
+    Attributes:
+        service: What answers.
+        port: Where it listens, once it does.
+    """
+
+    service: Service
+    port: int = 0
+    _server: Any = None
+    _health: Any = None
+
+    async def start(self, listen: str, tls: Tls) -> None:
+        """Listen.
+
+        Args:
+            listen: host:port; port 0 takes a free one.
+            tls: There is nothing without it.
+
+        Raises:
+            ConfigError: No such address, or it is taken; or the certificate cannot be read.
+        """
+        limits = self.service.admission.limits
+        self._health = health.HealthServicer()
+        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        self._server = grpc.aio.server(
+            options=_options(limits), maximum_concurrent_rpcs=2 * limits.streams
+        )
+        self._server.add_generic_rpc_handlers((self._calls(), self._health_calls()))
+        try:
+            self.port = self._server.add_secure_port(listen, tls.credentials())
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {listen}", hint="Name a free port by --listen host:port."
+            ) from error
+        await self._server.start()
+
+    async def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """Take no more calls, say so to who asks for health, and let downloads end."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace)
+
+    def _calls(self) -> Any:
+        service = self.service
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        handlers = {
+            "Latest": unary(
+                service.guarded(service.latest),
+                wire.LatestRequest.FromString,
+                wire.LatestReply.SerializeToString,
+            ),
+            "List": unary(
+                service.guarded(service.list),
+                wire.ListRequest.FromString,
+                wire.ListReply.SerializeToString,
+            ),
+            "Download": stream(
+                service.guarded(service.download, stream=True),
+                wire.DownloadRequest.FromString,
+                wire.Chunk.SerializeToString,
+            ),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    def _health_calls(self) -> Any:
+        """The standard service, within the same limits: each watch is a stream."""
+        guarded, request = self.service.guarded, health_pb2.HealthCheckRequest.FromString
+        reply = health_pb2.HealthCheckResponse.SerializeToString
+        handlers = {
+            "Check": grpc.unary_unary_rpc_method_handler(
+                guarded(self._health.Check), request, reply
+            ),
+            "Watch": grpc.unary_stream_rpc_method_handler(
+                guarded(self._health.Watch, stream=True), request, reply
+            ),
+        }
+        return grpc.method_handlers_generic_handler("grpc.health.v1.Health", handlers)
+
+
+def _options(limits: Limits) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # else a second server on this port would get half of the calls
+        ("grpc.max_receive_message_length", LARGEST_REQUEST),
+        ("grpc.max_send_message_length", LARGEST_ANSWER),
+        ("grpc.max_metadata_size", LARGEST_METADATA),
+        ("grpc.max_concurrent_streams", STREAMS_OF_A_CONNECTION),
+        ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_SECONDS),
+        ("grpc.max_connection_idle_ms", int(1000 * limits.connection_seconds)),
+        ("grpc.max_connection_age_ms", int(4000 * limits.call_seconds)),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+    ]
+
+
+def _wired(signed: Signed) -> wire.Signed:
+    return wire.Signed(text=signed.text, signature=signed.signature)
+
+
+async def serve(folder: RegistryFolder, listen: str, tls: Tls, limits: Limits) -> None:
+    """Serve until SIGTERM or SIGINT; says on standard output where, as one line of JSON.
+
+    Raises:
+        ConfigError: As `RegistryServer.start`.
+    """
+    server = RegistryServer(Service(folder, Admission(limits)))
+    await server.start(listen, tls)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    where = f"{listen.rpartition(':')[0]}:{server.port}"
+    print(json.dumps({"listening": where, "releases": len(folder.releases)}), flush=True)
+    await stop.wait()
+    LOG.info("stopping: downloads under way may end")
+    await server.stop()
+    LOG.info("stopped; answered %s", json.dumps(dict(server.service.counts), sort_keys=True))
