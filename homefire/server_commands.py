@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -205,6 +206,71 @@ def stop(
         return
     mark.touch(mode=0o600)
     typer.echo("No further round is opened. `homefire server stop --undo` takes that back.")
+
+
+@server_app.command()
+def releases(
+    export: Annotated[
+        Path | None, typer.Option(help="Write one as a PEFT folder with a model card.")
+    ] = None,
+    round_number: Annotated[
+        int | None, typer.Option("--round", min=0, help="Which; by default the newest.")
+    ] = None,
+    home: ServerFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """What was published; export a release.
+
+    Example:
+      homefire server releases --export shared-adapter
+    """
+    _need()
+    from homefire.server.registry import open_home
+
+    server = _home(home)
+    if export is not None:
+        _export(server, export, round_number)
+        _show(as_json, {"folder": str(export)}, f"{export}: load it with PEFT; see its README.md.")
+        return
+    found = [each.statement for each in open_home(server.folder).releases]
+    if as_json:
+        typer.echo(json.dumps([each.model_dump(mode="json") for each in found]))
+        return
+    table = Table("number", "run", "round", "ε", "issued", box=None)
+    for each in found:
+        epsilon = each.privacy.epsilon_release
+        table.add_row(
+            str(each.number),
+            each.run[:8],
+            str(each.round),
+            "∞" if epsilon is None else f"{epsilon:.2f}",
+            datetime.fromtimestamp(each.issued_at, UTC).isoformat(),
+        )
+    Console().print(table)
+
+
+def _export(server: Any, folder: Path, round_number: int | None) -> None:
+    from homefire.common.base_model import load_base_model
+    from homefire.common.peft_adapter import resolve_spec
+    from homefire.server.releases import ReleaseStore
+
+    config = server.federation()
+    base = load_base_model(config.base_model.name, fetch=False)
+    spec = resolve_spec(config.shared, base.model.config)
+    store = ReleaseStore(server.output / "releases")
+    store.export(spec, folder, base_model=config.base_model.name, round_number=round_number)
+
+
+@server_app.command()
+def renew(home: ServerFolder = HOME) -> None:
+    """Make a new certificate by the same authority; devices need not be told."""
+    _need()
+    from homefire.server.operator_home import LOOPBACK_NAMES
+
+    server = _home(home)
+    names = server.config.names
+    server.certificates.renew([*names, *(n for n in LOOPBACK_NAMES if n not in names)])
+    typer.echo(f"Good until {server.certificates.expires():%Y-%m-%d}; restart the server.")
 
 
 def _home(folder: Path) -> Any:

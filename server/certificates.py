@@ -57,7 +57,7 @@ class Certificates:
         if self.authority.exists():
             raise ConfigError(
                 f"{self.authority}: there is an authority already",
-                hint="Devices trust it; `homefire server init --renew` makes a new certificate.",
+                hint="Devices trust it; `homefire server renew` makes a new certificate.",
             )
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "homefire server authority")])

@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_LOG_LEVEL": "WARNING",  # below it Flower writes node ids
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
 
@@ -84,7 +85,7 @@ class Child:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
                 self.command,
                 cwd=home,
-                env={**os.environ, **ENVIRONMENT, "FLWR_HOME": str(home)},
+                env={**os.environ, **ENVIRONMENT, "PATH": _path(), "FLWR_HOME": str(home)},
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
@@ -204,6 +205,11 @@ class Supervisor:
 
 DRAINED = "drained"
 ENDED = "the run is over; releases are served"
+
+
+def _path() -> str:
+    """Flower's executor looks for its programs there; they are beside our Python."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 async def _wait(stop: asyncio.Event, seconds: float) -> None:
