@@ -24,6 +24,7 @@ from homefire.client.vault import Vault
 from homefire.client.vault_files import POLICY
 from homefire.common.errors import ConfigError, EnrolmentError
 from homefire.common.files import write_atomically
+from homefire.common.protocol import VERSION
 from homefire.common.signatures import public_key, sign
 from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
 
@@ -81,12 +82,18 @@ def enroll(vault: Vault, text: str) -> Enrolled:
     answer = _ask(
         ticket,
         {
+            "version": VERSION,
             "secret": ticket.secret,
             "identity": public_key(vault.identity),
             "node_key": node.decode(),
             "signature": sign(vault.identity, ENROLMENT, *signed).hex(),
         },
     )
+    if answer.get("version") != VERSION:
+        raise EnrolmentError(
+            f"the server speaks another version of the protocol than this device ({VERSION})",
+            hint="Update the older side.",
+        )
     if answer.get("server_key") != ticket.server_key:
         raise EnrolmentError(
             "the server signs with another key than the ticket says", hint="Ask the operator."
@@ -122,7 +129,7 @@ def _fresh(ticket: Ticket) -> dict[str, Any]:
     }
 
 
-def _ask(ticket: Ticket, wanted: dict[str, str]) -> dict[str, Any]:
+def _ask(ticket: Ticket, wanted: dict[str, str | int]) -> dict[str, Any]:
     host, _, port = ticket.superlink.rpartition(":")
     context = ssl.create_default_context(cadata=ticket.authority)
     connection = http.client.HTTPSConnection(
@@ -140,7 +147,7 @@ def _ask(ticket: Ticket, wanted: dict[str, str]) -> dict[str, Any]:
             f"{ticket.superlink} is not the server that the ticket is for ({error.verify_message})",
             hint="Check this machine's clock and network; ask the operator.",
         ) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         raise EnrolmentError(
             f"{ticket.superlink} cannot be reached ({error})",
             hint="Check the network; the ticket can be redeemed later.",
@@ -149,10 +156,15 @@ def _ask(ticket: Ticket, wanted: dict[str, str]) -> dict[str, Any]:
         connection.close()
     if answer.status != http.client.OK:
         raise EnrolmentError(
-            f"the server refuses: {str(found.get('error'))[:200]}",
-            hint=str(found.get("hint", ""))[:200],
+            f"the server refuses: {_printable(found.get('error'))}",
+            hint=_printable(found.get("hint", "")),
         )
     return found
+
+
+def _printable(said: object) -> str:
+    """What a server said, without what a terminal would act on."""
+    return "".join(letter for letter in str(said)[:200] if letter.isprintable())
 
 
 def _allow(vault: Vault, server_key: str) -> None:

@@ -24,7 +24,7 @@ class Trouble(StrEnum):
     NOT_ADMITTED = "the device is not registered there, or counts as connected already"
     FORGOTTEN = "the device is not known there any more"
     NO_KEY = "the device's key is not one that Flower reads"
-    OTHER_VERSION = "another version of Flower answers there"
+    OTHER_VERSION = "another version of homefire or of Flower answers there"
     EXECUTOR = "the process that trains has ended"
     OTHER = "the process that is connected has ended"
 
@@ -56,6 +56,7 @@ _SIGNS = (
     ("[code: 2004]", Trouble.NOT_ADMITTED),
     ("exit code: 302", Trouble.NO_KEY),
     ("exit code: 606", Trouble.OTHER_VERSION),
+    ("426 upgrade required", Trouble.OTHER_VERSION),
     ("hostname mismatch", Trouble.OTHER_NAME),
     ("ip address mismatch", Trouble.OTHER_NAME),
     ("certificate", Trouble.CERTIFICATE),

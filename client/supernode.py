@@ -14,11 +14,17 @@ import os
 import sys
 from typing import Any, TextIO
 
+import httpx
 from flwr.supercore.logger import FLOWER_LOGGER, update_console_handler
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supernode import fleet_http_connection
 from flwr.supernode.cli import flower_supernode
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from homefire.client.joining_changes import Trouble, trouble_of
 from homefire.common.parent import end_with
+from homefire.common.protocol import VERSION
+from homefire.common.ticket import VERSION_HEADER
 
 RECEIVED = "Receiving: "
 DONE = ("Sent successfully", "Failed to ", "Run ID %s is not in `RUNNING` status")
@@ -59,6 +65,15 @@ class Teller(logging.Handler):
             return  # nobody listens: this process ends soon
 
 
+class Versioned(NodeAuthHttpInterceptor):  # type: ignore[misc]
+    """States, besides who asks, the version of the protocol that this device speaks."""
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Send it with the version."""
+        context.request.headers[VERSION_HEADER] = str(VERSION)
+        return super().intercept(context, call_next)
+
+
 def _first(arguments: Any) -> float:
     return float(arguments[0] if isinstance(arguments, tuple) else arguments)
 
@@ -69,6 +84,7 @@ def main(arguments: list[str]) -> None:
     update_console_handler(timestamps=True, colored=False)
     FLOWER_LOGGER.addHandler(Teller(os.fdopen(os.dup(1), "w", encoding="utf-8")))
     os.dup2(2, 1)  # whatever else is printed goes to the log
+    fleet_http_connection.NodeAuthHttpInterceptor = Versioned
     sys.argv = ["flower-supernode", *arguments[1:]]
     flower_supernode()
     # It returns where it has lost its connection for good; a thread of it would go on for ever.

@@ -4,6 +4,7 @@ It says where the server is and how to know it, and holds a secret that is good 
 hold of it can enrol a device in the person's place, and nothing else.
 """
 
+import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from binascii import Error as Base64Error
 
@@ -17,6 +18,9 @@ ENROLMENT = "homefire/enrolment/v1"
 """What a device's signature says when it redeems a ticket."""
 
 ENROL_PATH = "/homefire/v1/enrol"
+VERSION_HEADER = "homefire-version"
+"""The version of the protocol that a device speaks; one that says nothing speaks version 1."""
+
 PREFIX = "homefire1."
 LONGEST = 8192  # characters
 Hex64 = Field(pattern="^[0-9a-f]{64}$")
@@ -56,10 +60,15 @@ class Ticket(Frozen):
         Raises:
             ConfigError: It is no ticket; the text is not quoted, for it is a secret.
         """
+        prefix, content = text.strip()[: len(PREFIX)], text.strip()[len(PREFIX) :]
+        if prefix != PREFIX and re.match(r"homefire[0-9]{1,3}\.", text.strip()):
+            raise ConfigError(
+                "this ticket was made by another version of homefire",
+                hint="Update the older side: this device, or the operator's server.",
+            )
         try:
             if len(text) > LONGEST:
                 raise ValueError("too long")
-            prefix, content = text.strip()[: len(PREFIX)], text.strip()[len(PREFIX) :]
             if prefix != PREFIX:
                 raise ValueError("another beginning")
             return cls.model_validate_json(urlsafe_b64decode(content.encode()))

@@ -7,18 +7,24 @@ lets in what devices need, under limits, and the redemption of tickets; nothing 
 import asyncio
 import json
 import time
+from base64 import b64decode, b64encode
+from binascii import Error as Base64Error
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from hashlib import sha256
 from typing import Any
 
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from starlette.concurrency import run_in_threadpool
 
 from homefire.common.errors import EnrolmentError, HomefireError, SignatureError
-from homefire.common.ticket import ENROL_PATH
+from homefire.common.protocol import VERSION
+from homefire.common.ticket import ENROL_PATH, VERSION_HEADER
+from homefire.server.admission import network_of
 from homefire.server.operator_home import LimitsConfig
 
 Scope = MutableMapping[str, Any]
@@ -49,9 +55,10 @@ OPEN = frozenset(
 SIGNED_SECONDS = 330.0
 """How long Flower takes a signed time stamp for fresh, and a little more."""
 
-LARGEST_TICKET = 16_384  # bytes of a request that redeems one
-MOST_KEYS = 65_536  # whose rates are remembered
-ANYBODY = b""
+LARGEST_OF_STRANGERS = 16_384  # bytes of a body: one that redeems a ticket, or shows no known key
+MOST_RATES = 65_536  # keys and addresses whose rates are remembered
+KEY, SIGNED_AT = FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), TIMESTAMP_HEADER.encode()
+VERSION_NAME = VERSION_HEADER.encode()
 
 
 @dataclass(slots=True)
@@ -69,13 +76,16 @@ class Door:
     Guarantees:
         Fleet only: of Flower's API nothing but what devices need is reached.
         Bounded: no request has a longer body, or takes longer over it, than the limits say, and no
-            device asks more often; what is under way at once is bounded too.
-        Not twice: a request whose signed headers were seen before is refused.
+            device asks more often; what is under way at once is bounded too. Of a stranger no body
+            is read that is longer than one which redeems a ticket.
+        Not twice: Flower's devices sign the time alone. A time that a device has signed is let in
+            once, with whatever signature, and none from before the door was opened.
+        One version: a device that states another version of the protocol is told so.
         Counted only: what is kept of refusals is how many there were, by reason.
 
     Assumes:
-        A proxy in front of it passes requests on as they are. Rates are by the key that a request
-        shows; who makes up keys shares one rate with all who show none.
+        A proxy in front of it passes requests on as they are. Rates are by the key of an enrolled
+        device that a request shows; of all others by address, for each of tickets and the rest.
 
     Attributes:
         app: Flower's.
@@ -84,6 +94,7 @@ class Door:
         limits: How much is let in.
         known: Whether a key, as the header shows it, is that of an enrolled device.
         clock: Tells the time in seconds.
+        opened: When it was opened, in seconds since 1970.
         refused: How many requests were not let in, by reason.
         served: How many were.
     """
@@ -94,6 +105,7 @@ class Door:
     limits: LimitsConfig
     known: Callable[[bytes], bool]
     clock: Callable[[], float] = time.monotonic
+    opened: float = field(default_factory=time.time)
     refused: Counter[str] = field(default_factory=Counter)
     served: int = 0
     _under_way: int = 0
@@ -105,15 +117,14 @@ class Door:
         if scope["type"] != "http":
             return  # no web sockets here: the server closes them
         try:
-            headers = _headers(scope)
-            self._check(scope, headers)
+            largest = self._check(scope, _headers(scope))
         except _RefusedError as refusal:
             await self._refuse(refusal, send)
             return
         self._under_way += 1
         answer = _Answer(send)
         try:
-            within = _bounded(receive, self._largest(scope), self.limits.seconds)
+            within = _bounded(receive, largest, self.limits.seconds)
             if scope["path"] == ENROL_PATH:
                 await self._redeem(within, answer)
             else:
@@ -127,10 +138,8 @@ class Door:
         finally:
             self._under_way -= 1
 
-    def _largest(self, scope: Scope) -> int:
-        return LARGEST_TICKET if scope["path"] == ENROL_PATH else self.limits.body_bytes
-
-    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> int:
+        """Refuse a request by its head, or say how long its body may be."""
         path, fleet = scope["path"], scope["path"] in OPEN
         if not fleet and path != ENROL_PATH:
             raise _RefusedError(404, "no such path")
@@ -138,21 +147,35 @@ class Door:
             raise _RefusedError(405, "no such method")
         if _host(headers.get(b"host", b"")) not in self.names:
             raise _RefusedError(421, "another host")
+        if headers.get(VERSION_NAME, b"1") != str(VERSION).encode():
+            raise _RefusedError(426, "another version")
         if self._under_way >= self.limits.connections:
             raise _RefusedError(503, "too many at once")
-        self._check_length(headers.get(b"content-length"), self._largest(scope))
-        shown = headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), ANYBODY) if fleet else ANYBODY
-        if fleet and not shown:
-            raise _RefusedError(401, "no key")
-        signature = headers.get(FLEET_HTTP_SIGNATURE_HEADER.encode(), b"")
-        if not self._within_rate(shown if self.known(shown) else ANYBODY):
+        shown = _key(headers) if fleet else b""
+        known = fleet and self.known(shown)
+        largest = self.limits.body_bytes if known else LARGEST_OF_STRANGERS
+        self._check_length(headers, largest)
+        if not self._within_rate(shown if known else _stranger(scope, fleet)):
             raise _RefusedError(429, "too often")
-        if fleet and not self._seen.first(signature, self.clock()):
+        if fleet:
+            self._check_time(shown, headers)
+        return largest
+
+    def _check_time(self, shown: bytes, headers: Mapping[bytes, bytes]) -> None:
+        signed_at = headers.get(SIGNED_AT, b"")
+        try:
+            seconds = datetime.fromisoformat(signed_at.decode("ascii")).timestamp()
+        except (ValueError, OverflowError):
+            raise _RefusedError(401, "no time") from None
+        if seconds < self.opened or not self._seen.first(shown + b" " + signed_at, self.clock()):
             raise _RefusedError(401, "seen before")
 
-    def _check_length(self, stated: bytes | None, largest: int) -> None:
+    def _check_length(self, headers: Mapping[bytes, bytes], largest: int) -> None:
+        stated = headers.get(b"content-length")
         if stated is None:
             return
+        if b"transfer-encoding" in headers:
+            raise _RefusedError(400, "two lengths")
         if not stated.isdigit() or len(stated) > 20:
             raise _RefusedError(400, "no length")
         if int(stated) > largest:
@@ -162,7 +185,7 @@ class Door:
         now = self.clock()
         bucket = self._rates.pop(key, None) or _Bucket(float(self.limits.burst), now)
         self._rates[key] = bucket
-        if len(self._rates) > MOST_KEYS:
+        if len(self._rates) > MOST_RATES:
             self._rates.popitem(last=False)
         return bucket.take(self.limits.requests, self.limits.burst, now)
 
@@ -236,6 +259,24 @@ class _Seen:
         self._known.add(short)
         self._order.append((now, short))
         return True
+
+
+def _key(headers: Mapping[bytes, bytes]) -> bytes:
+    """The key that a request shows, in the only way of writing it."""
+    shown = headers.get(KEY, b"")
+    try:
+        plain = b64encode(b64decode(shown, validate=True)) == shown
+    except (Base64Error, ValueError):
+        plain = False
+    if not shown or not plain:
+        raise _RefusedError(401, "no key")
+    return shown
+
+
+def _stranger(scope: Scope, fleet: bool) -> bytes:
+    """What a request without a known key shares its rate with; no key of a device looks so."""
+    host, _ = scope.get("client") or ("", 0)
+    return f"{'fleet' if fleet else 'tickets'} {network_of(f':{host}:')}".encode()
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

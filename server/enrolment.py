@@ -7,9 +7,10 @@ identity it signs contributions.
 
 import json
 import os
+import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,19 @@ from typing import Any
 from homefire.common.encoding import canonical_json
 from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
 from homefire.common.files import locked, sync_folder
+from homefire.common.protocol import VERSION
 from homefire.common.signatures import verify
 from homefire.common.ticket import ENROLMENT, secret_digest, signed_parts
 
 FILE, LOCK = "enrolment.jsonl", "enrolment.lock"
 SECRET_BYTES = 32
+FORMS = {
+    "secret": "[0-9a-f]{64}",
+    "identity": "[0-9a-f]{64}",
+    "node_key": r"-----BEGIN PUBLIC KEY-----\n[A-Za-z0-9+/=\n]{1,400}-----END PUBLIC KEY-----\n",
+    "signature": "[0-9a-f]{128}",
+}
+"""What the texts of a request look like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,25 @@ class Request:
     identity: str
     node_key: str
     signature: str
+
+    @classmethod
+    def read(cls, wanted: Mapping[str, Any]) -> "Request":
+        """Read what a stranger sent.
+
+        Raises:
+            EnrolmentError: It is no request, or one of another version of the protocol.
+        """
+        if (version := wanted.get("version")) != VERSION or type(version) is not int:
+            raise EnrolmentError(
+                f"this server speaks version {VERSION} of the protocol, and the device another",
+                hint="Update the older side.",
+            )
+        values = {name: wanted.get(name) for name in FORMS}
+        for name, form in FORMS.items():
+            value = values[name]
+            if not isinstance(value, str) or not re.fullmatch(form, value):
+                raise EnrolmentError(f"the request has no {name}, or not as it should be")
+        return cls(**{name: str(value) for name, value in values.items()})
 
     def verify(self) -> None:
         """Check that the sender has the identity's key.

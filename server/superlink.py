@@ -34,8 +34,10 @@ from flwr.superlink.servicer.control.control_handlers import register_node
 
 from homefire.common.errors import EnrolmentError
 from homefire.common.parent import end_with
+from homefire.common.protocol import VERSION
 from homefire.server.door import Door, send_json
 from homefire.server.enrolment import Request
+from homefire.server.listener import bounded_protocol
 from homefire.server.operator_home import (
     EXECUTOR_SECRET,
     LOOPBACK_NAMES,
@@ -106,13 +108,8 @@ def enroller(home: OperatorHome, app: FastAPI) -> Any:
     """What redeems tickets: it makes a device's node known to Flower, and keeps it."""
 
     def enrol(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
-        names = ("secret", "identity", "node_key", "signature")
-        values = [wanted.get(name) for name in names]
-        if not all(isinstance(value, str) for value in values):
-            raise EnrolmentError(f"a request has {', '.join(names)}, all of them texts")
-        request = Request(*map(str, values))
-        device = home.enrolment.redeem(request, lambda key: _register(app, key))
-        return {"node": str(device.node), "server_key": home.server_key}
+        device = home.enrolment.redeem(Request.read(wanted), lambda key: _register(app, key))
+        return {"version": VERSION, "node": str(device.node), "server_key": home.server_key}
 
     return enrol
 
@@ -159,12 +156,18 @@ async def serve(home: OperatorHome) -> None:
         "access_log": False,  # addresses and paths of devices
         "log_level": "warning",
         "server_header": False,
+        "ws": "none",
         "timeout_graceful_shutdown": 10,
+    }
+    limits = config.limits
+    strangers = {
+        "http": bounded_protocol(connections=limits.connections, seconds=limits.seconds),
+        "lifespan": "off",
     }
     host, _, port = config.fleet.rpartition(":")
     inner = uvicorn.Server(uvicorn.Config(private, host=LOOPBACK, port=config.private, **common))
     outer = _Second(
-        uvicorn.Config(door, host=host.strip("[]"), port=int(port), lifespan="off", **common)
+        uvicorn.Config(door, host=host.strip("[]"), port=int(port), **common, **strangers)
     )
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(outer.serve())

@@ -1,0 +1,103 @@
+"""Connections to the public listener, before there is a request that the door could look at.
+
+uvicorn, which Flower brings, reads the head of a request for ever and of any length, and keeps what
+nobody fetches. This ends such connections. It uses inner parts of uvicorn 0.49, which flwr pins.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+LARGEST_HEAD = 16_384  # bytes; Flower's own have a few hundred
+
+
+def bounded_protocol(*, connections: int, seconds: float) -> type[asyncio.Protocol]:
+    """How uvicorn is to speak HTTP with strangers.
+
+    Args:
+        connections: How many there may be at once; further ones are closed.
+        seconds: How long the head of a request may take, and how long an answer may lie unread.
+    """
+
+    class Bounded(_BoundedProtocol):
+        most, patience = connections, seconds
+
+    return Bounded
+
+
+class _BoundedProtocol(HttpToolsProtocol):
+    """One connection.
+
+    Guarantees:
+        No waiting for ever: a head that is not there in time, or an answer that is not taken, ends
+            the connection.
+        Small heads: of a request line and its headers no more than `LARGEST_HEAD` bytes are read.
+        So many: there are no more connections than `most`.
+    """
+
+    most: int
+    patience: float
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._head: int | None = 0  # bytes of the head that is being read, if one is
+        self._another = False  # whether a request ended within what was read last
+        self._awaited: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin, unless there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.abort()
+            return
+        self._awaited = self._later(self.patience, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        for timer in (self._awaited, self._unread):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on."""
+        within, self._another = self._head is not None, False
+        if within and self._awaited is None:
+            self._awaited = self._later(self.patience, self.transport.abort)
+        super().data_received(data)
+        if within and self._head is not None and not self._another:
+            self._head += len(data)
+            if self._head > LARGEST_HEAD:
+                self.transport.abort()
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        self._head = None
+        if self._awaited is not None:
+            self._awaited.cancel()
+            self._awaited = None
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The body is there: what comes next is another head."""
+        self._head, self._another = 0, True
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """The other side does not take its answer."""
+        super().pause_writing()
+        if self._unread is None:
+            self._unread = self._later(self.patience, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has taken it."""
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+        super().resume_writing()
+
+    def _later(self, seconds: float, what: Callable[[], None]) -> asyncio.TimerHandle:
+        return self.loop.call_later(seconds, what)
