@@ -95,7 +95,7 @@ def test_a_phase_that_fails_passes_its_error_on_and_keeps_no_time() -> None:
 def test_a_bar_begins_where_the_work_begins() -> None:
     seen, shown = reporter(terminal=False)
     with step_bar(seen.console, "Steps") as advance:
-        for step in (3, 4, 5):
+        for step in (2, 3, 4, 5):
             advance(step, 5)
     assert shown.getvalue().startswith("Steps: 3 to do\n")
     with step_bar(seen.console, "Nothing"):
