@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from homefire.client import progress
-from homefire.client.progress import Reporter, step_bar
+from homefire.client.progress import Reporter, byte_bar, step_bar
 
 
 class Clock:
@@ -101,3 +101,14 @@ def test_a_bar_begins_where_the_work_begins() -> None:
     with step_bar(seen.console, "Nothing"):
         pass
     assert "Nothing" not in shown.getvalue()
+
+
+def test_a_download_is_shown_on_a_terminal_and_nowhere_else() -> None:
+    for terminal in (True, False):
+        shown = io.StringIO()
+        console = Console(file=shown, force_terminal=terminal, width=100)
+        with byte_bar(console, "Shared adapter") as advance:
+            for done in (0, 1_500_000, 3_000_000):
+                advance(done, 3_000_000)
+        assert ("3.0/3.0 MB" in shown.getvalue()) == terminal
+        assert ("Shared adapter" in shown.getvalue()) == terminal
