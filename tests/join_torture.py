@@ -127,7 +127,7 @@ class Member:
             executor = self.find("executor")
             tasks = descendants(executor.pid) if executor else []
             return next((task for task in tasks if alive(task)), None)
-        mark = "homefire.client.executor" if target == "executor" else "flower_supernode"
+        mark = f"homefire.client.{target.lower()}"
         for each in descendants(self.process.pid):
             with suppress(psutil.Error):
                 if each.ppid() == self.process.pid and any(mark in word for word in each.cmdline()):
