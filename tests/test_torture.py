@@ -34,7 +34,6 @@ def test_twelve_kills_of_a_person_at_work_leave_every_act_whole_and_nothing_in_t
         assert counts[act] >= 1, said
 
 
-def test_four_kills_while_vaults_take_part_lose_no_charge_and_let_nothing_out() -> None:
-    said = killed("join_torture.py", 4)
-    for target in ("joined", "executor", "task", "SuperNode"):
-        assert f"{target}, " in said
+def test_two_kills_while_vaults_take_part_lose_no_charge_and_let_nothing_out() -> None:
+    said = killed("join_torture.py", 2)
+    assert re.search(r"[1-9]\d* contributions reached the server", said)
