@@ -287,7 +287,7 @@ def renew(home: ServerFolder = HOME) -> None:
 def _home(folder: Path) -> Any:
     from homefire.server.operator_home import OperatorHome
 
-    home = OperatorHome(folder.expanduser())
+    home = OperatorHome(folder.expanduser().absolute())  # its processes work elsewhere
     _ = home.config  # which says whether there is a server
     return home
 

@@ -158,7 +158,10 @@ class Supervisor:
         executor = [*parent, "--lock", str(folder / APP_LOCK)]
         executor += ["--runtime-api-address", f"127.0.0.1:{config.private}"]
         executor += ["--root-certificates", str(self.home.certificates.authority.absolute())]
-        executor += ["--superexec-auth-secret-file", str(self.home.secret(EXECUTOR_SECRET))]
+        executor += [
+            "--superexec-auth-secret-file",
+            str(self.home.secret(EXECUTOR_SECRET).absolute()),
+        ]
         self.children = [
             Child(name, [sys.executable, "-m", f"homefire.server.{name}", *options], folder)
             for name, options in (
@@ -180,7 +183,13 @@ class Supervisor:
             online, door = self.control.nodes().get("online", 0), self.control.door()
         except FederationError:
             online, door = None, {}
-        return replace(found, processes=processes, online=online, door=door)
+        down = [
+            f"{child.name} does not run: see logs/{child.name}.log"
+            for child in self.children
+            if child.starts > 1 and not child.runs
+        ]
+        trouble = [*found.trouble, *down]
+        return replace(found, processes=processes, online=online, door=door, trouble=trouble)
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Keep everything running until `stop` is set; then end it all."""
@@ -188,7 +197,10 @@ class Supervisor:
             while not stop.is_set():
                 for child in self.children:
                     child.tend()
+                before = self.state
                 await asyncio.to_thread(self._tend_run)
+                if self.state != before:
+                    LOG.info("%s", self.state)
                 if self.state == DRAINED:
                     self.home.undo_drain()
                     return
