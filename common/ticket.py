@@ -17,6 +17,9 @@ ENROLMENT = "homefire/enrolment/v1"
 """What a device's signature says when it redeems a ticket."""
 
 ENROL_PATH = "/homefire/v1/enrol"
+CLOCK_SIGN = "homefire: your clock is off"
+"""What a device reads that shows the public listener a time stamp from another time."""
+
 PREFIX = "homefire1."
 LONGEST = 8192  # characters
 Hex64 = Field(pattern="^[0-9a-f]{64}$")

@@ -11,14 +11,20 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from hashlib import sha256
 from typing import Any
 
+from flwr.common.constant import (
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+)
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from starlette.concurrency import run_in_threadpool
 
 from homefire.common.errors import EnrolmentError, HomefireError, SignatureError
-from homefire.common.ticket import ENROL_PATH
+from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH
 from homefire.server.operator_home import LimitsConfig
 
 Scope = MutableMapping[str, Any]
@@ -49,6 +55,9 @@ OPEN = frozenset(
 SIGNED_SECONDS = 330.0
 """How long Flower takes a signed time stamp for fresh, and a little more."""
 
+OTHER_TIME = {"code": 1 << 16, "detail": CLOCK_SIGN}
+"""In the form of Flower's errors, which its SuperNode writes into its log."""
+
 LARGEST_TICKET = 16_384  # bytes of a request that redeems one
 MOST_KEYS = 65_536  # whose rates are remembered
 ANYBODY = b""
@@ -60,6 +69,7 @@ class _RefusedError(Exception):
 
     status: int
     reason: str
+    body: Mapping[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -71,6 +81,7 @@ class Door:
         Bounded: no request has a longer body, or takes longer over it, than the limits say, and no
             device asks more often; what is under way at once is bounded too.
         Not twice: a request whose signed headers were seen before is refused.
+        Clock first: a device whose clock is too far off is told so, and not merely refused.
         Counted only: what is kept of refusals is how many there were, by reason.
 
     Assumes:
@@ -84,6 +95,7 @@ class Door:
         limits: How much is let in.
         known: Whether a key, as the header shows it, is that of an enrolled device.
         clock: Tells the time in seconds.
+        now: Tells the time in seconds since 1970.
         refused: How many requests were not let in, by reason.
         served: How many were.
     """
@@ -94,6 +106,7 @@ class Door:
     limits: LimitsConfig
     known: Callable[[bytes], bool]
     clock: Callable[[], float] = time.monotonic
+    now: Callable[[], float] = time.time
     refused: Counter[str] = field(default_factory=Counter)
     served: int = 0
     _under_way: int = 0
@@ -144,6 +157,8 @@ class Door:
         shown = headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), ANYBODY) if fleet else ANYBODY
         if fleet and not shown:
             raise _RefusedError(401, "no key")
+        if fleet and not _is_recent(headers.get(TIMESTAMP_HEADER.encode(), b""), self.now()):
+            raise _RefusedError(400, "another time", OTHER_TIME)
         signature = headers.get(FLEET_HTTP_SIGNATURE_HEADER.encode(), b"")
         if not self._within_rate(shown if self.known(shown) else ANYBODY):
             raise _RefusedError(429, "too often")
@@ -187,7 +202,8 @@ class Door:
     async def _refuse(self, refusal: _RefusedError, send: Send) -> None:
         self.refused[refusal.reason] += 1
         with suppress(OSError):
-            await send_json(send, refusal.status, {"error": refusal.reason})
+            said = refusal.body or {"error": refusal.reason}
+            await send_json(send, refusal.status, said)
 
 
 @dataclass(slots=True)
@@ -247,6 +263,15 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
             raise _RefusedError(400, "header twice")
         found[lowered] = bytes(value)
     return found
+
+
+def _is_recent(stamp: bytes, now: float) -> bool:
+    """Whether Flower takes a signed time stamp; what is none, it refuses itself."""
+    try:
+        age = now - datetime.fromisoformat(stamp.decode("ascii")).timestamp()
+    except (ValueError, OverflowError):
+        return True
+    return -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
 
 
 def _host(header: bytes) -> str:
