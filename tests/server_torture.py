@@ -210,7 +210,7 @@ class ServerTorture:
         self.seen[target] += 1
         self.examine()
         if target == "supervisor":
-            assert self.server is not None  # noqa: S101
+            assert self.server is not None
             self.server.wait()
             if self.rng.random() < 0.5:  # else it waits for them itself
                 wait_until(lambda: not any(map(alive, below)), "the end of all", self.said, SOON)
@@ -312,7 +312,7 @@ class ServerTorture:
             wait_until(lambda: self.newest() > before, "another release", self.said)
             asked = start(self.folder / "stop.log", "server", "stop", "--home", self.home.folder)
             require(asked.wait(PATIENCE) == 0, "it cannot be stopped")
-            assert self.server is not None  # noqa: S101
+            assert self.server is not None
             require(self.server.wait(PATIENCE) == 0, f"it did not end well\n{self.said()}")
             self.examine(resting=True)
             self.serve()
