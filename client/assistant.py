@@ -22,7 +22,7 @@ from homefire.client.vault_records import StoredRecord
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.adapter import AdapterConfig
 from homefire.common.chat import Message
-from homefire.common.errors import ConfigError
+from homefire.common.errors import AdapterError, ConfigError
 
 NOTES = 4
 """Records that are looked at for a reply; the first carries most of what they are good for."""
@@ -97,6 +97,7 @@ class Assistant:
     lock: RLock = field(default_factory=RLock)
     _model: AdaptedModel | None = None
     _loaded: dict[str, int | None] = field(default_factory=dict)
+    _generation: int = 0
 
     @property
     def model(self) -> AdaptedModel:
@@ -127,8 +128,16 @@ class Assistant:
         self._loaded[name] = version
 
     def forget_loaded(self) -> None:
-        """Load adapters anew at the next call: somebody else changed them."""
-        self._loaded = {}
+        """Lay the adapters down, and load them anew at the next call: somebody changed them.
+
+        Replies that are under way end with an error.
+        """
+        with self.lock:
+            self._generation += 1
+            self._loaded = {}
+            if self._model is not None:
+                for name, spec in self._model.specs.items():
+                    self._model.load(name, spec.initial())
 
     def recipe(self, name: str = AUTO) -> Recipe:
         """A recipe by name.
@@ -191,10 +200,15 @@ class Assistant:
         return self.vault.records.search(messages[-1]["content"], NOTES)
 
     def _in_turns(self, pieces: Pieces) -> Pieces:
-        """Each piece is made while nobody else uses the model."""
+        """Each piece is made while nobody else uses the model, by the adapters of the first."""
+        generation = self._generation
         try:
             while True:
                 with self.lock:
+                    if self._generation != generation:
+                        raise AdapterError(
+                            "the adapters were changed while this reply was made", hint="Ask again."
+                        )
                     try:
                         piece = next(pieces)
                     except StopIteration as ended:

@@ -12,6 +12,8 @@ from pathlib import Path
 from time import monotonic
 
 PROC, POWER = Path("/proc"), Path("/sys/class/power_supply")
+ROUTES, DEFAULT_ROUTE = PROC / "net" / "route", "00000000"
+MODEMS = ("wwan", "wwp", "ppp", "rmnet")
 BUSY_SHARE = 0.5
 AVERAGED_SECONDS = 60.0
 
@@ -42,6 +44,15 @@ def on_mains_power() -> bool:
     return any(
         _read(supply / "online") == "1" for supply, kind in kinds.items() if kind != "Battery"
     )
+
+
+def off_mobile_network() -> bool:
+    """Whether the way out of this machine is no modem's; without a way out none is."""
+    for line in _read(ROUTES).splitlines()[1:]:
+        interface, destination, *_ = [*line.split(), "", ""]
+        if destination == DEFAULT_ROUTE and interface.startswith(MODEMS):
+            return False
+    return True
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from threading import Event
 from typing import Annotated, Any, Literal, TypeVar
@@ -95,7 +95,7 @@ class Desk:
         if question := asked.q.strip():
             found = self._me.search(question, PAGE_SIZE)
             return {"records": [_shown(each) for each in found], "next": None}
-        page = _newest(self._me, PAGE_SIZE, before=asked.before)
+        page = self._me.records(PAGE_SIZE, before=asked.before)
         more = page[-1].id if len(page) == PAGE_SIZE else None
         return {"records": [_shown(each) for each in page], "next": more}
 
@@ -137,15 +137,9 @@ class Desk:
             raise EndingError
 
 
-# What the SDK has no word for yet
-
-
-def _newest(me: Personalizer, count: int, *, before: int | None = None) -> Sequence[StoredRecord]:
-    return me.vault.records.newest(count, **({} if before is None else {"before": before}))
-
-
 def _profile(me: Personalizer) -> Profile:
-    return describe(me.vault.setting(FACTS, {}), _newest(me, COUNTED))
+    """Of the newest records alone: the page shows it at every turn."""
+    return describe(me.vault.setting(FACTS, {}), me.records(COUNTED))
 
 
 def _participations(me: Personalizer) -> list[dict[str, Any]]:

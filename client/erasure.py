@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homefire.client.keys import Header, KeyFile, no_vault
 from homefire.client.vault import Vault
-from homefire.client.vault_estate import SPENT, bequeath, bury, heritage, is_buried
+from homefire.client.vault_estate import SPENT, bequeath, bury, check_writable, heritage, is_buried
 from homefire.client.vault_files import (
     DATABASE,
     ERASING,
@@ -192,6 +192,10 @@ def _kept(header: Header | None, own: SecretStore, heirs: SecretStore) -> tuple[
     try:
         count = len(heritage(own, heirs))
         known = own.get(SPENT) is not None or (header and is_buried(own, header.vault))
+        if count:
+            check_writable(heirs)
+    except OSError as error:
+        return None, f"{heirs.place} cannot be written: {error.strerror or error}"
     except (ConfigError, PrivacyError) as error:
         if isinstance(error, ConfigError) and not isinstance(own, Keystore):
             raise  # the system's keystore may answer later
@@ -212,7 +216,7 @@ def _finish(folder: Path, begun: _Begun, store: SecretStore | None) -> None:
         if header.store == "system":
             newest = header.generation + 1  # of a change that was cut short
             destroy_roots(own, range(max(1, newest - MOST_LEFT), newest + 1))
-    with suppress(*damaged):
+    with suppress(*damaged, OSError):  # the receipt says so
         bequeath(own, heirs)
         own.destroy(SPENT)
     own.destroy(ANCHOR)

@@ -49,6 +49,7 @@ from homefire.common.parent import end_with
 LOG = logging.getLogger(__name__)
 KILLED_AT_ONCE = (signal.SIGINT, signal.SIGTERM)
 END_SECONDS = 3.0
+LINE_BYTES = 1 << 16
 
 
 @dataclass(slots=True)
@@ -153,6 +154,7 @@ class Preparation:
 
     folder: Path
     adapter: dict[str, Any] | None = None
+    _read: bytes = b""
 
     def prepare(self) -> None:
         """Compute the vault's keys and load the model, unless they are here.
@@ -170,9 +172,21 @@ class Preparation:
 
     def look(self) -> None:
         """Prepare anew where there is another adapter."""
-        if select.select([sys.stdin], [], [], 0)[0] and (line := sys.stdin.readline()):
-            self.adapter = json.loads(line)["adapter"]
+        # Past the buffer of `sys.stdin`: what lies in it would not be seen to be there.
+        while select.select([sys.stdin], [], [], 0)[0] and (part := os.read(0, LINE_BYTES)):
+            self._read += part
+        *lines, self._read = self._read.split(b"\n")
+        if lines:
+            self.adapter = json.loads(lines[-1])["adapter"]
             self.prepare()
+
+
+def read_line(descriptor: int) -> bytes:
+    """One line, and nothing of what comes after it."""
+    line = bytearray()
+    while not line.endswith(b"\n") and (part := os.read(descriptor, 1)):
+        line += part
+    return bytes(line)
 
 
 def main(arguments: list[str]) -> None:
@@ -184,7 +198,7 @@ def main(arguments: list[str]) -> None:
     # A crash must not write keys and texts to the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     update_console_handler(timestamps=True, colored=False)
-    opening: dict[str, Any] = json.loads(sys.stdin.readline())
+    opening: dict[str, Any] = json.loads(read_line(0))
     end_with(given.parent)
     os.environ["HOMEFIRE_HOME"] = opening["home"]
     if opening["passphrase"] is not None:

@@ -1,13 +1,13 @@
 """Forgetting: records go, and with them every private adapter that has seen one of them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from homefire.client.personalize.recipe import PRIVATE
 from homefire.client.vault import Vault
 from homefire.client.vault_log import FORGOT
-from homefire.common.errors import ConfigError
+from homefire.common.errors import BusyVaultError, ConfigError
 
 
 def find_records(
@@ -35,11 +35,13 @@ class Gone:
         records: How many.
         adapters: Versions of the private adapter.
         worn: Whether the one in use is among them.
+        swept: Whether all has left the disk; else it does when the vault is closed.
     """
 
     records: int = 0
     adapters: tuple[int, ...] = ()
     worn: bool = False
+    swept: bool = True
 
 
 def forget_records(
@@ -56,14 +58,12 @@ def forget_records(
     Guarantees:
         All or nothing: a kill leaves either all of them or nothing, with the adapters that saw
             them.
-        No trace: afterwards no file of the vault holds them, not even encrypted.
+        No trace: once they are swept, no file of the vault holds them, not even encrypted.
 
     Raises:
         ConfigError: Nothing says which.
         DataError: A date that is none.
         LedgerError: The keystore cannot be written; they are deleted all the same.
-        BusyVaultError: Another process reads what they were written over with; they are deleted,
-            and leave the disk when the vault is closed.
     """
     with _forgetting(vault) as gone:
         doomed = find_records(vault, ids=ids, query=query, before=before)
@@ -83,7 +83,7 @@ def change_record(vault: Vault, identifier: int, text: str) -> int:
 
     Raises:
         DataError: No such record, or no text.
-        LedgerError: As `forget_records`; so is BusyVaultError.
+        LedgerError: As `forget_records`.
     """
     with _forgetting(vault) as gone:
         changed = vault.records.change(identifier, text)
@@ -96,11 +96,20 @@ def change_record(vault: Vault, identifier: int, text: str) -> int:
 def _forgetting(vault: Vault) -> Iterator[Gone]:
     gone, told = Gone(), dict[str, int]()
     try:
-        with vault.log.transaction(FORGOT, told):
+        with suppress(_NothingError), vault.log.transaction(FORGOT, told):
             yield gone
+            if not gone.records:
+                raise _NothingError  # and no entry in the log
             told.update(records=gone.records, adapters=len(gone.adapters))
     finally:
-        vault.sweep()
+        try:
+            vault.sweep()
+        except BusyVaultError:
+            gone.swept = False
+
+
+class _NothingError(Exception):
+    """Nothing was deleted."""
 
 
 def _drop(vault: Vault, doomed: frozenset[int], gone: Gone) -> None:

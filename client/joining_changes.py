@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from homefire.common.ticket import CLOCK_SIGN
+
 State = Literal["waiting", "connecting", "connected", "disconnected", "ended"]
 
 
@@ -23,6 +25,7 @@ class Trouble(StrEnum):
     KEY_NEEDED = "only registered devices are let in there"
     NOT_ADMITTED = "the device is not registered there, or counts as connected already"
     FORGOTTEN = "the device is not known there any more"
+    CLOCK = "the clocks of this device and of the server differ"
     NO_KEY = "the device's key is not one that Flower reads"
     OTHER_VERSION = "another version of homefire or of Flower answers there"
     EXECUTOR = "the process that trains has ended"
@@ -45,6 +48,7 @@ _HINTS = {
     Trouble.KEY_NEEDED: "Let the operator register a key, and give it with --node-key.",
     Trouble.NOT_ADMITTED: "After two minutes it is the former: let the operator register its key.",
     Trouble.FORGOTTEN: "If it goes on, let the operator register its key again.",
+    Trouble.CLOCK: "Set this device's clock; it may be 5 s ahead, or 5 minutes behind, at most.",
     Trouble.NO_KEY: "It takes an elliptic-curve key of OpenSSH: ssh-keygen -t ecdsa.",
     Trouble.OTHER_VERSION: "Ask the operator which version of homefire fits.",
     Trouble.EXECUTOR: "join.log in the vault's folder says more; it may lack memory.",
@@ -52,6 +56,7 @@ _HINTS = {
 }
 
 _SIGNS = (
+    (CLOCK_SIGN, Trouble.CLOCK),
     ("[code: 2001]", Trouble.KEY_NEEDED),
     ("[code: 2004]", Trouble.NOT_ADMITTED),
     ("exit code: 302", Trouble.NO_KEY),

@@ -11,6 +11,7 @@ from homefire.client.personalize.quick import fit_memory, quick_loss, recomputin
 from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault import Vault
 from homefire.client.vault_records import StoredRecord
+from homefire.client.verdict import judge, verdict
 from homefire.common.adapted_model import AdaptedModel
 from homefire.common.config import PrivateConfig
 from homefire.common.encoding import canonical_json, digest
@@ -20,7 +21,6 @@ from homefire.common.records import split_newest
 from homefire.common.training import Encoded, LossSum, batch_seed, mean_loss
 
 FEWEST_RECORDS = 4
-VERDICT = "verdict"
 LOOKED_AT = 64
 """Records of the validation slice at most: else looks at a long history outlast its training."""
 
@@ -51,7 +51,6 @@ def learn(
         Never worse: the adapter in use afterwards does at least as well on the newest records as
             the one before, and better than the shared adapter alone; else none is used.
         Taken up again: a training that was killed goes on from its last look.
-
         Forgotten meanwhile: an adapter is not stored if a record that it has seen is gone; the
             training begins anew without it.
 
@@ -93,13 +92,14 @@ def _learn(
     loss_of = quick_loss(model)
     model.activate(SHARED, PRIVATE, train=PRIVATE)
     rows, again = fit_memory(model.network, training, loss_of, limit_mib=memory_limit)
-    progress(0, config.training.steps)
     of = _training_of(vault, model, config, history, seed)
+    draft = _draft(vault, of)
+    progress(draft.step if draft else 0, config.training.steps)
     conduct = Conduct(
         loss_of=loss_of,
         rows=rows,
         of=of,
-        draft=_draft(vault, of),
+        draft=draft,
         keep=lambda draft: _keep_draft(vault, draft, seen),
         on_step=lambda step: progress(step, config.training.steps),
     )
@@ -134,11 +134,12 @@ def _settle(
 ) -> Learned:
     """Use the better of the new and the old adapter, and neither if none helps."""
     kept = result.helps and (before is None or result.validation_after < before)
+    release = release_digest(model.vector(SHARED))
     if kept:
         about = {
             "base_model": model.base.fingerprint,
             "adapter_digest": model.specs[PRIVATE].digest,
-            "release_digest": release_digest(model.vector(SHARED)),
+            "release_digest": release,
             "best_step": result.best_step,
             "validation_before": result.validation_before,
             "validation_after": result.validation_after,
@@ -148,8 +149,12 @@ def _settle(
     else:
         with vault.database.transaction():
             vault.adapters.drop_draft(PRIVATE)
-            if before is not None and not before < result.validation_before:
-                vault.adapters.take_off(PRIVATE)
+            worn = vault.adapters.worn(PRIVATE)
+            if worn is not None and before is not None:
+                helps = before < result.validation_before
+                judge(vault, worn.version, release, helps=helps)
+                if not helps:
+                    vault.adapters.take_off(PRIVATE)
     worn = vault.adapters.worn(PRIVATE)
     return Learned(
         version=None if worn is None else worn.version,
@@ -182,20 +187,16 @@ def recheck(vault: Vault, model: AdaptedModel, config: PrivateConfig) -> bool:
     without, _ = mean_loss(model.network, validation, loss_of=loss_of)
     within = _loss_in_use(vault, model, validation, loss_of)
     model.activate()
-    release, helps = release_digest(model.vector(SHARED)), within is not None and within < without
-    vault.set(VERDICT, {"version": worn.version, "release": release, "helps": helps})
+    helps = within is not None and within < without
+    judge(vault, worn.version, release_digest(model.vector(SHARED)), helps=helps)
     return helps
 
 
 def is_proven(vault: Vault, model: AdaptedModel) -> bool:
     """Whether the private adapter in use was found to help on top of this very shared adapter."""
     worn = vault.adapters.worn(PRIVATE)
-    if worn is None or not fits(model, worn.about):
-        return False
-    release, verdict = release_digest(model.vector(SHARED)), vault.setting(VERDICT, {})
-    if (verdict.get("version"), verdict.get("release")) == (worn.version, release):
-        return bool(verdict["helps"])
-    return worn.about.get("release_digest") == release
+    usable = worn is not None and fits(model, worn.about)
+    return usable and verdict(vault, release_digest(model.vector(SHARED))) is True
 
 
 def _loss_in_use(

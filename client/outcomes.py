@@ -56,6 +56,8 @@ class Forgotten:
         adapters: Versions of the private adapter that had seen them, deleted too.
         learned: The training without them; None where there was none.
         failure: Why there was none although one was due; what was forgotten is forgotten.
+        swept: Whether they have left the disk; if another process read meanwhile, they leave it
+            when the vault is closed.
         shared: Rounds that were taken part in before: what they contributed stays in the shared
             adapter, within the epsilon that its releases state.
     """
@@ -64,4 +66,5 @@ class Forgotten:
     adapters: tuple[int, ...]
     learned: Learned | None
     failure: str | None
+    swept: bool
     shared: int

@@ -34,6 +34,7 @@ from homefire.client.vault import Vault, create, open_vault
 from homefire.client.vault_files import KEYS
 from homefire.client.vault_home import VaultHome, write_settings
 from homefire.client.vault_records import StoredRecord
+from homefire.client.verdict import is_open
 from homefire.common.adapter import AdapterConfig
 from homefire.common.chat import Message
 from homefire.common.config import BaseModelConfig, validate
@@ -342,7 +343,8 @@ class Personalizer:
     ) -> tuple[Participation, ...]:
         """Take part in a federation, until `stop` is set.
 
-        What `policy.toml` and the ledger in the vault allow is answered, nothing else.
+        What `policy.toml` and the ledger in the vault allow is answered, nothing else. Afterwards
+        the private adapter is compared with the shared one that came meanwhile; see `recheck`.
 
         Args:
             link: The SuperLink; host:port alone means TLS with the system's authorities. By default
@@ -365,7 +367,10 @@ class Personalizer:
                 link = until.enter_context(link_to(self._enrolled()))
             where = Link(link) if isinstance(link, str) else link
             member = Membership(self.vault, where, self.passphrase, conditions, on_change)
-            return member.run(stop or Event())
+            taken = member.run(stop or Event())
+        if is_open(self.vault):
+            self.recheck()
+        return taken
 
     def trust(
         self,
@@ -416,9 +421,8 @@ class Personalizer:
 
         found = update(self.vault, fit, progress=progress or (lambda done, of: None))
         self._adapters_changed()
-        if not found.changed or self.vault.adapters.worn(PRIVATE) is None:
-            return found
-        return replace(found, helps=self.recheck())
+        # Also where nothing changed: a kill may have come between a release and this look.
+        return replace(found, helps=self.recheck()) if is_open(self.vault) else found
 
     def restore(self, version: int) -> None:
         """Use an earlier version of the private adapter.
@@ -467,7 +471,12 @@ class Personalizer:
             except HomefireError as error:  # such as too few records: the adapter stays dropped
                 failure = str(error)
         return Forgotten(
-            gone.records, gone.adapters, learned, failure, shared=len(self._home.history)
+            records=gone.records,
+            adapters=gone.adapters,
+            learned=learned,
+            failure=failure,
+            swept=gone.swept,
+            shared=len(self._home.history),
         )
 
     def protect(

@@ -53,9 +53,10 @@ def step_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]
 
         def show(step: int, steps: int) -> None:
             if not shown:
-                phase = Reporter(console).phase(name, steps - step + 1)
+                phase = Reporter(console).phase(name, steps - step)
                 shown.append((stack.enter_context(phase), step))
-            shown[0][0]()
+            else:
+                shown[0][0]()
 
         yield show
 

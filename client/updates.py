@@ -293,7 +293,8 @@ def _is_in_place(vault: Vault, statement: ReleaseStatement) -> bool:
     if worn.about.get("run") != statement.run:
         return False
     newest = worn.about["round"] - (0 if "number" in worn.about else 1)
-    return bool(newest >= statement.round)
+    same = worn.about.get("release_digest") == statement.release_digest
+    return bool(newest > statement.round or (newest == statement.round and same))
 
 
 def _place(vault: Vault, statement: ReleaseStatement, vector: Vector | None) -> None:

@@ -82,6 +82,16 @@ def bequeath(store: SecretStore, heirs: SecretStore) -> None:
     heirs.change(ERASED, with_mine)
 
 
+def check_writable(heirs: SecretStore) -> None:
+    """See whether something can be kept for those that come after.
+
+    Raises:
+        LedgerError: What is there cannot be read.
+        OSError: Nothing can be written.
+    """
+    heirs.change(ERASED, lambda stored: _sealed(ERASED, _read(heirs, ERASED, stored)))
+
+
 def bury(store: SecretStore, vault: str) -> None:
     """Remember that a vault was erased; may be repeated."""
     store.put(_grave(vault), b"")

@@ -1,8 +1,11 @@
 """A vault's history: records, and an index of their words (FTS5)."""
 
+import secrets
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import count
 
 from homefire.client.database import Database, Value
 from homefire.common.encoding import canonical_json, digest
@@ -107,15 +110,19 @@ class Records:
             DataError: One of them is none.
             VaultError: They could not be written; nothing was.
         """
-        seen: dict[str, int] = {}
+        seen: Counter[str] = Counter()
         added = 0
         now = _now()
         with self.database.transaction() as database:
             for number, given in enumerate(records, 1):
                 record = parse_record(given.to_json(), where=f"{source}, record {number}")
-                content = _content(record if dated else replace(record, created_at=None))
-                seen[content] = seen.get(content, 0) + 1
-                key = digest("homefire/record/v1", content.encode(), str(seen[content]).encode())
+                undated = _content(replace(record, created_at=None))
+                content = _content(record) if dated else undated
+                seen[content] += 1
+                key = _key(content, seen[content])
+                # What has the date of a file, and was told by its text alone, may come back dated.
+                if dated and self._has(_key(undated, seen[content]), record.created_at):
+                    continue
                 added += _insert(database, record, source, now, key)
         return added
 
@@ -124,14 +131,18 @@ class Records:
         now = _now()
         said = parse_record(record.to_json(), where="what is to be remembered")
         dated = replace(said, created_at=said.created_at or now)
+        content = _content(dated)
         with self.database.transaction() as database:
-            ((number,),) = database.read("SELECT coalesce(max(id), 0) + 1 FROM records")
-            key = digest(
-                "homefire/record/v1", _content(dated).encode(), now.encode(), str(number).encode()
-            )
+            times = next(n for n in count(1) if not self._has(_key(content, n)))
+            key = _key(content, times)
             _insert(database, dated, "said", now, key)
             ((identifier,),) = database.read("SELECT id FROM records WHERE digest = ?", (key,))
         return int(identifier)
+
+    def _has(self, key: str, date: str | None = None) -> bool:
+        """Whether there is a record of this name; and, if a date is given, of that date."""
+        rows = self.database.read("SELECT created_at FROM records WHERE digest = ?", (key,))
+        return bool(rows) and (date is None or rows[0][0] == date)
 
     def __len__(self) -> int:
         ((count,),) = self.database.read("SELECT count(*) FROM records")
@@ -233,9 +244,10 @@ class Records:
             parse_record(changed.to_json(), where=f"record {identifier}")
             proof = _proof(changed, stored.source, stored.added_at)
             ((newest,),) = database.read("SELECT seq FROM sqlite_sequence WHERE name = 'records'")
+            # A digest of nothing: the old one could be told from guesses of the old text.
             database.write(
-                "UPDATE records SET id = ?, text = ?, proof = ? WHERE id = ?",
-                (newest + 1, text, proof, identifier),
+                "UPDATE records SET id = ?, text = ?, proof = ?, digest = ? WHERE id = ?",
+                (newest + 1, text, proof, secrets.token_hex(32), identifier),
             )
             database.write(
                 "UPDATE sqlite_sequence SET seq = ? WHERE name = 'records'", (newest + 1,)
@@ -309,6 +321,11 @@ def _stored(
 def _proof(record: Record, source: str, added_at: str) -> str:
     content = [record.text, record.prompt, record.created_at, record.kind, source, added_at]
     return digest("homefire/record-proof/v1", canonical_json(content))
+
+
+def _key(content: str, times: int) -> str:
+    """Names a record that is there for so many times."""
+    return digest("homefire/record/v1", content.encode(), str(times).encode())
 
 
 def _content(record: Record) -> str:

@@ -1,14 +1,19 @@
 """Files that are whole or absent, whatever happens while they are written."""
 
+import errno
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from homefire.common.errors import ConfigError
+
+_POLL_SECONDS = 0.05
+_BLOCK = 1 << 16  # bytes
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> None:
@@ -86,6 +91,80 @@ def locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[None]:
         # Not by closing alone: a process that was forked meanwhile would hold it on.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def hold(path: Path, *, wait: float = 0.0) -> int | None:
+    """Take a lock unless somebody else holds it.
+
+    Args:
+        path: A file, made where it is absent.
+        wait: Seconds to wait for whoever holds it.
+
+    Returns:
+        A descriptor: the lock is held until it is closed here and in every process that it was
+        handed to; None where it was not free.
+    """
+    descriptor, deadline = os.open(path, os.O_RDWR | os.O_CREAT, 0o600), time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                return None
+            time.sleep(_POLL_SECONDS)
+        else:
+            return descriptor
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds a lock; who takes it at this moment by `hold` should wait a little."""
+    if not path.exists():
+        return False
+    if (descriptor := hold(path)) is None:
+        return True
+    os.close(descriptor)
+    return False
+
+
+def append_line(path: Path, line: bytes, *, mode: int = 0o600) -> None:
+    """Add a line to a file; when this returns, it is on the disk.
+
+    What a kill or a full disk has left of an earlier line, one without its end, is cut off first.
+
+    Args:
+        path: Made where it is absent.
+        line: Without its end.
+        mode: The permissions of a file that is made.
+
+    Raises:
+        OSError: It is not on the disk, or not all of it.
+    """
+    fresh = not path.exists()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode)
+    try:
+        _cut_to_lines(descriptor)
+        written = os.write(descriptor, line + b"\n")
+        if written != len(line) + 1:
+            raise OSError(errno.ENOSPC, f"{written} of {len(line) + 1} bytes", str(path))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if fresh:
+        sync_folder(path.parent)
+
+
+def _cut_to_lines(descriptor: int) -> None:
+    end = size = os.fstat(descriptor).st_size
+    while end:
+        begin = max(0, end - _BLOCK)
+        newline = os.pread(descriptor, end - begin, begin).rfind(b"\n")
+        if newline >= 0:
+            end = begin + newline + 1
+            break
+        end = begin
+    if end < size:
+        os.ftruncate(descriptor, end)
 
 
 def open_plain(path: str, flags: int) -> int:

@@ -69,7 +69,7 @@ def check_public_key(text: str) -> None:
     Raises:
         ConfigError: Always then.
     """
-    hint = "The operator's `homefire server status` shows it: 64 hex digits."
+    hint = "64 hex digits; ask the operator for them."
     if not re.fullmatch("[0-9a-f]{64}", text):
         raise ConfigError(f"{text[:80]!r} is no public key", hint=hint)
     if _is_nobodys(text):

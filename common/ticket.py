@@ -20,6 +20,8 @@ ENROLMENT = "homefire/enrolment/v1"
 ENROL_PATH = "/homefire/v1/enrol"
 VERSION_HEADER = "homefire-version"
 """The version of the protocol that a device speaks; one that says nothing speaks version 1."""
+CLOCK_SIGN = "homefire: your clock is off"
+"""What a device reads that shows the public listener a time stamp from another time."""
 
 PREFIX = "homefire1."
 LONGEST = 8192  # characters

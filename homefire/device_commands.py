@@ -22,6 +22,7 @@ from homefire.common.errors import (
 from homefire.device_session import (
     HOME,
     NEW_PASSPHRASE,
+    PASSPHRASE,
     HomeFolder,
     ask_passphrase,
     device_app,
@@ -100,13 +101,13 @@ def remember(
 def records(
     search: Annotated[str | None, typer.Option(help="Those that fit these words best.")] = None,
     count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
-    before: Annotated[int | None, typer.Option(help="Older than this one: the next page.")] = None,
+    before: Annotated[int | None, typer.Option(help="Ids below this one: the next page.")] = None,
     change: Annotated[int | None, typer.Option(metavar="ID", help="Give it another text.")] = None,
     text: Annotated[str | None, typer.Option(help="The other text.")] = None,
     home: HomeFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """What is kept of what you wrote, the newest first; change one.
+    """What is kept of what you wrote, what came last first; change one.
 
     With another text a record gets another id, and private adapters that have
     seen the old one are deleted.
@@ -117,6 +118,8 @@ def records(
     """
     if (change is None) != (text is None):
         raise ConfigError("--change and --text go together")
+    if search is not None and before is not None:
+        raise ConfigError("--before pages through all records, not through a search")
     with open_vault(home) as me:
         if change is not None and text is not None:
             number = me.change(change, text)
@@ -150,8 +153,8 @@ def import_(
     """Read your history.
 
     JSON Lines, text files, a mailbox, an export of ChatGPT or of Claude. What
-    was imported before is left out; what you forgot comes back if it is still
-    in the file.
+    was imported before is left out; what you forgot or changed comes back if it
+    is still in the file.
     """
     with open_vault(home) as own:
         found = own.import_records(path, format=format, me=me, on_bad=on_bad)
@@ -332,6 +335,8 @@ def forget(
     said = f"{found.records} records forgotten, {len(found.adapters)} private adapters deleted."
     if found.learned is not None:
         said += " " + _learned(found.learned)
+    if not found.swept:
+        said += " They leave the disk when the vault is closed: another process was reading."
     if found.failure is not None:
         said += f" None was trained again: {found.failure}."
     if found.shared:
@@ -360,10 +365,12 @@ def erase(
     home: HomeFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Destroy the vault and its keys; copies of it become unreadable too.
+    """Destroy the vault and its keys.
 
-    Works without the passphrase, and whatever is damaged. What privacy was spent
-    is remembered, so that joining again does not spend it twice.
+    Copies of a vault that needs the system's keystore become unreadable too; of
+    one that a passphrase opens, they need that. Works without the passphrase,
+    and whatever is damaged. What privacy was spent is remembered, so that
+    joining again does not spend it twice.
     """
     from homefire.client import erasure
     from homefire.client.vault import open_vault
@@ -373,7 +380,7 @@ def erase(
     if not yes and not typer.confirm(f"Destroy everything in {place}? There is no way back."):
         raise typer.Exit(1)
     no_core_dumps()
-    phrase = os.environ.get("HOMEFIRE_PASSPHRASE")
+    phrase = _passphrase_if_known(place)
     try:
         # For the receipt's signature, and for what only the vault's log may know.
         with open_vault(place, passphrase=phrase, accept_backup=True) as vault:
@@ -383,6 +390,14 @@ def erase(
     except HomefireError:
         receipt = erasure.erase(place)
     show(as_json, receipt, f"{receipt.statement}\nReceipt: {place / RECEIPT}")
+
+
+def _passphrase_if_known(home: Path) -> str | None:
+    """A person may have lost it, which must not keep the vault alive."""
+    if PASSPHRASE in os.environ or not sys.stdin.isatty():
+        return os.environ.get(PASSPHRASE)
+    asked = "Passphrase, for a signed receipt; empty if it is lost"
+    return str(typer.prompt(asked, default="", hide_input=True, show_default=False)) or None
 
 
 @device_app.command()
@@ -415,6 +430,12 @@ def doctor(
     problems = examine(place, passphrase=phrase)
     if not problems:
         with Personalizer.open(place, passphrase=phrase, accept_backup=accept_backup) as me:
+            means = protection or me.vault.header.protection
+            if change_passphrase and means == "keystore":
+                raise ConfigError(
+                    "this vault is opened by the system's keystore, not by a passphrase",
+                    hint="Give --protection both, or --protection passphrase, too.",
+                )
             if change_passphrase or protection is not None:
                 asked = change_passphrase or protection in ("passphrase", "both")
                 new = ask_passphrase(confirm=True, variable=NEW_PASSPHRASE) if asked else None

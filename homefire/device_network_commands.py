@@ -43,6 +43,7 @@ def join(
     ] = None,
     insecure: Annotated[bool, typer.Option(help="Without TLS, on this machine alone.")] = False,
     on_mains: Annotated[bool, typer.Option(help="Only while not on the battery.")] = False,
+    off_mobile: Annotated[bool, typer.Option(help="Only while not on a mobile network.")] = False,
     when_idle: Annotated[bool, typer.Option(help="Only while there is little to do.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     home: HomeFolder = HOME,
@@ -55,7 +56,13 @@ def join(
     connection is lost, it is tried again. --json prints a line for the preview,
     each change, each round and the whole; it asks nothing, so it needs --yes.
     """
-    from homefire.client.conditions import BetweenRounds, Condition, Idle, on_mains_power
+    from homefire.client.conditions import (
+        BetweenRounds,
+        Condition,
+        Idle,
+        off_mobile_network,
+        on_mains_power,
+    )
     from homefire.client.joining import Link, contributed
     from homefire.client.personalize.recipe import SHARED
 
@@ -65,7 +72,7 @@ def join(
     if superlink is None and given:
         raise typer.BadParameter("name the SuperLink that they are for", param_hint="HOST:PORT")
     link = None if superlink is None else Link(superlink, root_certificates, insecure, node_key)
-    conditions: list[Condition] = [on_mains_power] * on_mains
+    conditions: list[Condition] = [on_mains_power] * on_mains + [off_mobile_network] * off_mobile
     if when_idle:
         conditions.append(BetweenRounds(Idle()))
     with open_vault(home) as me:

@@ -84,17 +84,20 @@ def run(home: ServerFolder = HOME) -> None:
     """Serve until it is stopped (Ctrl-C, or `homefire server stop`).
 
     Devices enrol and are served; the run starts when enough are enrolled, and
-    goes on after whatever ended it.
+    goes on after whatever ended it. Only one server runs in a folder.
     """
     _need()
     from homefire.server.supervisor import Supervisor
 
     server = _home(home)
     logging.getLogger("homefire").setLevel(logging.INFO)
-    supervisor = Supervisor(server)
-    typer.echo(f"Devices: {server.config.fleet}, as {', '.join(server.config.names)}")
-    typer.echo(f"Page: http://127.0.0.1:{server.config.operator}/ (metrics: /metrics)")
-    asyncio.run(_keep(supervisor))
+    with server.alone() as inherited:
+        if server.undo_drain():
+            typer.echo("It was being stopped when it ended; now it opens rounds again.")
+        supervisor = Supervisor(server, inherited)
+        typer.echo(f"Devices: {server.config.fleet}, as {', '.join(server.config.names)}")
+        typer.echo(f"Page: http://127.0.0.1:{server.config.operator}/ (metrics: /metrics)")
+        asyncio.run(_keep(supervisor))
     typer.echo("Stopped.")
 
 
@@ -197,14 +200,12 @@ def stop(
 ) -> None:
     """End the server after the round that it is in; the run can go on later."""
     _need()
-    from homefire.server.operator_home import DRAIN
-
-    mark = _home(home).folder / DRAIN
+    server = _home(home)
     if undo:
-        mark.unlink(missing_ok=True)
+        server.undo_drain()
         typer.echo("It opens rounds again.")
         return
-    mark.touch(mode=0o600)
+    server.drain()
     typer.echo("No further round is opened. `homefire server stop --undo` takes that back.")
 
 
@@ -262,6 +263,16 @@ def _export(server: Any, folder: Path, round_number: int | None) -> None:
 
 
 @server_app.command()
+def key(home: ServerFolder = HOME) -> None:
+    """The public key that plans and releases are signed with.
+
+    On a device: homefire device trust KEY
+    """
+    _need()
+    typer.echo(_home(home).server_key)
+
+
+@server_app.command()
 def renew(home: ServerFolder = HOME) -> None:
     """Make a new certificate by the same authority; devices need not be told."""
     _need()
@@ -276,7 +287,7 @@ def renew(home: ServerFolder = HOME) -> None:
 def _home(folder: Path) -> Any:
     from homefire.server.operator_home import OperatorHome
 
-    home = OperatorHome(folder.expanduser())
+    home = OperatorHome(folder.expanduser().absolute())  # its processes work elsewhere
     _ = home.config  # which says whether there is a server
     return home
 

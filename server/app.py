@@ -3,7 +3,6 @@
 The run configuration holds one key, `federation`: the path of a TOML file on the server.
 """
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from homefire.server.nodes import ascending
 from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import plan_privacy
 from homefire.server.registry import open_home
+from homefire.server.registry_folder import RegistryFolder
 from homefire.server.roster import read_roster
 from homefire.server.run_state import Federation
 
-LOG = logging.getLogger(__name__)
 app = ServerApp()
 
 
@@ -46,25 +45,51 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
 
     Who takes part is whoever was enrolled when it started.
 
+    Guarantees:
+        No lost release: no round is opened, and the run does not end, before every release of the
+            rounds before is published.
+        Said why: what ends it lies in the folder, in words, until it goes on.
+
     Raises:
-        FederationError: Fewer devices are enrolled than the run needs.
+        HomefireError: It cannot go on.
+        OSError: Likewise, as of a disk that is full.
     """
-    devices = home.participants()
-    nodes = ascending(device.node for device in devices)
-    config = home.federation()
-    federation = replace(open_federation(config), enrolled=nodes)
+    try:
+        _run_operated(grid, home)
+    except (HomefireError, OSError) as error:
+        home.keep_trouble(f"{error} {getattr(error, 'hint', '')}".strip())
+        raise
+
+
+def _run_operated(grid: Grid, home: OperatorHome) -> None:
+    nodes = ascending(device.node for device in home.participants())
+    federation = replace(open_federation(home.federation()), enrolled=nodes)
     registry = open_home(home.folder)
 
-    def publish(number: int) -> None:
-        try:
-            registry.publish(federation.store, number, federation.spec)
-        except (HomefireError, OSError) as error:
-            # The run goes on; the next round, or the next start, publishes again.
-            LOG.warning("round %d could not be published: %s", number, error)
+    def publish(_: int = 0) -> None:
+        publish_all(registry, federation)
+        home.keep_trouble("")
 
-    if published := [number for number in federation.store.rounds()[-1:] if number]:
-        publish(published[0])
+    publish()
     run_federation(grid, federation, drained=home.is_draining, released=publish)
+
+
+def publish_all(registry: RegistryFolder, federation: Federation) -> None:
+    """Publish every release of the run that is not published, oldest first; the start is none.
+
+    Raises:
+        RegistryError: The registry is damaged, or cannot take one.
+        OSError: One could not be written.
+    """
+    store = federation.store
+    if not (numbers := [number for number in store.rounds() if number]):
+        return
+    run = store.read(numbers[-1]).about.get("run")
+    published = [each.statement for each in registry.releases if each.statement.run == run]
+    newest = max((each.round for each in published), default=0)
+    for number in numbers:
+        if number >= newest:  # the newest itself may be past its time
+            registry.publish(store, number, federation.spec)
 
 
 def open_federation(config: FederationConfig) -> Federation:

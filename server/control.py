@@ -4,6 +4,7 @@ They go to the private listener, with the operator's secret; see `homefire.serve
 """
 
 import json
+import ssl
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from homefire.common.errors import FederationError
 from homefire.server.operator_home import OPERATOR_SECRET, OperatorHome
 
 LOOPBACK = "127.0.0.1"
+FINISHED, FAILED, UNKNOWN = "finished", "failed", "unknown"
 BUNDLE = {
     "pyproject.toml": f"""
 [build-system]
@@ -96,11 +98,17 @@ class Control:
         return run
 
     def status(self, run: int) -> tuple[str, str]:
-        """A run's state and how it ended, such as ("finished", "completed")."""
-        found = self._call("ListRuns", ListRunsRequest(run_id=run)).run_dict.get(run)
+        """A run's state and how it ended, such as ("finished", "completed"); "unknown" of none."""
+        # All of them: for one that it does not know, Flower answers with an error.
+        found = self._call("ListRuns", ListRunsRequest()).run_dict.get(run)
         if found is None:
-            return "unknown", ""
+            return UNKNOWN, ""
         return str(found.status.status), str(found.status.sub_status)
+
+    def unfinished(self) -> list[int]:
+        """Runs that have not ended, as Flower sees it: also those whose processes were killed."""
+        found = self._call("ListRuns", ListRunsRequest()).run_dict
+        return [run for run, each in found.items() if each.status.status != FINISHED]
 
     def stop(self, run: int) -> None:
         """End a run; the round that it is in is burnt."""
@@ -119,7 +127,7 @@ class Control:
         try:
             answer = httpx.get(
                 f"https://{self._address}/homefire/v1/door",
-                verify=str(self.home.certificates.authority),
+                verify=ssl.create_default_context(cafile=self.home.certificates.authority),
                 timeout=5,
             )
             found: dict[str, Any] = json.loads(answer.raise_for_status().content)

@@ -17,13 +17,17 @@ from datetime import datetime
 from hashlib import sha256
 from typing import Any
 
-from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.constant import (
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+)
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from starlette.concurrency import run_in_threadpool
 
 from homefire.common.errors import EnrolmentError, HomefireError, SignatureError
 from homefire.common.protocol import VERSION
-from homefire.common.ticket import ENROL_PATH, VERSION_HEADER
+from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.admission import network_of
 from homefire.server.operator_home import LimitsConfig
 
@@ -55,6 +59,9 @@ OPEN = frozenset(
 SIGNED_SECONDS = 330.0
 """How long Flower takes a signed time stamp for fresh, and a little more."""
 
+OTHER_TIME = {"code": 1 << 16, "detail": CLOCK_SIGN}
+"""In the form of Flower's errors, which its SuperNode writes into its log."""
+
 LARGEST_OF_STRANGERS = 16_384  # bytes of a body: one that redeems a ticket, or shows no known key
 MOST_RATES = 65_536  # keys and addresses whose rates are remembered
 KEY, SIGNED_AT = FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), TIMESTAMP_HEADER.encode()
@@ -67,6 +74,7 @@ class _RefusedError(Exception):
 
     status: int
     reason: str
+    body: Mapping[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -79,8 +87,9 @@ class Door:
             device asks more often; what is under way at once is bounded too. Of a stranger no body
             is read that is longer than one which redeems a ticket.
         Not twice: Flower's devices sign the time alone. A time that a device has signed is let in
-            once, with whatever signature, and none from before the door was opened.
+            once, with whatever signature.
         One version: a device that states another version of the protocol is told so.
+        Clock first: a device whose clock is too far off is told so, and not merely refused.
         Counted only: what is kept of refusals is how many there were, by reason.
 
     Assumes:
@@ -94,7 +103,7 @@ class Door:
         limits: How much is let in.
         known: Whether a key, as the header shows it, is that of an enrolled device.
         clock: Tells the time in seconds.
-        opened: When it was opened, in seconds since 1970.
+        now: Tells the time in seconds since 1970.
         refused: How many requests were not let in, by reason.
         served: How many were.
     """
@@ -105,7 +114,7 @@ class Door:
     limits: LimitsConfig
     known: Callable[[bytes], bool]
     clock: Callable[[], float] = time.monotonic
-    opened: float = field(default_factory=time.time)
+    now: Callable[[], float] = time.time
     refused: Counter[str] = field(default_factory=Counter)
     served: int = 0
     _under_way: int = 0
@@ -122,21 +131,23 @@ class Door:
             await self._refuse(refusal, send)
             return
         self._under_way += 1
-        answer = _Answer(send)
+        body = _Body(receive, largest, self.limits.seconds)
+        answer = _Answer(send, body)
         try:
-            within = _bounded(receive, largest, self.limits.seconds)
             if scope["path"] == ENROL_PATH:
-                await self._redeem(within, answer)
+                await self._redeem(body, answer)
             else:
-                await self.app(scope, within, answer)
-            self.served += 1
+                await self.app(scope, body, answer)
         except _RefusedError as refusal:
-            if not answer.begun:
-                await self._refuse(refusal, send)
-            else:
-                self.refused[refusal.reason] += 1
+            body.refusal = body.refusal or refusal
         finally:
             self._under_way -= 1
+        if body.refusal is None:
+            self.served += 1
+        elif answer.begun:
+            self.refused[body.refusal.reason] += 1
+        else:
+            await self._refuse(body.refusal, send)
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> int:
         """Refuse a request by its head, or say how long its body may be."""
@@ -155,20 +166,14 @@ class Door:
         known = fleet and self.known(shown)
         largest = self.limits.body_bytes if known else LARGEST_OF_STRANGERS
         self._check_length(headers, largest)
+        signed_at = headers.get(SIGNED_AT, b"")
+        if fleet and not _is_recent(signed_at, self.now()):
+            raise _RefusedError(400, "another time", OTHER_TIME)
         if not self._within_rate(shown if known else _stranger(scope, fleet)):
             raise _RefusedError(429, "too often")
-        if fleet:
-            self._check_time(shown, headers)
-        return largest
-
-    def _check_time(self, shown: bytes, headers: Mapping[bytes, bytes]) -> None:
-        signed_at = headers.get(SIGNED_AT, b"")
-        try:
-            seconds = datetime.fromisoformat(signed_at.decode("ascii")).timestamp()
-        except (ValueError, OverflowError):
-            raise _RefusedError(401, "no time") from None
-        if seconds < self.opened or not self._seen.first(shown + b" " + signed_at, self.clock()):
+        if fleet and not self._seen.first(shown + b" " + signed_at, self.clock()):
             raise _RefusedError(401, "seen before")
+        return largest
 
     def _check_length(self, headers: Mapping[bytes, bytes], largest: int) -> None:
         stated = headers.get(b"content-length")
@@ -210,19 +215,62 @@ class Door:
     async def _refuse(self, refusal: _RefusedError, send: Send) -> None:
         self.refused[refusal.reason] += 1
         with suppress(OSError):
-            await send_json(send, refusal.status, {"error": refusal.reason})
+            said = refusal.body or {"error": refusal.reason}
+            await send_json(send, refusal.status, said)
+
+
+@dataclass(slots=True)
+class _Body:
+    """Reads a body up to a length, and for so long.
+
+    Attributes:
+        receive: Where it comes from.
+        largest: Bytes.
+        seconds: For all of it.
+        refusal: Why no more is read. Flower catches it, as it does all errors.
+    """
+
+    receive: Receive
+    largest: int
+    seconds: float
+    refusal: _RefusedError | None = None
+    _began: float = field(default_factory=time.monotonic)
+    _taken: int = 0
+    _whole: bool = False
+
+    async def __call__(self) -> Event:
+        """The next part; after the last, whether the other side has gone."""
+        if self.refusal is not None:
+            raise self.refusal
+        if self._whole:
+            return await self.receive()
+        left = self._began + self.seconds - time.monotonic()
+        try:
+            event = await asyncio.wait_for(self.receive(), max(0.0, left))
+        except TimeoutError:
+            self.refusal = _RefusedError(408, "too slow")
+            raise self.refusal from None
+        if event["type"] == "http.request":
+            self._taken += len(event.get("body", b""))
+            self._whole = not event.get("more_body", False)
+            if self._taken > self.largest:
+                self.refusal = _RefusedError(413, "too large")
+                raise self.refusal
+        return event
 
 
 @dataclass(slots=True)
 class _Answer:
-    """Passes an answer on, and knows whether it has begun."""
+    """Passes an answer on, unless the body was refused before; knows whether it has begun."""
 
     send: Send
+    body: _Body
     begun: bool = False
 
     async def __call__(self, event: Event) -> None:
-        self.begun = True
-        await self.send(event)
+        if self.body.refusal is None or self.begun:
+            self.begun = True
+            await self.send(event)
 
 
 @dataclass(slots=True)
@@ -290,6 +338,15 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
     return found
 
 
+def _is_recent(stamp: bytes, now: float) -> bool:
+    """Whether Flower takes a signed time stamp; what is none, it refuses itself."""
+    try:
+        age = now - datetime.fromisoformat(stamp.decode("ascii")).timestamp()
+    except (ValueError, OverflowError):
+        return True
+    return -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+
+
 def _host(header: bytes) -> str:
     """The name in a Host header, without its port; nothing if it is no plain one."""
     try:
@@ -300,28 +357,6 @@ def _host(header: bytes) -> str:
     if not colon:
         return text
     return name.strip("[]") if port.isdigit() else text.strip("[]")
-
-
-def _bounded(receive: Receive, largest: int, seconds: float) -> Receive:
-    """Reads a body up to a length, and for so long."""
-    deadline, taken, whole = time.monotonic() + seconds, 0, False
-
-    async def reading() -> Event:
-        nonlocal taken, whole
-        if whole:
-            return await receive()  # whether the other side has gone
-        try:
-            event = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            raise _RefusedError(408, "too slow") from None
-        if event["type"] == "http.request":
-            taken += len(event.get("body", b""))
-            whole = not event.get("more_body", False)
-            if taken > largest:
-                raise _RefusedError(413, "too large")
-        return event
-
-    return reading
 
 
 async def _parts(receive: Receive) -> Any:

@@ -6,7 +6,6 @@ identity it signs contributions.
 """
 
 import json
-import os
 import re
 import secrets
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 from homefire.common.encoding import canonical_json
 from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
-from homefire.common.files import locked, sync_folder
+from homefire.common.files import append_line, locked
 from homefire.common.protocol import VERSION
 from homefire.common.signatures import verify
 from homefire.common.ticket import ENROLMENT, secret_digest, signed_parts
@@ -174,18 +173,7 @@ class Enrolment:
         )
 
     def _append(self, entry: dict[str, Any]) -> None:
-        path = self.folder / FILE
-        fresh = not path.exists()
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            # What a kill has left of a line is no line.
-            _cut_to_lines(descriptor)
-            os.write(descriptor, canonical_json(entry) + b"\n")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if fresh:
-            sync_folder(self.folder)
+        append_line(self.folder / FILE, canonical_json(entry))
 
     def _book(self) -> "_Book":
         book = _Book()
@@ -225,12 +213,3 @@ class _Book:
 
 _ASK = "Ask the operator for another ticket."
 _RESTORE = "Put the newest copy of the file in place."
-
-
-def _cut_to_lines(descriptor: int) -> None:
-    size = os.fstat(descriptor).st_size
-    if size == 0:
-        return
-    tail = os.pread(descriptor, min(size, 1 << 16), max(0, size - (1 << 16)))
-    if not tail.endswith(b"\n"):
-        os.ftruncate(descriptor, size - len(tail) + tail.rfind(b"\n") + 1)

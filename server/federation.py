@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -17,6 +16,7 @@ from flwr.serverapp import Grid
 from homefire.common.adapter import Vector
 from homefire.common.config import FederationConfig
 from homefire.common.errors import BudgetExhaustedError, FederationError
+from homefire.common.files import append_line
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
 from homefire.common.privacy.adaptive_clip import next_clip_norm
 from homefire.common.privacy.mechanism import Gaussian, Mechanism
@@ -116,7 +116,7 @@ def run_federation(
             if not _await_quorum(grid, federation, drained):
                 return logs
             logs.append(_round(grid, federation, state))
-            _append_line(config.output / "rounds.jsonl", asdict(logs[-1]))
+            append_line(config.output / "rounds.jsonl", json.dumps(asdict(logs[-1])).encode())
             released(logs[-1].round)
             LOG.info("round %d of %d released", logs[-1].round, config.federation.rounds)
         finish(federation, state)
@@ -312,8 +312,3 @@ def _log_round(current: OpenRound, average: NoisyAverage, cohort: int, seconds: 
         clipped_share=average.clipped_share,
         seconds=seconds,
     )
-
-
-def _append_line(path: Path, line: dict[str, object]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")

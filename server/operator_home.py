@@ -13,11 +13,15 @@
         registry/               published releases
         flower/                 Flower's state: what is in flight
         logs/                   one file a process
+        trouble                 what the run last failed of, in words
+        *.lock                  held by what runs here
     HOME/run.keys/              signing key, run key, anchor of the ledger
 """
 
+import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,7 @@ from homefire.common.config import (
     validate,
 )
 from homefire.common.errors import ConfigError, FederationError
-from homefire.common.files import make_folder, write_atomically
+from homefire.common.files import hold, is_held, make_folder, write_atomically
 from homefire.common.keystore import Keystore
 from homefire.common.signatures import public_key
 from homefire.common.ticket import Ticket
@@ -41,7 +45,9 @@ from homefire.server.enrolment import Device, Enrolment
 from homefire.server.run_state import SIGNING_KEY
 
 SERVER, FEDERATION, POLICY = "server.toml", "federation.toml", "device-policy.toml"
-ROSTER, DRAIN = "roster.txt", "drain"
+ROSTER, DRAIN, TROUBLE = "roster.txt", "drain", "trouble"
+SERVER_LOCK, PROCESSES_LOCK, APP_LOCK = "server.lock", "processes.lock", "serverapp.lock"
+LONGEST_TROUBLE = 4096  # bytes
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 EXECUTOR_SECRET, OPERATOR_SECRET = "executor", "operator"
 
@@ -155,6 +161,80 @@ class OperatorHome:
     def is_draining(self) -> bool:
         """Whether no further round is to be opened."""
         return (self.folder / DRAIN).exists()
+
+    def drain(self) -> None:
+        """Ask the server that runs here to end after the round that it is in.
+
+        Raises:
+            FederationError: None runs here.
+        """
+        if not self.is_served():
+            raise FederationError(
+                f"{self.folder}: no server runs here", hint="There is nothing to stop."
+            )
+        (self.folder / DRAIN).touch(mode=0o600)
+
+    def undo_drain(self) -> bool:
+        """Take that back; False where nothing was asked."""
+        asked = self.is_draining()
+        (self.folder / DRAIN).unlink(missing_ok=True)
+        return asked
+
+    def is_served(self) -> bool:
+        """Whether a server runs in this folder."""
+        return is_held(self.folder / SERVER_LOCK)
+
+    def is_at_work(self) -> bool:
+        """Whether a ServerApp runs in this folder."""
+        return is_held(self.folder / APP_LOCK)
+
+    @contextmanager
+    def alone(self, *, wait: float = 30.0) -> Iterator[int]:
+        """Be the only server in this folder while the block lasts.
+
+        Args:
+            wait: Seconds to wait for processes of a server that was killed.
+
+        Yields:
+            A descriptor to hand to all processes: no other server starts while one has it.
+
+        Raises:
+            FederationError: A server runs here, or such processes do not end.
+        """
+        if (own := hold(self.folder / SERVER_LOCK, wait=1.0)) is None:
+            raise FederationError(
+                f"{self.folder}: a server runs here already",
+                hint="Ask how it is: homefire server status",
+            )
+        processes = None
+        try:
+            if (processes := hold(self.folder / PROCESSES_LOCK, wait=wait)) is None:
+                raise FederationError(
+                    f"{self.folder}: processes of an earlier server still run",
+                    hint="They end by themselves a few seconds after it; if not, end them.",
+                )
+            yield processes
+        finally:
+            for descriptor in (processes, own):
+                if descriptor is not None:
+                    os.close(descriptor)
+
+    @property
+    def trouble(self) -> str:
+        """What the run last failed of; nothing if it went on since."""
+        try:
+            return (self.folder / TROUBLE).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def keep_trouble(self, what: str) -> None:
+        """Say what the run failed of, or that it goes on; a full disk keeps nothing."""
+        path = self.folder / TROUBLE
+        with suppress(OSError):
+            if what:
+                write_atomically(path, what.encode()[:LONGEST_TROUBLE], mode=0o600)
+            else:
+                path.unlink(missing_ok=True)
 
     def tickets(self, count: int) -> list[Ticket]:
         """Tickets for new devices.

@@ -6,8 +6,10 @@ Nothing here is of one device: no key, address or number of a node, no time of a
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 from homefire.common.config import FederationConfig
@@ -20,6 +22,8 @@ from homefire.server.planning import PrivacyPlan, plan_privacy
 
 SHOWN_ROUNDS = 500
 NUMBER_BYTES = 4
+LEAST_FREE = 256 << 20  # bytes
+WARN_DAYS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,7 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         size = _vector_size(home)
     except HomefireError as error:
         trouble.append(str(error))
+    trouble += _signs(home)
     dropped, refused = Counter[str](), Counter[str]()
     for each in rounds:
         dropped.update(each["dropped"])
@@ -125,6 +130,17 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         releases=releases,
         trouble=trouble,
     )
+
+
+def _signs(home: OperatorHome) -> list[str]:
+    """What an operator should look at before it stops the run, or because it did."""
+    found = [home.trouble] if home.trouble else []
+    if (free := disk_usage(home.folder).free) < LEAST_FREE:
+        found.append(f"the disk of {home.folder} has {free / 1e6:.0f} MB left")
+    left = (home.certificates.expires() - datetime.now(UTC)).days
+    if left < WARN_DAYS:
+        found.append(f"the certificate is good for {left} days more: homefire server renew")
+    return found
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import os
 import sys
 from base64 import b64decode
 from binascii import Error as Base64Error
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 from flwr.common.constant import ACCESS_TOKEN_KEY
 from flwr.proto.control_pb2 import RegisterNodeRequest
-from flwr.server.superlink.linkstate import LinkState
+from flwr.server.superlink.linkstate import LinkState, sql_linkstate
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import (
     SuperLinkLifespan,
@@ -36,7 +36,7 @@ from homefire.common.errors import EnrolmentError
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
 from homefire.server.door import Door, send_json
-from homefire.server.enrolment import Request
+from homefire.server.enrolment import Device, Request
 from homefire.server.listener import bounded_protocol
 from homefire.server.operator_home import (
     EXECUTOR_SECRET,
@@ -118,6 +118,39 @@ def _state(app: FastAPI) -> LinkState:
     return app.state.linkstate_factory.state()
 
 
+def know_again(app: FastAPI, devices: Iterable[Device]) -> int:
+    """Make enrolled nodes known that Flower's database lacks, under the ids that they had.
+
+    The run and its statement stand on these ids; the database may lie where it does not last, and
+    need not be in a backup.
+
+    Args:
+        app: Flower's, started.
+        devices: All that are enrolled.
+
+    Returns:
+        How many it lacked.
+    """
+    state, lacking = _state(app), 0
+    for device in devices:
+        if state.get_node_id_by_public_key(device.node_key.encode()) is None:
+            lacking += 1
+            with _next_node_id(device.node):
+                _register(app, device.node_key)
+    return lacking
+
+
+@contextmanager
+def _next_node_id(node: int) -> Iterator[None]:
+    """What Flower would draw, while the block lasts; no node registers meanwhile."""
+    draw = sql_linkstate.generate_rand_int_from_bytes
+    sql_linkstate.generate_rand_int_from_bytes = lambda *_, **__: node
+    try:
+        yield
+    finally:
+        sql_linkstate.generate_rand_int_from_bytes = draw
+
+
 def _register(app: FastAPI, node_key: str) -> int:
     state = _state(app)
     known = state.get_node_id_by_public_key(node_key.encode())
@@ -156,12 +189,14 @@ async def serve(home: OperatorHome) -> None:
         "access_log": False,  # addresses and paths of devices
         "log_level": "warning",
         "server_header": False,
+        "proxy_headers": False,  # anybody can write them
         "ws": "none",
         "timeout_graceful_shutdown": 10,
     }
     limits = config.limits
     strangers = {
-        "http": bounded_protocol(connections=limits.connections, seconds=limits.seconds),
+        # Some are kept between two requests.
+        "http": bounded_protocol(connections=2 * limits.connections, seconds=limits.seconds),
         "lifespan": "off",
     }
     host, _, port = config.fleet.rpartition(":")
@@ -170,8 +205,13 @@ async def serve(home: OperatorHome) -> None:
         uvicorn.Config(door, host=host.strip("[]"), port=int(port), **common, **strangers)
     )
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(outer.serve())
-        await inner.serve()
+        private_listener = tasks.create_task(inner.serve())
+        while not inner.started and not private_listener.done():
+            await asyncio.sleep(0.05)
+        if inner.started:
+            await asyncio.to_thread(know_again, app, home.enrolment.devices())
+            tasks.create_task(outer.serve())
+        await asyncio.wait([private_listener])
         outer.should_exit = True
 
 

@@ -1,8 +1,8 @@
 """What keeps a server running: its processes, started again when they end, and its run.
 
 One process supervises three others: the SuperLink, Flower's executor for the ServerApp, and the
-release registry. Whatever ends is started again, the more slowly the more often; a run that failed
-goes on from its ledger.
+release registry. Whatever ends is started again, the more slowly the more often; a run whose
+ServerApp ended goes on from its ledger, under a new number of Flower's.
 """
 
 import asyncio
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from homefire.common.errors import FederationError, HomefireError
-from homefire.server.control import Control
-from homefire.server.operator_home import EXECUTOR_SECRET, OperatorHome
+from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
+from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
+from homefire.server.releases import ReleaseStore
 from homefire.server.run_state import rounds_spent
 from homefire.server.status import Status, look
 
@@ -25,6 +26,12 @@ LOG = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 STEADY_SECONDS = 60.0
 """After so long a process that ends again is not the same trouble."""
+
+GONE_SECONDS = 3.0
+"""A ServerApp that ended by itself has told Flower so within that time."""
+
+MOST_BURNT = 5
+"""Rounds in a row that may be spent without a release before somebody has to look."""
 
 LARGEST_LOG = 16 << 20  # bytes; then it is begun anew, and the one before is kept
 ENVIRONMENT = {
@@ -44,12 +51,14 @@ class Child:
         name: Of its log.
         command: What is started.
         folder: The server's.
+        inherited: A descriptor that it keeps; see `OperatorHome.alone`.
         starts: How often it was started.
     """
 
     name: str
     command: Sequence[str]
     folder: Path
+    inherited: int | None = None
     starts: int = 0
     _process: "subprocess.Popen[bytes] | None" = None
     _since: float = 0.0
@@ -90,6 +99,7 @@ class Child:
                 stdout=descriptor,
                 stderr=descriptor,
                 umask=0o077,
+                pass_fds=[] if self.inherited is None else [self.inherited],
             )
         finally:
             os.close(descriptor)
@@ -114,37 +124,54 @@ class Supervisor:
     Guarantees:
         Goes on: a process, or a run, that ended by itself or was killed is started again; a round
             that it was in is burnt, as the ledger says.
+        One ServerApp: none is started while another one runs, nor while Flower takes one that was
+            killed for running.
+        No burning on: after so many rounds in a row that were spent without a release, nothing more
+            is spent until somebody starts the server again.
         Only when all are there: no run starts before as many devices are enrolled as it needs.
 
     Attributes:
         home: Of the server.
+        inherited: A descriptor that all processes keep; see `OperatorHome.alone`.
         control: Calls to its SuperLink.
         children: Its processes.
         state: What is going on, in words for people.
     """
 
     home: OperatorHome
+    inherited: int | None = None
     control: Control = field(init=False)
     children: list[Child] = field(init=False)
     state: str = "starting"
     _run: int | None = None
+    _worked: bool = False
+    _gone_since: float | None = None
     _not_before: float = 0.0
     _pause: float = FIRST_PAUSE
+    _spent_before: int | None = None
 
     def __post_init__(self) -> None:
         self.control = Control(self.home)
         folder, config = self.home.folder.absolute(), self.home.config
-        own = ["--home", str(folder), "--parent", str(os.getpid())]
-        python = [sys.executable, "-m"]
-        executor = ["--runtime-api-address", f"127.0.0.1:{config.private}"]
+        parent = ["--parent", str(os.getpid())]
+        own, listen = ["--home", str(folder), *parent], ["--listen", config.registry]
+        executor = [*parent, "--lock", str(folder / APP_LOCK)]
+        executor += ["--runtime-api-address", f"127.0.0.1:{config.private}"]
         executor += ["--root-certificates", str(self.home.certificates.authority.absolute())]
-        executor += ["--superexec-auth-secret-file", str(self.home.secret(EXECUTOR_SECRET))]
-        parent, listen = ["--parent", str(os.getpid())], ["--listen", config.registry]
-        self.children = [
-            Child("superlink", [*python, "homefire.server.superlink", *own], folder),
-            Child("registry", [*python, "homefire.server.registry", *own, *listen], folder),
-            Child("executor", [*python, "homefire.server.executor", *parent, *executor], folder),
+        executor += [
+            "--superexec-auth-secret-file",
+            str(self.home.secret(EXECUTOR_SECRET).absolute()),
         ]
+        self.children = [
+            Child(name, [sys.executable, "-m", f"homefire.server.{name}", *options], folder)
+            for name, options in (
+                ("superlink", own),
+                ("registry", [*own, *listen]),
+                ("executor", executor),
+            )
+        ]
+        for child in self.children:
+            child.inherited = self.inherited
 
     def status(self) -> Status:
         """How the server is."""
@@ -156,7 +183,13 @@ class Supervisor:
             online, door = self.control.nodes().get("online", 0), self.control.door()
         except FederationError:
             online, door = None, {}
-        return replace(found, processes=processes, online=online, door=door)
+        down = [
+            f"{child.name} does not run: see logs/{child.name}.log"
+            for child in self.children
+            if child.starts > 1 and not child.runs
+        ]
+        trouble = [*found.trouble, *down]
+        return replace(found, processes=processes, online=online, door=door, trouble=trouble)
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Keep everything running until `stop` is set; then end it all."""
@@ -164,8 +197,12 @@ class Supervisor:
             while not stop.is_set():
                 for child in self.children:
                     child.tend()
+                before = self.state
                 await asyncio.to_thread(self._tend_run)
+                if self.state != before:
+                    LOG.info("%s", self.state)
                 if self.state == DRAINED:
+                    self.home.undo_drain()
                     return
                 await _wait(stop, 1.0)
         finally:
@@ -174,33 +211,63 @@ class Supervisor:
 
     def _tend_run(self) -> None:
         try:
-            self._look()
+            if not self.control.is_up():
+                self.state = "waiting for the SuperLink"
+            elif self._run is None:
+                self._begin()
+            else:
+                self._follow(self._run)
         except HomefireError as error:
             self.state = f"waiting: {error}"
 
-    def _look(self) -> None:
-        if not self.control.is_up():
-            self.state = "waiting for the SuperLink"
+    def _begin(self) -> None:
+        """Start a run as soon as one may be started."""
+        if self.home.is_at_work():
+            self.state = "waiting for the ServerApp of before to end"
             return
-        if self._run is None:
-            if rounds_spent(self.home.output)[1]:
-                self.state = ENDED
-                return
-            if self.home.is_draining():
-                self.state = DRAINED
-                return
+        for run in self.control.unfinished():
+            self.control.stop(run)
+        opened, over = rounds_spent(self.home.output)
+        if over:
+            self.state = ENDED
+        elif self.home.is_draining():
+            self.state = DRAINED
+        elif (burnt := self._burnt(opened)) >= MOST_BURNT:
+            self.state = f"halted: {burnt} rounds in a row were spent without a release"
+        elif time.monotonic() >= self._not_before:
             self.home.participants()
-            if time.monotonic() >= self._not_before:
-                self._run = self.control.start()
-                self.state = "running"
-            return
-        status, how = self.control.status(self._run)
-        if status != "finished":
-            self.state = "draining" if self.home.is_draining() else "running"
-            return
-        LOG.warning("the run ended: %s", how)
-        self._pause = FIRST_PAUSE if how == "completed" else min(LONGEST_PAUSE, 2 * self._pause)
+            self._run, self._worked, self._gone_since = self.control.start(), False, None
+            self.state = "running"
+
+    def _burnt(self, opened: int) -> int:
+        """Rounds that were spent without a release, up to the newest and since this one started."""
+        if self._spent_before is None:
+            self._spent_before = opened
+        newest = max(ReleaseStore(self.home.output / "releases").rounds(), default=0)
+        return opened - max(newest, self._spent_before)
+
+    def _follow(self, run: int) -> None:
+        """See how the run is doing; where its ServerApp is gone, another is to be started."""
+        status, how = self.control.status(run)
+        if status not in (FINISHED, UNKNOWN):
+            if not self._is_gone():
+                self.state = "draining" if self.home.is_draining() else "running"
+                return
+            # Flower would believe in it for another minute.
+            self.control.stop(run)
+            how = "killed"
+        LOG.warning("the run ended: %s", how or status)
+        self._pause = FIRST_PAUSE if how != FAILED else min(LONGEST_PAUSE, 2 * self._pause)
         self._run, self._not_before = None, time.monotonic() + self._pause
+
+    def _is_gone(self) -> bool:
+        """Whether the run's ServerApp was there, and is not any more."""
+        if self.home.is_at_work():
+            self._worked, self._gone_since = True, None
+        elif self._worked and self._gone_since is None:
+            self._gone_since = time.monotonic()
+        gone = self._gone_since
+        return gone is not None and time.monotonic() - gone >= GONE_SECONDS
 
 
 DRAINED = "drained"

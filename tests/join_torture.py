@@ -69,6 +69,10 @@ flower_superlink()
 """Takes a killed node back at once; otherwise it would wait a minute for its heartbeat."""
 
 
+ENOUGH = 8
+"""Kills from which on each kind of process must have been killed."""
+
+
 @dataclass
 class Member:
     """One vault that takes part.
@@ -127,7 +131,7 @@ class Member:
             executor = self.find("executor")
             tasks = descendants(executor.pid) if executor else []
             return next((task for task in tasks if alive(task)), None)
-        mark = "homefire.client.executor" if target == "executor" else "flower_supernode"
+        mark = f"homefire.client.{target.lower()}"
         for each in descendants(self.process.pid):
             with suppress(psutil.Error):
                 if each.ppid() == self.process.pid and any(mark in word for word in each.cmdline()):
@@ -367,8 +371,9 @@ def main() -> None:
     for name, count in sorted(seen.items()):
         print(f"{name}: {count} kills")
     never = [each for each in get_args(Target) if not any(n.startswith(each) for n in seen)]
-    require(not never, f"never killed: {never}")
-    require(any("under way" in name for name in seen), "no task was under way at a kill")
+    if options.kills >= ENOUGH:
+        require(not never, f"never killed: {never}")
+        require(any("under way" in name for name in seen), "no task was under way at a kill")
     print(f"all invariants held; {time.monotonic() - started:.0f} s")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from tiny_steps import StoppedError, stop
-from tiny_vaults import CANARY, PASSPHRASE, TWO_STEPS
+from tiny_vaults import CANARY, PASSPHRASE, TWO_STEPS, MemoryKeyring
 from typer.testing import CliRunner
 
 import homefire.__main__  # noqa: F401 - adds all verbs
@@ -138,6 +138,19 @@ def test_the_passphrase_changes_and_the_old_one_ends(
     monkeypatch.setenv("HOMEFIRE_PASSPHRASE", "another passphrase")
     run("doctor", "--rotate")
     assert as_json("status")["records"] == 4
+
+
+def test_a_passphrase_for_a_keystore_vault_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, system_keyring: MemoryKeyring
+) -> None:
+    other = home.with_name("other")
+    run("init", "--home", str(other), "--protection", "keystore")
+    monkeypatch.setenv("HOMEFIRE_NEW_PASSPHRASE", "another passphrase")
+    done = device("doctor", "--home", str(other), "--change-passphrase")
+    assert isinstance(done.exception, ConfigError)
+    run("doctor", "--home", str(other), "--change-passphrase", "--protection", "both")
+    monkeypatch.setenv("HOMEFIRE_PASSPHRASE", "another passphrase")
+    assert as_json("status", "--home", str(other))["protection"] == "both"
 
 
 def test_a_vault_is_made_once_and_erased_without_its_passphrase(

@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,11 @@ class Place:
         """A connection by TLS."""
         context = ssl.create_default_context(cafile=self.authority)
         plain = socket.create_connection((HERE, self.port), timeout=seconds)
-        return context.wrap_socket(plain, server_hostname=HERE)
+        try:
+            return context.wrap_socket(plain, server_hostname=HERE)
+        except OSError:
+            plain.close()
+            raise
 
     def say(self, *parts: bytes, seconds: float = 20) -> bytes:
         """Send bytes, and read what is answered until the end of the connection."""
@@ -173,7 +177,7 @@ def redeem(
     *,
     key: ec.EllipticCurvePrivateKey | None = None,
     identity: Ed25519PrivateKey | None = None,
-    **changes: object,
+    changes: Mapping[str, object] | None = None,
 ) -> tuple[int, Any]:
     """Ask to be enrolled; `changes` go to the request."""
     key = key or ec.generate_private_key(ec.SECP384R1())
@@ -187,7 +191,7 @@ def redeem(
         "node_key": node,
         "signature": signed.hex(),
     }
-    return place.post(ENROL_PATH, json.dumps({**wanted, **changes}).encode())
+    return place.post(ENROL_PATH, json.dumps({**wanted, **(changes or {})}).encode())
 
 
 def pem(key: ec.EllipticCurvePrivateKey) -> str:
@@ -199,12 +203,19 @@ def pem(key: ec.EllipticCurvePrivateKey) -> str:
     )
 
 
-def activate(place: Place, member: Member) -> Any:
-    """Come online; returns the client that did."""
-    client = place.fleet(member.key)
+def ask(client: Any, call: str, request: Any) -> Any:
+    """One call of a client that is closed afterwards."""
+    with client:
+        return getattr(client, call)(request)
+
+
+def activate(place: Place, member: Member) -> None:
+    """Come online, if it is not."""
     request = ActivateNodeRequest(public_key=pem(member.key).encode(), heartbeat_interval=30)
-    assert client.ActivateNode(request).node_id == member.node
-    return client
+    try:
+        assert ask(place.fleet(member.key), "ActivateNode", request).node_id == member.node
+    except httpx.HTTPStatusError as error:
+        assert error.response.status_code == httpx.codes.PRECONDITION_FAILED, error.response.text
 
 
 def made_home(folder: Path, limits: str = "") -> OperatorHome:
@@ -226,8 +237,12 @@ def operated(folder: Path, limits: str = "") -> Iterator[Operated]:
     child = Child("superlink", [sys.executable, "-m", "homefire.server.superlink", *own], folder)
     server = Operated(home, child)
     child.tend()
+
+    def is_up() -> bool:
+        return server.control.is_up() and listens(server.public)
+
     try:
-        until(server.control.is_up, lambda: (folder / "logs" / "superlink.log").read_text())
+        until(is_up, lambda: (folder / "logs" / "superlink.log").read_text())
         yield server
     finally:
         child.end()
@@ -251,6 +266,15 @@ def flowers_own(folder: Path) -> Iterator[tuple[Place, Flower]]:
         yield place, programs
     finally:
         programs.end()
+
+
+def listens(place: Place) -> bool:
+    """Whether connections are taken there."""
+    try:
+        place.connect().close()
+    except OSError:
+        return False
+    return True
 
 
 def healthy(place: Place) -> bool:

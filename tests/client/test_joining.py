@@ -23,7 +23,13 @@ import homefire.__main__  # noqa: F401 - adds all verbs
 from homefire.client import Personalizer, device, keys
 from homefire.client import conditions as conditions_module
 from homefire.client.app import app, known_keys
-from homefire.client.conditions import BetweenRounds, Condition, Idle, on_mains_power
+from homefire.client.conditions import (
+    BetweenRounds,
+    Condition,
+    Idle,
+    off_mobile_network,
+    on_mains_power,
+)
 from homefire.client.executor import PinnedExecutor, Preparation
 from homefire.client.joining import Link, Membership, contributed, is_this_machine
 from homefire.client.joining_changes import Change, Trouble
@@ -259,6 +265,22 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
             (tmp_path / str(number) / "stat").write_text(f"{before} {'0 ' * 9}{ticks} 0 0 0")
 
     return at
+
+
+@pytest.mark.parametrize(
+    ("interface", "off"), [("eth0", True), ("wlp3s0", True), ("wwan0", False), ("ppp0", False)]
+)
+def test_a_modem_is_told_from_other_ways_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interface: str, off: bool
+) -> None:
+    routes = tmp_path / "route"
+    monkeypatch.setattr(conditions_module, "ROUTES", routes)
+    assert off_mobile_network()  # no way out
+    head = "Iface\tDestination\tGateway\tFlags\n"
+    routes.write_text(f"{head}wwan0\t0000A8C0\t00000000\t0001\n")
+    assert off_mobile_network()  # a network of its own, but not the way out
+    routes.write_text(f"{head}{interface}\t00000000\t0100A8C0\t0003\n")
+    assert off_mobile_network() is off
 
 
 def test_the_devices_own_work_does_not_count(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,14 @@ def test_talk(page: Page) -> None:
     expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
 
 
-def test_a_reply_can_be_stopped(page: Page) -> None:
+def test_a_reply_can_be_stopped(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that would take half a minute, letter by letter."""
+
+    def slowly(*_: Any) -> int:
+        time.sleep(0.1)
+        return byte_alphabet().index("a")
+
+    monkeypatch.setattr(decoding, "_pick", slowly)
     page.fill("#question", "the quick")
     page.click("#send")
     page.click("#stop")

@@ -17,7 +17,15 @@ from homefire.client.personalize.quick import fit_memory
 from homefire.client.personalize.recipe import PRIVATE, SHARED
 from homefire.client.vault_files import KEYS
 from homefire.client.vault_home import VaultHome
-from homefire.common.errors import ConfigError, DataError, LedgerError, VaultError, WrongKeyError
+from homefire.common.errors import (
+    AdapterError,
+    BusyVaultError,
+    ConfigError,
+    DataError,
+    LedgerError,
+    VaultError,
+    WrongKeyError,
+)
 from homefire.common.records import Record
 from homefire.common.training import encode, mean_loss
 
@@ -210,6 +218,7 @@ def test_never_worse(me: Personalizer) -> None:
     again = me.personalize()
     assert not again.kept
     assert again.version == first.version == 1
+    assert set(me.assistant.recipe().weights) == {SHARED, PRIVATE}
     assert again.loss_before == pytest.approx(again.loss_trained)
     me.vault.records.add([Record("quite other words", None, "2025-02-01")] * 3, "more")
     third = me.personalize(seed=3)
@@ -246,7 +255,7 @@ def test_taken_up_again(me: Personalizer) -> None:
         me.personalize(progress=dying_at_five)
     steps: list[int] = []
     found = me.personalize(progress=lambda step, _: steps.append(step))
-    assert steps == [0, 5, 6]  # the last look was after 4
+    assert steps == [4, 5, 6]  # the last look was after 4
     assert found.loss_trained == whole.loss_trained
     assert me.vault.adapters.draft(PRIVATE) is None
 
@@ -270,6 +279,9 @@ def test_auto_wears_an_adapter_on_a_new_release_only_where_it_was_found_to_help(
     release = (spec.initial() + 0.01 * draw.normal(size=spec.size)).astype(np.float32)
     me.vault.adapters.keep(SHARED, release, about, [])
     assert set(me.assistant.recipe().weights) == {SHARED}
+    me.personalize(seed=1)
+    assert set(me.assistant.recipe().weights) == {SHARED, PRIVATE}  # a training looks as well
+    me.restore(1)
     assert me.recheck()
     assert set(me.assistant.recipe().weights) == {SHARED, PRIVATE}
     harmful = me.vault.adapters.vector(PRIVATE, 1)
@@ -375,6 +387,37 @@ def test_a_model_lays_a_forgotten_adapter_down_where_the_keystore_fails(
     with pytest.raises(ConfigError, match="needs a private adapter"):
         me.ask("the quick", recipe="private")
     assert me.vault.database.read("SELECT count(*) FROM unswept") == [(0,)]
+
+
+def test_a_reply_does_not_go_on_with_what_was_forgotten(me: Personalizer) -> None:
+    me.personalize()
+    reply = me.ask("the quick", recipe="private", max_tokens=200)
+    next(iter(reply))
+    me.forget(ids=[1], retrain=False)
+    model = me.assistant._model
+    assert model is not None
+    assert (model.vector(PRIVATE) == model.specs[PRIVATE].initial()).all()
+    with pytest.raises(AdapterError, match="changed while"):
+        str(reply)
+
+
+def test_forgetting_beside_a_reader_is_told_and_ends_when_the_vault_is_closed(
+    me: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(_: object) -> None:
+        raise BusyVaultError("another process reads")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(me.vault), "sweep", busy)
+        found = me.forget(ids=[1], retrain=False)
+    assert (found.records, found.swept) == (1, False)
+    assert me.forget(ids=[2], retrain=False).swept
+
+
+def test_what_finds_nothing_leaves_no_trace(me: Personalizer) -> None:
+    before = me.status().forgotten, VaultHome(me.vault).forgettings
+    assert me.forget(query="nothing holds this").records == 0
+    assert (me.status().forgotten, VaultHome(me.vault).forgettings) == before
 
 
 def test_a_forgotten_canary_is_no_longer_extractable(me: Personalizer) -> None:

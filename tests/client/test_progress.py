@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from homefire.client import progress
-from homefire.client.progress import Reporter, step_bar
+from homefire.client.progress import Reporter, byte_bar, step_bar
 
 
 class Clock:
@@ -95,9 +95,20 @@ def test_a_phase_that_fails_passes_its_error_on_and_keeps_no_time() -> None:
 def test_a_bar_begins_where_the_work_begins() -> None:
     seen, shown = reporter(terminal=False)
     with step_bar(seen.console, "Steps") as advance:
-        for step in (3, 4, 5):
+        for step in (2, 3, 4, 5):
             advance(step, 5)
     assert shown.getvalue().startswith("Steps: 3 to do\n")
     with step_bar(seen.console, "Nothing"):
         pass
     assert "Nothing" not in shown.getvalue()
+
+
+def test_a_download_is_shown_on_a_terminal_and_nowhere_else() -> None:
+    for terminal in (True, False):
+        shown = io.StringIO()
+        console = Console(file=shown, force_terminal=terminal, width=100)
+        with byte_bar(console, "Shared adapter") as advance:
+            for done in (0, 1_500_000, 3_000_000):
+                advance(done, 3_000_000)
+        assert ("3.0/3.0 MB" in shown.getvalue()) == terminal
+        assert ("Shared adapter" in shown.getvalue()) == terminal

@@ -40,6 +40,7 @@ from homefire.common.errors import (
     UnreachableRegistryError,
     WrongClockError,
 )
+from homefire.common.plan import release_digest
 from homefire.common.signatures import public_key
 from homefire.server.registry_folder import DAY, RegistryFolder
 from homefire.server.registry_service import Tls
@@ -381,6 +382,7 @@ def plan_brought(vault: Vault, round_number: int, **changes: Any) -> bytes:
         "round": round_number,
         "server_key": TRUSTED,
         "adapter": SPEC.config.model_dump(mode="json"),
+        "release_digest": release_digest(kept),
     }
     vault.adapters.keep(SHARED, kept, {**about, **changes}, ())
     return kept.tobytes()
@@ -396,6 +398,23 @@ def test_a_plan_of_the_same_run_that_brought_as_new_a_release_stays(
         found = updated(vault)
     assert not found.changed and worn(vault) == kept
     assert [entry["number"] for entry in vault.log.entries("updated")] == [3]
+
+
+def test_the_same_release_published_anew_is_accepted_and_not_fetched(
+    vault: Vault, tmp_path: Path, tls: tuple[Path, Tls]
+) -> None:
+    folder, store = open_registry(tmp_path / "server"), run_of(tmp_path / "server" / "run")
+    with serving(folder, tls[1]) as address:
+        trust(vault, TRUSTED, address, root_certificates=tls[0])
+        folder.publish(store, 1, SPEC, valid_seconds=DAY)
+        assert updated(vault).changed
+        later = time.time() + 2 * DAY
+        folder.clock = lambda: later
+        folder.publish(store, 1, SPEC)
+        fetched: list[int] = []
+        found = updated(vault, clock=lambda: later, progress=lambda done, of: fetched.append(done))
+    assert not found.changed and found.statement.number == 2 and fetched == []
+    assert [entry["number"] for entry in vault.log.entries("updated")] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -379,13 +379,32 @@ def test_a_change_is_indexed_anew(records: Records) -> None:
     assert (records[2].source, records[2].added_at) == (before.source, before.added_at)
     assert records.missing([1, 2]) == {1}
     assert records.matching("old") == [] and records.matching("fresh question") == [2]
-    assert records.add([Record("old words here", "question", "2024", "note")], "test") == 0
     for bad in ("", "  ", "\ud800"):
         with pytest.raises(DataError):
             records.change(2, bad)
     assert records[2].record.text == "fresh text"
     forget(records, 2)
     assert records.remember(Record("another")) > 2  # no id is used again
+
+
+def test_a_change_keeps_nothing_by_which_the_old_text_could_be_guessed(records: Records) -> None:
+    """An import of the old text is then no repetition: it comes back."""
+    old = Record("my number is 4711", created_at="2024")
+    records.add([old], "test")
+    ((before,),) = records.database.read("SELECT digest FROM records")
+    records.change(1, "nothing")
+    ((after,),) = records.database.read("SELECT digest FROM records")
+    assert before != after
+    assert records.add([old], "test") == 1
+
+
+def test_once_only_what_was_said_is_known_when_its_export_is_imported(records: Records) -> None:
+    for _ in range(2):
+        records.remember(Record("I moved", created_at="2025-01-01"))
+    records.add([Record("a file", created_at="2024-01-01")], "files", dated=False)
+    exported = [each.record for each in records.history()]
+    assert records.add(exported, "history.jsonl") == 0
+    assert records.add([*exported, Record("I moved", created_at="2025-01-01")], "again") == 1
 
 
 def test_the_index_agrees_with_the_records_after_everything(records: Records) -> None:

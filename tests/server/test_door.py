@@ -5,15 +5,17 @@ import itertools
 import json
 from base64 import b64encode
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from homefire.common.errors import EnrolmentError, LedgerError
-from homefire.common.ticket import ENROL_PATH
+from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
+from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH
 from homefire.server.door import OPEN, Door
+from homefire.server.enrolment import FORMS, Request
 from homefire.server.operator_home import LimitsConfig
 
 KEY = b64encode(b"an enrolled key")
@@ -56,6 +58,11 @@ def door() -> Door:
     return Door(Flower(), {"fed.example", "127.0.0.1"}, enrol, LIMITS, lambda key: key == KEY)
 
 
+def moment() -> str:
+    """A time of now that no other request has."""
+    return (datetime.now(UTC) + timedelta(microseconds=next(NUMBERS))).isoformat()
+
+
 class Asking:
     """One request at a door, and its answer."""
 
@@ -65,14 +72,16 @@ class Asking:
         *parts: bytes,
         method: str = "POST",
         headers: Mapping[str, str] | None = None,
-        signature: str = "",
+        signed_at: str = "",
+        client: tuple[str, int] | None = ("203.0.113.7", 4711),
         pause: float = 0.0,
     ) -> None:
         default = {"host": "fed.example:9092", "flwr-public-key": KEY.decode()}
-        default["flwr-signature"] = signature or b64encode(str(next(NUMBERS)).encode()).decode()
+        default["flwr-timestamp"] = signed_at or moment()
         given = {**default, **(headers or {})}
         raw = [(name.encode(), value.encode("latin-1")) for name, value in given.items()]
         self.scope = {"type": "http", "path": path, "method": method, "headers": raw}
+        self.scope["client"] = client
         self._parts, self._pause = list(parts or (b"",)), pause
         self.status, self.body = 0, b""
 
@@ -152,6 +161,12 @@ def test_fleet_only_whatever_the_path(path: str) -> None:
         ({"headers": {"content-length": "-1"}}, 400, "no length"),
         ({"headers": {"content-length": "1e3"}}, 400, "no length"),
         ({"headers": {"HOST": "evil.example"}}, 400, "header twice"),
+        ({"headers": {"flwr-public-key": "no base64!"}}, 401, "no key"),
+        ({"headers": {"flwr-public-key": KEY.decode()[:-1] + "\n="}}, 401, "no key"),
+        ({"headers": {"content-length": "3", "transfer-encoding": "chunked"}}, 400, "two lengths"),
+        ({"headers": {"homefire-version": "2"}}, 426, "another version"),
+        ({"headers": {"homefire-version": ""}}, 426, "another version"),
+        ({"headers": {"flwr-public-key": "eHg=", "content-length": "20000"}}, 413, "too large"),
     ],
 )
 def test_a_strange_request_is_refused(
@@ -182,10 +197,18 @@ def test_bounded_how_often_a_device_asks(door: Door) -> None:
     assert [Asking(PULL).at(door).status for _ in range(6)] == 5 * [200] + [429]
     clock[0] += 2.0
     assert [Asking(PULL).at(door).status for _ in range(3)] == [200, 200, 429]
-    # Keys that nobody has enrolled share one rate.
+    # Keys that nobody has enrolled share the rate of the address that they come from.
     keys = [b64encode(f"made up {n}".encode()).decode() for n in range(6)]
     made_up = [Asking(PULL, headers={"flwr-public-key": key}).at(door).status for key in keys]
     assert made_up == 5 * [200] + [429]
+    # Who guesses there, redeems, or comes from elsewhere is another matter.
+    guessed = [Asking(ENROL_PATH, b"{}").at(door).status for _ in range(6)]
+    assert guessed == 5 * [403] + [429]
+    elsewhere = ("2001:db8:1:2::7", 4711)
+    assert Asking(ENROL_PATH, b"{}", client=elsewhere).at(door).status == 403
+    neighbours = [(f"2001:db8:1:2::{n}", 4711) for n in range(5)]
+    told = [Asking(ENROL_PATH, b"{}", client=each).at(door).status for each in neighbours]
+    assert told == 4 * [403] + [429]
 
 
 def test_bounded_how_many_are_under_way(door: Door) -> None:
@@ -203,20 +226,59 @@ def test_bounded_how_many_are_under_way(door: Door) -> None:
     assert Asking(PULL).at(door).status == 200  # they are let in again
 
 
+def test_bounded_of_a_stranger_less_is_read(door: Door) -> None:
+    made_up = {"flwr-public-key": b64encode(b"made up").decode()}
+    asked = Asking(PULL, *[b"x" * 1024] * 17, headers=made_up).at(door)
+    assert (asked.status, asked.error) == (413, "too large")
+    assert Asking(PULL, *[b"x" * 1024] * 16, headers=made_up).at(door).status == 200
+
+
+class Translating(Flower):
+    """Answers every error by itself, as Flower's app does."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer 200, or 500."""
+        try:
+            await super().__call__(scope, receive, send)
+        except Exception:  # noqa: BLE001 - it does
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+
+def test_bounded_also_where_flower_catches_it(door: Door) -> None:
+    door.app = Translating()
+    asked = Asking(PULL, *[b"x" * 1024] * 65).at(door)
+    assert (asked.status, asked.error) == (413, "too large")
+    asked = Asking(PULL, *[b"x"] * 100, pause=0.05).at(door)
+    assert (asked.status, asked.error) == (408, "too slow")
+    assert dict(door.refused) == {"too large": 1, "too slow": 1}
+    assert door.served == 0
+
+
 # Not twice
 
 
 def test_not_twice(door: Door) -> None:
-    """Headers that somebody captured are of no use, for as long as Flower takes them for fresh."""
+    """Headers that somebody captured are of no use, for as long as Flower takes them for fresh.
+
+    Whatever signature stands beside them: it is not even looked at here.
+    """
     clock = [0.0]
     door.clock = lambda: clock[0]
-    signature = b64encode(b"signed time stamp").decode()
-    assert Asking(PULL, signature=signature).at(door).status == 200
+    signed_at = moment()
+    assert Asking(PULL, signed_at=signed_at).at(door).status == 200
     clock[0] += 300
-    asked = Asking(PULL, signature=signature).at(door)
+    asked = Asking(PULL, signed_at=signed_at).at(door)
     assert (asked.status, asked.error) == (401, "seen before")
     clock[0] += 400
-    assert Asking(PULL, signature=signature).at(door).status == 200  # Flower refuses it
+    assert Asking(PULL, signed_at=signed_at).at(door).status == 200  # Flower refuses it
+
+
+def test_clock_first(door: Door) -> None:
+    for signed_at in ("2001-01-01T00:00:00+00:00", "2999-01-01T00:00:00+00:00"):
+        asked = Asking(PULL, signed_at=signed_at).at(door)
+        assert (asked.status, json.loads(asked.body)["detail"]) == (400, CLOCK_SIGN)
+    assert dict(door.refused) == {"another time": 2}
 
 
 # Tickets
@@ -256,3 +318,68 @@ def test_counted_only_by_reason(door: Door) -> None:
     Asking(PULL, headers={"host": "ann.example"}).at(door)
     assert dict(door.refused) == {"no such path": 1, "another host": 1}
     assert "ann" not in repr(door.refused)
+
+
+# Whatever is sent
+
+NAMES = st.sampled_from(
+    "host content-length transfer-encoding flwr-public-key flwr-timestamp homefire-version x".split()
+)
+VALUES = st.one_of(
+    st.binary(max_size=80),
+    st.sampled_from([b"fed.example", KEY, b"1", b"2001-01-01T00:00:00+00:00", b"chunked"]),
+    st.datetimes().map(lambda when: when.isoformat().encode()),
+    st.floats().map(lambda number: repr(number).encode()),
+)
+HEADERS = st.lists(st.tuples(NAMES.map(str.encode), VALUES), max_size=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(
+    path=st.sampled_from([PULL, ENROL_PATH, "/"]) | st.text(),
+    headers=HEADERS,
+    body=st.lists(st.binary(max_size=9000), min_size=1, max_size=4),
+    method=st.sampled_from(["POST", "GET"]) | st.text(),
+)
+def test_whatever_is_sent_has_an_answer(
+    path: str, headers: list[tuple[bytes, bytes]], body: list[bytes], method: str
+) -> None:
+    door = Door(Translating(), {"fed.example"}, enrol, LIMITS, lambda key: key == KEY)
+    asked = Asking(path, *body, method=method)
+    asked.scope["headers"] = headers
+    asked.at(door)
+    assert asked.status in {200, 400, 401, 403, 404, 405, 413, 421, 426, 429}
+    assert door.served + door.refused.total() == 1 + (asked.status == 403)
+
+
+@given(JSON)
+def test_whatever_is_sent_for_a_ticket_has_an_answer(content: object) -> None:
+    def read(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        Request.read(wanted).verify()
+        raise AssertionError("nobody signed that")
+
+    door = Door(Flower(), {"fed.example"}, read, LIMITS, lambda key: False)
+    asked = Asking(ENROL_PATH, json.dumps(content).encode()).at(door)
+    assert asked.status in {400, 403, 413}
+
+
+FIELDS = st.fixed_dictionaries(
+    {
+        "version": st.just(1),
+        "secret": st.from_regex("[0-9a-f]{64}", fullmatch=True) | st.text(),
+        "identity": st.from_regex("[0-9a-f]{64}", fullmatch=True) | st.text(),
+        "node_key": st.from_regex(FORMS["node_key"], fullmatch=True) | st.text(),
+        "signature": st.from_regex("[0-9a-f]{128}", fullmatch=True) | st.text(),
+    }
+)
+
+
+@given(FIELDS)
+def test_whatever_has_the_form_of_a_request_is_refused_without_a_signature(
+    wanted: dict[str, Any],
+) -> None:
+    with pytest.raises((EnrolmentError, SignatureError)):
+        Request.read(wanted).verify()

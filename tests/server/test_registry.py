@@ -212,7 +212,8 @@ def test_bounded_streams_and_readers_that_stand_still(home: Path, tls: tuple[Pat
     limits = Limits(rate=1e6, burst=10**6, streams_of_one=2, chunk_seconds=0.5)
     with serving(open_registry(home), tls[1], limits=limits) as address:
         # Windows of flow control that a reader never takes from fill up after a few messages.
-        with channel(address, tls[0], **{"http2.lookahead_bytes": 65_536}) as opened:
+        small = {"http2.lookahead_bytes": 65_536, "http2.bdp_probe": 0}
+        with channel(address, tls[0], **small) as opened:
             stuck = [downloaded(opened, 21, 0) for _ in range(2)]
             for each in stuck:
                 next(each)

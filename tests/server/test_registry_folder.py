@@ -213,6 +213,34 @@ def test_whole_or_refused_a_changed_bit(home: Path, store: ReleaseStore, name: s
     assert len(open_registry(home).releases) == 2
 
 
+def test_never_twice_a_statement_under_another_number_is_refused(
+    home: Path, store: ReleaseStore
+) -> None:
+    folder = open_registry(home)
+    folder.publish(store, 1, SPEC)
+    for ending in ("json", "safetensors"):
+        path = home / "registry" / f"000001.{ending}"
+        shutil.copy(path, path.with_name(f"000002.{ending}"))
+    with pytest.raises(RegistryError, match="another number's"):
+        _ = folder.releases
+    with pytest.raises(RegistryError, match="another number's"):
+        open_registry(home)
+
+
+def test_what_a_killed_process_published_is_anchored_before_more_is(
+    home: Path, store: ReleaseStore
+) -> None:
+    """Else two would lie ahead of the anchor, and the folder would look newer than the keystore."""
+    folder, other = open_registry(home), open_registry(home)
+    anchor = home / "run.keys" / "registry"
+    folder.publish(store, 1, SPEC)
+    kept = anchor.read_bytes()
+    folder.publish(store, 2, SPEC)
+    anchor.write_bytes(kept)  # killed between statement and anchor
+    assert other.publish(store, 3, SPEC).statement.number == 3
+    assert len(open_registry(home).releases) == 3
+
+
 # Kills
 
 

@@ -61,7 +61,7 @@ STEPS_OF_A_ROUND: dict[str, Step] = {
     "release written": (ReleaseStore, "write", 3, True),
     "older checkpoints forgotten": (run_state, "forget_older", 3, True),
     "committed": (federation_module, "commit", 2, True),
-    "logged": (federation_module, "_append_line", 2, True),
+    "logged": (federation_module, "append_line", 2, True),
 }
 COMMITTED = ("release written", "older checkpoints forgotten", "committed", "logged")
 PRIVACY = {"banded-sqrt": BANDED, "gaussian": GAUSSIAN}
@@ -323,7 +323,7 @@ def test_same_noise_the_past_is_rebuilt(
     tmp_path: Path, pasts: list[tuple[int, Past]], number: int
 ) -> None:
     federation = small_federation(tmp_path / "out", users=8, privacy=BANDED)
-    interrupt((federation_module, "_append_line", number, False), federation, SmallGrid(users=8))
+    interrupt((federation_module, "append_line", number, False), federation, SmallGrid(users=8))
     first = dict(pasts)
     with pytest.MonkeyPatch.context() as patch:  # what the process that died would have used
         kept: list[Past] = []

@@ -1,0 +1,438 @@
+"""Kills the processes of a server and its devices, again and again at random moments.
+
+    python tests/server_torture.py --kills 100 --seed 0
+
+`homefire server run` serves three vaults, which take part by `homefire device join`. What is killed
+is the supervisor, its SuperLink, its executor, the ServerApp, the registry, or a device.
+
+After every kill the next round is released without anybody's help, except that a killed supervisor
+or device is started again; and all through: the ledger only grows, its entries are in an order in
+which a run writes them, no round has two of a kind; every release is signed, of a round that was
+summed and never of one that was burnt, and stays as it is; every release is published, in order,
+under numbers that only grow; no device was charged twice for a round, nor are more contributions in
+a sum than devices were charged for it; nothing of a killed supervisor is left. At the end the
+server is drained, goes on, and is drained again.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import httpx
+import keyring
+import psutil  # type: ignore[import-untyped]
+from keyring.backends import fail
+from tiny_flower import ENVIRONMENT, alive, descendants, free_port
+from tiny_models import make_tiny_model
+from tiny_vaults import PASSPHRASE
+from vault_torture import cheapen_passphrases, require
+
+from homefire.client import Personalizer
+from homefire.client.vault import open_vault
+from homefire.common.errors import HomefireError
+from homefire.common.privacy.ledger import check_lines, empty
+from homefire.common.records import Record
+from homefire.common.release_statement import ReleaseStatement, Signed, read_statement
+from homefire.server.operator_home import OperatorHome, init
+from homefire.server.releases import ReleaseStore
+from homefire.server.run_ledger import KIND, RunLedger
+from homefire.server.run_state import LEDGER
+
+Target = Literal["ServerApp", "superlink", "executor", "supervisor", "registry", "device"]
+DEVICES, COHORT, ROUNDS, DEADLINE = 3, 2, 5000, 8.0
+LONGEST_LIFE = 5.0  # seconds between a recovery and the next kill
+PATIENCE = 240.0  # seconds in which the next round must be released
+SOON = 30.0  # seconds in which a process ends that has lost its parent
+
+FEDERATION = """
+name = "torture"
+users = {devices}
+[base_model]
+name = "{model}"
+[shared]
+rank = 1
+[local]
+steps = 1
+batch_size = 1
+max_tokens = 16
+[federation]
+rounds = {rounds}
+cohort = {cohort}
+deadline = {deadline}
+quorum = 0.6
+[optimizer]
+learning_rate = 0.001
+[privacy]
+mechanism = "gaussian"
+clip_norm = 0.1
+noise_multiplier = 1.0
+delta = 1e-6
+participations = {rounds}
+separation = 1
+"""
+
+POLICY = """server_keys = []
+smallest_cohort = 1
+participations = 1000000
+lifetime_epsilon = 1000000000
+"""
+
+
+@dataclass
+class Member:
+    """A person's device.
+
+    Attributes:
+        vault: Its folder.
+        process: The one that joined.
+    """
+
+    vault: Path
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def join(self) -> None:
+        """Take part, as a person does."""
+        self.process = start(
+            self.vault.with_suffix(".log"), "device", "join", "--yes", "--home", self.vault
+        )
+
+    def charged(self) -> list[int]:
+        """The rounds that its ledger names."""
+        with open_vault(self.vault, passphrase=PASSPHRASE) as vault:
+            vault.log.check()
+            rounds = [int(entry["round"]) for entry in vault.log.participations]
+        require(len(rounds) == len(set(rounds)), "a round was charged twice")
+        return rounds
+
+
+@dataclass
+class Seen:
+    """What was there at an earlier look, and must still be."""
+
+    ledger: bytes = b""
+    releases: dict[int, bytes] = field(default_factory=dict)
+    statements: list[bytes] = field(default_factory=list)
+
+
+class ServerTorture:
+    """A server, three devices, and a run that does not end by itself.
+
+    Attributes:
+        seen: How often each process was killed.
+        outcomes: How long it took until the next release, by process.
+    """
+
+    def __init__(self, folder: Path, seed: int, undo: ExitStack) -> None:
+        self.rng = random.Random(seed)  # noqa: S311
+        self.seen: Counter[Target] = Counter()
+        self.outcomes: dict[Target, list[float]] = {each: [] for each in get_args(Target)}
+        self._before = Seen()
+        self.folder = folder
+        self.model = make_tiny_model(folder / "model")
+        self.home = make_server(folder / "server", self.model)
+        self.key = self.home.server_key
+        self.server: subprocess.Popen[bytes] | None = None
+        undo.callback(self.end_everything)
+        self.serve()
+        wait_until(lambda: self.ask().get("online") is not None, "the server", self.said)
+        self.members = [self._member(number) for number in range(DEVICES)]
+        for member in self.members:
+            member.join()
+        wait_until(lambda: self.newest() >= 1, "a first round", self.said)
+
+    def _member(self, number: int) -> Member:
+        member = Member(self.folder / f"device-{number}")
+        with Personalizer.open(
+            member.vault, base_model=str(self.model), passphrase=PASSPHRASE
+        ) as me:
+            (member.vault / "policy.toml").write_text(POLICY)
+            texts = [
+                Record(f"line {n} of person {number}", None, f"2025-01-0{n + 1}") for n in range(4)
+            ]
+            me.vault.records.add(texts, "test")
+            (ticket,) = self.home.tickets(1)
+            me.enroll(ticket.text)
+        return member
+
+    def serve(self) -> None:
+        """Start the server."""
+        self.server = start(self.folder / "server.log", "server", "run", "--home", self.home.folder)
+
+    def ask(self) -> dict[str, Any]:
+        """What the page knows; nothing where nobody answers."""
+        try:
+            url = f"http://127.0.0.1:{self.home.config.operator}/status.json"
+            found: dict[str, Any] = httpx.get(url, timeout=30).json()
+        except (httpx.HTTPError, ValueError):
+            return {}
+        return found
+
+    def newest(self) -> int:
+        """The newest round that was released."""
+        return max(ReleaseStore(self.home.output / "releases").rounds(), default=0)
+
+    def find(self, target: Target) -> psutil.Process | None:
+        """A process of that kind, if it is there now."""
+        if target == "device":
+            there = [m.process for m in self.members if m.process and m.process.poll() is None]
+            return psutil.Process(self.rng.choice(there).pid) if there else None
+        if self.server is None or self.server.poll() is not None:
+            return None
+        if target == "supervisor":
+            return psutil.Process(self.server.pid)
+        mark = f"homefire.server.{target.lower()}"
+        for each in descendants(self.server.pid):
+            with suppress(psutil.Error):
+                if mark in each.cmdline() and alive(each):
+                    return each
+        return None
+
+    def kill_once(self) -> None:
+        """Kill one process at a random moment, see that the run goes on, and examine."""
+        target = min(get_args(Target), key=lambda each: (self.seen[each], self.rng.random()))
+        wait_until(lambda: self.find(target) is not None, target, self.said)
+        time.sleep(self.rng.uniform(0, LONGEST_LIFE))
+        if (doomed := self.find(target)) is None:
+            return  # it came to its end just now
+        below, before, began = descendants(doomed.pid), self.newest(), time.monotonic()
+        doomed.kill()
+        self.seen[target] += 1
+        self.examine()
+        if target == "supervisor":
+            assert self.server is not None
+            self.server.wait()
+            if self.rng.random() < 0.5:  # else it waits for them itself
+                wait_until(lambda: not any(map(alive, below)), "the end of all", self.said, SOON)
+            self.serve()
+        elif target == "device":
+            for member in self.members:
+                if member.process is not None and member.process.poll() is not None:
+                    wait_until(lambda: not any(map(alive, below)), "its end", self.said, SOON)
+                    member.join()
+        wait_until(lambda: self.newest() > before, "another release", self.said)
+        self.outcomes[target].append(time.monotonic() - began)
+        if target == "supervisor":
+            require(not any(map(alive, below)), "processes of a killed supervisor are left")
+        self.examine()
+
+    def examine(self, *, resting: bool = False) -> None:
+        """Check everything; raises AssertionError with what does not hold.
+
+        Args:
+            resting: Nothing is under way.
+        """
+        accepted = self._logged()  # before the ledgers are read: what came was charged before
+        published = self._published()
+        releases = self._releases()
+        ledger = self._ledger()
+        for number, count in accepted.items():
+            require(number in ledger.sums and number not in ledger.burnt, f"{number} was burnt")
+            require(count <= COHORT, f"round {number}: {count} contributions of {COHORT}")
+        for number in releases:
+            require(not number or number in ledger.sums, f"round {number} has no sum")
+            require(number not in ledger.burnt, f"round {number} was burnt, and released")
+        for number in range(1, ledger.opened):
+            known = number in releases or number in ledger.burnt
+            # What was released while we looked came after.
+            require(known or number > max(releases, default=0), f"round {number} is lost")
+        require(published == sorted(set(published)), f"published: {published}")
+        lost = {number for number in releases if 0 < number < max(published, default=0)}
+        require(lost <= set(published), f"never published: {sorted(lost - set(published))}")
+        if resting:
+            require(published == [n for n in sorted(releases) if n], "a release is not published")
+        charged = Counter(number for member in self.members for number in member.charged())
+        for number, count in accepted.items():
+            require(
+                count <= charged[number],
+                f"round {number}: {count} contributions, {charged[number]} charges",
+            )
+        require(max(charged, default=0) <= self._ledger().opened, "a round that was never opened")
+
+    def _logged(self) -> dict[int, int]:
+        path = self.home.output / "rounds.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        logs = [json.loads(line) for line in lines]
+        require(len({log["round"] for log in logs}) == len(logs), "a round was logged twice")
+        return {log["round"]: log["accepted"] for log in logs}
+
+    def _ledger(self) -> RunLedger:
+        path = self.home.output / LEDGER
+        content = path.read_bytes()
+        content = content[: content.rfind(b"\n") + 1]
+        require(content.startswith(self._before.ledger), "the ledger lost or changed a line")
+        self._before.ledger = content
+        entries, _ = check_lines(path, content.splitlines(), empty(KIND))
+        found = RunLedger(None, None)  # type: ignore[arg-type] - it is only read
+        for entry in entries:
+            found._apply(entry)
+        return found
+
+    def _releases(self) -> dict[int, bytes]:
+        store, found = ReleaseStore(self.home.output / "releases"), dict[int, bytes]()
+        for number in store.rounds():
+            found[number] = store.path(number).read_bytes()
+            if number not in self._before.releases:
+                store.read(number).verify(self.key)
+        for number, content in self._before.releases.items():
+            require(found.get(number) == content, f"release {number} is lost, or another one")
+        self._before.releases = found
+        return found
+
+    def _published(self) -> list[int]:
+        folder = self.home.folder / "registry"
+        paths = sorted(folder.glob("[0-9]*.json"))
+        contents = [path.read_bytes() for path in paths]
+        before = self._before.statements
+        require(contents[: len(before)] == before, "a published release is lost, or another one")
+        self._before.statements = contents
+        rounds = []
+        for number, content in enumerate(contents, start=1):
+            text, signature = content.split(b"\n")[:2]
+            signed = Signed(text, bytes.fromhex(signature.decode()))
+            statement = read_statement(ReleaseStatement, signed, key=self.key)
+            require(statement.number == number, f"number {statement.number} in place of {number}")
+            rounds.append(statement.round)
+        return rounds
+
+    def end(self) -> None:
+        """Drain, go on, drain again; the last check."""
+        for _ in range(2):
+            before = self.newest()
+            wait_until(lambda: self.newest() > before, "another release", self.said)
+            asked = start(self.folder / "stop.log", "server", "stop", "--home", self.home.folder)
+            require(asked.wait(PATIENCE) == 0, "it cannot be stopped")
+            assert self.server is not None
+            require(self.server.wait(PATIENCE) == 0, f"it did not end well\n{self.said()}")
+            self.examine(resting=True)
+            self.serve()
+        ledger = self._ledger()
+        print(
+            f"{ledger.opened} rounds were opened, {len(ledger.burnt)} burnt, "
+            f"{len(self._before.releases) - 1} released, {len(self._before.statements)} published"
+        )
+
+    def end_everything(self) -> None:
+        """End all processes."""
+        started = [self.server, *(member.process for member in getattr(self, "members", []))]
+        running = [each for each in started if each is not None and each.poll() is None]
+        below = [child for each in running for child in descendants(each.pid)]
+        for each in running:
+            each.terminate()
+        for each in running:
+            try:
+                each.wait(SOON)
+            except subprocess.TimeoutExpired:
+                each.kill()
+                each.wait()
+        for child in below:
+            with suppress(psutil.Error):
+                child.kill()
+
+    def said(self) -> str:
+        """What the programs said last."""
+        logs = [*self.folder.glob("*.log"), *(self.home.folder / "logs").glob("*.log")]
+        texts = [f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(logs)]
+        return "\n".join([*texts, self.home.trouble, str(self.ask().get("state"))])
+
+
+def make_server(folder: Path, model: Path) -> OperatorHome:
+    """A server's folder, with free ports."""
+    settings: dict[str, Any] = {name: f"127.0.0.1:{free_port()}" for name in ("fleet", "registry")}
+    settings |= {name: free_port() for name in ("private", "operator")}
+    home = init(folder, names=["127.0.0.1"], settings=settings)
+    text = FEDERATION.format(
+        devices=DEVICES, model=model, rounds=ROUNDS, cohort=COHORT, deadline=DEADLINE
+    )
+    (folder / "federation.toml").write_text(text)
+    return home
+
+
+def start(log: Path, *arguments: "str | Path") -> "subprocess.Popen[bytes]":
+    """A command of homefire's, which goes on."""
+    with log.open("ab") as said:
+        return subprocess.Popen(  # noqa: S603 - our own command
+            [sys.executable, "-m", "homefire", *map(str, arguments)],
+            env={**os.environ, **ENVIRONMENT, "HOMEFIRE_PASSPHRASE": PASSPHRASE},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+        )
+
+
+def wait_until(
+    done: Callable[[], bool], what: str, said: Callable[[], str], patience: float = PATIENCE
+) -> None:
+    """Wait for something; AssertionError where it does not come."""
+    deadline = time.monotonic() + patience
+    while not done():
+        require(time.monotonic() < deadline, f"{what} did not come\n{said()}")
+        time.sleep(0.1)
+
+
+def kill_many(folder: Path, *, kills: int, seed: int) -> Iterator[ServerTorture]:
+    """Kill so many times, and examine after each.
+
+    Args:
+        folder: Empty; everything is made there.
+        kills: How many.
+        seed: Of the moments.
+
+    Yields:
+        What was killed so far, after each kill.
+
+    Raises:
+        AssertionError: Something does not hold.
+    """
+    keyring.get_keyring = fail.Keyring
+    os.environ["HOMEFIRE_CACHE"] = str(folder / "cache")
+    os.environ["XDG_STATE_HOME"] = str(folder / "account")
+    cheapen_passphrases()
+    with ExitStack() as undo:
+        torture = ServerTorture(folder, seed, undo)
+        while torture.seen.total() < kills:
+            torture.kill_once()
+            yield torture
+        torture.end()
+
+
+def main() -> None:
+    """Kill until enough; exit code 1 with the reason where something does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    started, seen = time.monotonic(), Counter[Target]()
+    with tempfile.TemporaryDirectory(prefix="homefire-server-torture-") as folder:
+        for torture in kill_many(Path(folder), kills=options.kills, seed=options.seed):
+            if torture.seen.total() > seen.total():
+                (target,) = torture.seen - seen
+                seen, took = torture.seen.copy(), torture.outcomes[target][-1]
+                count = f"{seen.total()} of {options.kills} kills"
+                print(f"{count}: {target}, next release after {took:.0f} s", flush=True)
+        outcomes = torture.outcomes
+    for target, times in outcomes.items():
+        if times:
+            middle = sorted(times)[len(times) // 2]
+            print(f"{target}: {len(times)} kills, next release after {middle:.0f} s (median)")
+    never = [each for each in get_args(Target) if not seen[each]]
+    require(options.kills < len(get_args(Target)) or not never, f"never killed: {never}")
+    print(f"all invariants held; {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (AssertionError, HomefireError) as failure:
+        print(f"FAILED: {failure}", file=sys.stderr)
+        sys.exit(1)
