@@ -138,8 +138,8 @@ def _ask(ticket: Ticket, wanted: dict[str, str | int]) -> dict[str, Any]:
     try:
         body = json.dumps(wanted)
         connection.request("POST", ENROL_PATH, body, {"content-type": "application/json"})
-        answer = connection.getresponse()
-        found = json.loads(answer.read(LARGEST_ANSWER))
+        with connection.getresponse() as answer:
+            found = json.loads(answer.read(LARGEST_ANSWER))
         if not isinstance(found, dict):
             raise ValueError("no object")
     except ssl.SSLCertVerificationError as error:

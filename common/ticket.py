@@ -88,4 +88,4 @@ def secret_digest(secret: str) -> str:
 
 def signed_parts(secret: str, node_key: str) -> tuple[bytes, bytes]:
     """What a device signs to redeem a ticket: the secret's digest and its node key, PEM."""
-    return secret_digest(secret).encode(), node_key.encode()
+    return bytes.fromhex(secret_digest(secret)), node_key.encode()

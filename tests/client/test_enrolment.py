@@ -1,19 +1,23 @@
 """A ticket is redeemed by the server that it is for, and by nobody else."""
 
 import json
+import socket
 import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from tiny_vaults import PASSPHRASE
 
-from homefire.client import Personalizer
+from homefire.client import Personalizer, enrolment
 from homefire.client.enrolment import enroll, enrolled_with, link_to
 from homefire.client.trust import trusted
 from homefire.common.errors import ConfigError, EnrolmentError
@@ -59,8 +63,9 @@ class Server:
                 server.asked.append(wanted)
                 status, answer = 200, dict[str, Any]()
                 try:
-                    device = server.home.enrolment.redeem(Request(**wanted), lambda _: 7)
-                    answer = {"node": str(device.node), "server_key": server.home.server_key}
+                    device = server.home.enrolment.redeem(Request.read(wanted), lambda _: 7)
+                    answer = {"version": 1, "node": str(device.node)}
+                    answer["server_key"] = server.home.server_key
                 except EnrolmentError as error:
                     status, answer = 403, {"error": str(error), "hint": error.hint}
                 body = json.dumps(server.spoil(answer)).encode()
@@ -175,11 +180,107 @@ def test_a_policy_that_trusts_somebody_is_left_to_its_person(
     me.enroll(ticket.text)
 
 
+def test_a_server_of_another_version_is_told_apart(me: Personalizer, server: Server) -> None:
+    server.spoil = lambda answer: {**answer, "version": 2}
+    with pytest.raises(EnrolmentError, match="another version") as error:
+        me.enroll(server.ticket().text)
+    assert error.value.hint
+    assert enrolled_with(me.vault) is None
+
+
+def test_a_device_of_another_version_is_told_so(
+    me: Personalizer, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(enrolment, "VERSION", 2)
+    with pytest.raises(EnrolmentError, match="the server refuses: this server speaks version 1"):
+        me.enroll(server.ticket().text)
+
+
+def test_a_ticket_of_another_version_is_told_apart(me: Personalizer) -> None:
+    with pytest.raises(ConfigError, match="another version") as error:
+        me.enroll("homefire2.eyJzZWNyZXQiOiJ4In0=")
+    assert "Update" in error.value.hint
+    assert "eyJ" not in f"{error.value}{error.value.hint}"
+
+
+def test_a_refusal_does_nothing_to_a_terminal(me: Personalizer, server: Server) -> None:
+    (ticket, words) = server.ticket(), "no\x1b]0;title\x07 \u202ereally\n"
+    raw = answering(server, b"HTTP/1.1 403 No\r\n\r\n" + json.dumps({"error": words}).encode())
+    with raw as port, pytest.raises(EnrolmentError) as error:
+        enrolment._ask(at(ticket, port), {})
+    assert str(error.value) == "the server refuses: no]0;title really"
+
+
 @pytest.mark.parametrize("answer", [[], "text", {"server_key": 1}, {}])
 def test_whatever_is_answered_is_an_error(me: Personalizer, server: Server, answer: Any) -> None:
     server.spoil = lambda _: answer
     with pytest.raises(EnrolmentError):
         me.enroll(server.ticket().text)
+
+
+@contextmanager
+def answering(server: Server, *answers: bytes) -> Iterator[int]:
+    """Somebody with the server's certificate who answers these bytes, one after another."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server.home.certificates.server)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        for answer in answers:
+            near, _ = listener.accept()
+            with near, context.wrap_socket(near, server_side=True) as opened:
+                asked = b""
+                while not asked.endswith(b"}"):
+                    asked += opened.recv(1 << 16)
+                with suppress(OSError):
+                    opened.sendall(answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield int(listener.getsockname()[1])
+        thread.join(20)
+    finally:
+        listener.close()
+
+
+def at(ticket: Ticket, port: int) -> Ticket:
+    return ticket.model_copy(update={"superlink": f"127.0.0.1:{port}"})
+
+
+BODIES = st.binary(max_size=200) | st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+).map(lambda value: json.dumps(value).encode())
+HEADS = st.binary(max_size=60) | st.sampled_from(
+    [
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 403 No\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nffffffffffff\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 99999999999\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n",
+        b"HTTP/1.1 302 There\r\nlocation: https://evil.example/\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70_000 + b"\r\n\r\n",
+    ]
+)
+DEEP = b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 60_000
+LONG = b"HTTP/1.1 200 OK\r\n\r\n" + b'"' + b"x" * 100_000 + b'"'
+DIGITS = b"HTTP/1.1 200 OK\r\n\r\n" + b"9" * 50_000
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(HEADS, BODIES).map(b"".join), min_size=8, max_size=8))
+@example([DEEP, LONG, DIGITS, b""])
+def test_whatever_bytes_are_answered(server: Server, answers: list[bytes]) -> None:
+    ticket = server.ticket()
+    with answering(server, *answers) as port:
+        for _ in answers:
+            try:
+                assert isinstance(enrolment._ask(at(ticket, port), {}), dict)
+            except EnrolmentError:
+                continue
 
 
 def test_who_is_not_enrolled_is_told_how(me: Personalizer) -> None:

@@ -323,7 +323,7 @@ def test_counted_only_by_reason(door: Door) -> None:
 # Whatever is sent
 
 NAMES = st.sampled_from(
-    "host content-length transfer-encoding flwr-public-key flwr-timestamp homefire-version x".split()
+    "host content-length transfer-encoding flwr-public-key flwr-timestamp homefire-version".split()
 )
 VALUES = st.one_of(
     st.binary(max_size=80),

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import struct
+from base64 import urlsafe_b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -721,3 +722,53 @@ def test_a_statement_names_its_file_its_vector_and_itself() -> None:
     assert first == statement
     assert newest["statement_digest"] == PUBLISHED["digest"]
     assert newest["expires_at"] - newest["issued_at"] == 86_400
+
+
+# Enrolment
+
+ENROLMENTS: dict[str, Any] = json.loads((FOLDER / "enrolments_v1.json").read_text(encoding="utf-8"))
+
+
+def keys_of_enrolment(what: str) -> set[str]:
+    """The keys of a ticket or a request, by the text's tables."""
+    _, _, rest = section("Enrolment").partition(f"| {what} | value |\n| --- | --- |\n")
+    rows = re.findall(r"^\| ([^|]*) \|", rest.partition("\n\n")[0], re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_a_ticket_is_written_byte_for_byte() -> None:
+    fields = ENROLMENTS["fields"]
+    assert set(fields) == keys_of_enrolment("ticket")
+    assert ENROLMENTS["ticket"] == f"homefire1.{urlsafe_b64encode(canonical(fields)).decode()}"
+    assert ENROLMENTS["digest"] == digest("homefire/ticket/v1", bytes.fromhex(fields["secret"]))
+
+
+FORMS_OF_A_REQUEST = {
+    "secret": "[0-9a-f]{64}",
+    "identity": "[0-9a-f]{64}",
+    "node_key": "-----BEGIN PUBLIC KEY-----\\n[^-]*-----END PUBLIC KEY-----\\n",
+    "signature": "[0-9a-f]{128}",
+}
+
+
+def outcome_of_request(wanted: dict[str, Any]) -> str:
+    if type(wanted.get("version")) is not int or wanted["version"] != 1:
+        return "version"
+    for name, form in FORMS_OF_A_REQUEST.items():
+        if not isinstance(wanted.get(name), str) or not re.fullmatch(form, wanted[name]):
+            return "malformed"
+    secret = bytes.fromhex(digest("homefire/ticket/v1", bytes.fromhex(wanted["secret"])))
+    said = framed("homefire/enrolment/v1", (secret, wanted["node_key"].encode()))
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(wanted["identity"])).verify(
+            bytes.fromhex(wanted["signature"]), hashlib.sha256(said).digest()
+        )
+    except InvalidSignature:
+        return "signature"
+    return "enrolled" if wanted["secret"] == ENROLMENTS["issued"][0] else "ticket"
+
+
+@pytest.mark.parametrize("case", ENROLMENTS["cases"], ids=lambda case: str(case["name"]))
+def test_requests_have_their_outcomes(case: dict[str, Any]) -> None:
+    assert outcome_of_request(case["request"]) == case["outcome"]
+    assert set(ENROLMENTS["cases"][0]["request"]) == keys_of_enrolment("request")

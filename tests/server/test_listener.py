@@ -1,0 +1,150 @@
+"""Connections of strangers, before and after there is a request; by TCP on this machine."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Thread
+from typing import Any
+
+import pytest
+import uvicorn
+
+from homefire.server.listener import LARGEST_HEAD, bounded_protocol
+
+CONNECTIONS, SECONDS = 3, 0.4
+HEAD = b"POST / HTTP/1.1\r\nhost: here\r\n"
+ANSWER = 32 << 20  # more than the system's buffers hold
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Takes a body; answers with its length, or with much at /much."""
+    taken, more = 0, True
+    while more:
+        event = await receive()
+        taken, more = taken + len(event.get("body", b"")), event.get("more_body", False)
+    body = bytes(ANSWER) if scope["path"] == "/much" else str(taken).encode()
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": 200, "headers": [length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    protocol = bounded_protocol(connections=CONNECTIONS, seconds=SECONDS)
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        http=protocol,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        timeout_keep_alive=1,
+    )
+    server = _Server(config)
+    thread = Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield int(server.servers[0].sockets[0].getsockname()[1])
+    server.should_exit = True
+    thread.join(20)
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def rest(far: socket.socket) -> bytes:
+    """What comes until the end."""
+    found = b""
+    try:
+        while part := far.recv(1 << 16):
+            found += part
+    except ConnectionError:
+        pass
+    return found
+
+
+def within(seconds: float, done: Callable[[], object]) -> bool:
+    begun = time.monotonic()
+    done()
+    return time.monotonic() - begun < seconds
+
+
+@pytest.mark.parametrize("sent", [b"", b"P", HEAD, HEAD + b"x: y"])
+def test_no_waiting_for_ever_for_a_head(port: int, sent: bytes) -> None:
+    with connect(port) as far:
+        far.sendall(sent)
+        assert within(3, lambda: rest(far))
+
+
+def test_no_waiting_for_ever_for_a_second_head(port: int) -> None:
+    with connect(port) as far:
+        far.sendall(HEAD + b"content-length: 3\r\n\r\nabc" + HEAD)
+        time.sleep(SECONDS / 2)
+        far.sendall(b"x: ")  # uvicorn waits no longer for a keep-alive to end
+        answer = rest(far)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_no_waiting_for_ever_for_one_who_does_not_read(port: int) -> None:
+    with connect(port) as far:
+        far.sendall(b"POST /much HTTP/1.1\r\nhost: here\r\ncontent-length: 0\r\n\r\n")
+        time.sleep(6 * SECONDS)
+        assert len(rest(far)) < ANSWER
+    with connect(port) as far:  # who reads gets all of it
+        far.sendall(b"POST /much HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n")
+        assert len(rest(far)) > ANSWER
+
+
+@pytest.mark.parametrize("step", [1000, 60_000])
+def test_small_heads(port: int, step: int) -> None:
+    with connect(port) as far:
+        sent = HEAD + b"x: " + b"y" * LARGEST_HEAD
+        try:
+            for start in range(0, len(sent), step):
+                far.sendall(sent[start : start + step])
+        except ConnectionError:
+            return
+        assert rest(far) == b""
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_bodies_are_no_heads(port: int, parts: int) -> None:
+    body, length = b"z" * 300_000, b"content-length: 300000\r\n"
+    with connect(port) as far:
+        for last in (b"", b"connection: close\r\n"):
+            far.sendall(HEAD + length + last + b"\r\n")
+            step = len(body) // parts + 1
+            for start in range(0, len(body), step):
+                far.sendall(body[start : start + step])
+        answer = rest(far)
+    assert answer.count(b"HTTP/1.1 200") == 2
+    assert answer.endswith(b"300000")
+
+
+def test_so_many(port: int) -> None:
+    time.sleep(2 * SECONDS)  # those of before are gone
+    opened = [connect(port) for _ in range(CONNECTIONS + 2)]
+    for far in opened:
+        far.sendall(HEAD + b"connection: close\r\ncontent-length: 0\r\n")
+    time.sleep(0.1)
+    answers = []
+    for far in opened:
+        try:
+            far.sendall(b"\r\n")
+            answers.append(rest(far)[:12])
+        except ConnectionError:
+            answers.append(b"")
+        far.close()
+    assert sorted(answers) == [b""] * 2 + [b"HTTP/1.1 200"] * CONNECTIONS
