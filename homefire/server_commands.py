@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,10 +86,11 @@ def run(home: ServerFolder = HOME) -> None:
     goes on after whatever ended it. Only one server runs in a folder.
     """
     _need()
+    from homefire.server.logs import begin
     from homefire.server.supervisor import Supervisor
 
     server = _home(home)
-    logging.getLogger("homefire").setLevel(logging.INFO)
+    begin(server.log("server"), "server", alone=False)
     with server.alone() as inherited:
         if server.undo_drain():
             typer.echo("It was being stopped when it ended; now it opens rounds again.")
@@ -122,6 +122,7 @@ async def _keep(supervisor: Any) -> None:
         host="127.0.0.1",
         port=supervisor.home.config.operator,
         access_log=False,
+        log_config=None,
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=5,

@@ -22,6 +22,7 @@ from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 
 from homefire.common.files import hold
 from homefire.common.parent import end_with
+from homefire.server.logs import begin
 
 PATIENCE = 3.0  # seconds; others hold the lock for a moment to see whether it is held
 END_SECONDS = 8.0
@@ -37,7 +38,7 @@ class OneServerApp:
             other is started meanwhile.
 
     Attributes:
-        lock: The lock's file.
+        lock: The lock's file, in the server's folder.
     """
 
     lock: Path
@@ -65,6 +66,7 @@ class OneServerApp:
             return LaunchResult.failed("another ServerApp still runs")
         command = [sys.executable, "-m", "homefire.server.serverapp"]
         command += ["--runtime", spec.runtime_api_address, "--parent", str(os.getpid())]
+        command += ["--log", str(self.lock.parent / "logs" / "serverapp.log")]
         if spec.root_certificates_path is not None:
             command += ["--root-certificates", spec.root_certificates_path]
         reader, writer = os.pipe()
@@ -97,6 +99,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--lock", required=True, type=Path, help="held while a ServerApp runs")
     given, rest = parser.parse_known_args(arguments)
     end_with(given.parent)
+    begin(given.lock.parent / "logs" / "executor.log", "executor")
     executor = OneServerApp(given.lock)
     superexec.get_executor = lambda *_, **__: executor  # type: ignore[assignment,attr-defined]
     sys.argv = ["flower-superexec", *rest]

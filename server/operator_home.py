@@ -122,6 +122,10 @@ class OperatorHome:
         """The file of a secret."""
         return self.folder / "secrets" / name
 
+    def log(self, process: str) -> Path:
+        """The file that a process logs into."""
+        return self.folder / "logs" / f"{process}.log"
+
     def federation(self) -> FederationConfig:
         """The run's settings.
 

@@ -16,8 +16,11 @@ from homefire.common.errors import ConfigError, HomefireError
 from homefire.common.keystore import Keystore
 from homefire.common.parent import end_with
 from homefire.server.admission import Limits
+from homefire.server.logs import begin
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.releases import SIGNING_KEY
+
+LOG = logging.getLogger(__name__)
 
 
 def open_home(home: Path) -> RegistryFolder:
@@ -51,12 +54,16 @@ def main(arguments: list[str]) -> int:
     os.environ["GRPC_VERBOSITY"] = "NONE"
     from homefire.server.registry_service import Tls, serve
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if given.parent is None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    else:
+        begin(given.home / "logs" / "registry.log", "registry")
     certificate = given.certificate or given.home / "tls" / "server.pem"
     tls = Tls(certificate, given.private_key or certificate)
     try:
         asyncio.run(serve(open_home(given.home), given.listen, tls, Limits()))
     except HomefireError as error:
+        LOG.error("it does not start: %s", error)
         print(f"Error: {error} {error.hint}".rstrip(), file=sys.stderr)
         return 1
     return 0

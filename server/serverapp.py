@@ -1,14 +1,13 @@
 """One run of the ServerApp, as a process that ends with its executor.
 
 It runs as a program: `python -m homefire.server.serverapp --runtime HOST:PORT --parent PID`; the
-task's token is the first line of its standard input. What it prints goes to the executor's log and
-to nobody else.
+task's token is the first line of its standard input. What it prints goes to nobody; what it logs is
+bounded by `homefire.server.logs`.
 
 It uses inner parts of flwr 1.41, which is therefore pinned in `pyproject.toml`.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from queue import Queue
@@ -16,6 +15,7 @@ from queue import Queue
 from flwr.superlink.runtime import run_serverapp
 
 from homefire.common.parent import end_with
+from homefire.server.logs import begin
 
 
 def main(arguments: list[str]) -> None:
@@ -24,14 +24,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--runtime", required=True, help="the SuperLink's private address")
     parser.add_argument("--root-certificates", type=Path, help="the authority behind it")
     parser.add_argument("--parent", required=True, type=int, help="ends with this process")
+    parser.add_argument("--log", required=True, type=Path, help="the file to log into")
     given = parser.parse_args(arguments)
     end_with(given.parent)
     token = sys.stdin.readline().strip()
-    # Of Flower's own words none below a warning: they name nodes.
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("homefire").setLevel(logging.INFO)
-    logging.getLogger("homefire").addHandler(handler)
+    begin(given.log, "serverapp")
     authority = given.root_certificates
     run_serverapp(
         runtime_api_address=given.runtime,

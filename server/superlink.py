@@ -38,6 +38,7 @@ from homefire.common.protocol import VERSION
 from homefire.server.door import Door, send_json
 from homefire.server.enrolment import Device, Request
 from homefire.server.listener import bounded_protocol
+from homefire.server.logs import begin
 from homefire.server.operator_home import (
     EXECUTOR_SECRET,
     LOOPBACK_NAMES,
@@ -187,6 +188,7 @@ async def serve(home: OperatorHome) -> None:
         "ssl_certfile": str(tls.server),
         "ssl_keyfile": str(tls.server),
         "access_log": False,  # addresses and paths of devices
+        "log_config": None,
         "log_level": "warning",
         "server_header": False,
         "proxy_headers": False,  # anybody can write them
@@ -247,7 +249,9 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     end_with(given.parent)
     os.umask(0o077)
-    asyncio.run(serve(OperatorHome(given.home)))
+    home = OperatorHome(given.home)
+    begin(home.log("superlink"), "superlink")
+    asyncio.run(serve(home))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ GONE_SECONDS = 3.0
 MOST_BURNT = 5
 """Rounds in a row that may be spent without a release before somebody has to look."""
 
-LARGEST_LOG = 16 << 20  # bytes; then it is begun anew, and the one before is kept
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -86,9 +85,7 @@ class Child:
     def _start(self, now: float) -> None:
         home = self.folder / "flower" / self.name
         home.mkdir(mode=0o700, exist_ok=True)
-        path = self.folder / "logs" / f"{self.name}.log"
-        if path.exists() and path.stat().st_size > LARGEST_LOG:
-            path.replace(path.with_suffix(".log.1"))
+        path = self.folder / "logs" / f"{self.name}.log"  # until it logs by itself
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
@@ -200,7 +197,7 @@ class Supervisor:
                 before = self.state
                 await asyncio.to_thread(self._tend_run)
                 if self.state != before:
-                    LOG.info("%s", self.state)
+                    LOG.info("the run: %s", self.state.partition(":")[0])
                 if self.state == DRAINED:
                     self.home.undo_drain()
                     return
@@ -271,7 +268,7 @@ class Supervisor:
 
 
 DRAINED = "drained"
-ENDED = "the run is over; releases are served"
+ENDED = "the run is over: releases are served"
 
 
 def _path() -> str:
