@@ -56,6 +56,16 @@ OPEN = frozenset(
 )
 """Registering is not among them: devices are enrolled by tickets."""
 
+REASONS = frozenset(
+    (
+        *("no such path", "no such method", "another host", "another version", "too many at once"),
+        *("no key", "another time", "too often", "seen before", "header twice", "two lengths"),
+        *("no length", "too large", "too slow", "gone", "no request", "no enrolment"),
+        "enrolment failed",
+    )
+)
+"""Why a request is not let in."""
+
 SIGNED_SECONDS = 330.0
 """How long Flower takes a signed time stamp for fresh, and a little more."""
 

@@ -5,23 +5,37 @@ Nothing here is of one device: no key, address or number of a node, no time of a
 
 import json
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
+from typing import Any, get_args
 
 from homefire.common.config import FederationConfig
 from homefire.common.errors import HomefireError
 from homefire.common.privacy.mechanism import NoPrivacy
 from homefire.common.privacy.statement import epsilon_known_cohort, epsilon_release
-from homefire.common.protocol import STATISTICS
+from homefire.common.protocol import STATISTICS, RefusalReason
+from homefire.server.door import REASONS
 from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import PrivacyPlan, plan_privacy
 
 SHOWN_ROUNDS = 500
 NUMBER_BYTES = 4
+DROPPED = frozenset(
+    (
+        *("too large", "unavailable", "device error", "unexpected sender", "late", "malformed"),
+        *("length", "round", "plan", "node", "not enrolled", "signature", "digest", "coordinate"),
+        *("statistic", "norm", "no answer"),
+    )
+)
+"""Why a contribution is in no sum."""
+
+REFUSED = frozenset(get_args(RefusalReason))
+PROCESSES = frozenset(("superlink", "registry", "executor"))
+OTHER = "other"
 LEAST_FREE = 256 << 20  # bytes
 WARN_DAYS = 30
 
@@ -52,6 +66,10 @@ class Budget:
 @dataclass(frozen=True, slots=True)
 class Status:
     """A server at one moment.
+
+    Guarantees:
+        Fixed names: whatever is counted by name is counted by one of a fixed set; what is not in it
+            is `other`.
 
     Attributes:
         state: What is going on, in words.
@@ -90,6 +108,35 @@ class Status:
     door: dict[str, Any] = field(default_factory=dict)
     releases: list[int] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("dropped", only(self.dropped, DROPPED))
+        put("refused", only(self.refused, REFUSED))
+        put("processes", {n: each for n, each in self.processes.items() if n in PROCESSES})
+        if self.door:
+            refused = only(self.door.get("refused", {}), REASONS)
+            put("door", {"served": int(self.door.get("served", 0)), "refused": refused})
+        put("rounds", [_plain(each) for each in self.rounds])
+
+
+def only(counts: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
+    """Counts by these names; of all others together as `other`."""
+    found = Counter[str]()
+    for name, count in counts.items():
+        found[name if name in names else OTHER] += int(count)
+    return dict(found)
+
+
+def _plain(each: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a round; see `homefire.server.federation.RoundLog`."""
+    numbers = ("round", "cohort", "accepted", "train_loss", "clipped_share", "seconds")
+    by_name = {"dropped": DROPPED, "refused": REFUSED}
+    return {name: each.get(name) for name in numbers} | {
+        name: only(each.get(name, {}), allowed) for name, allowed in by_name.items()
+    }
 
 
 def look(home: OperatorHome, *, state: str = "stopped") -> Status:

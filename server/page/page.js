@@ -2,7 +2,9 @@ const $ = (id) => document.getElementById(id);
 const EVERY = 2000;
 const SHOWN = 12;
 const SVG = "http://www.w3.org/2000/svg";
+const NEARLY = 90; // percent of the budget
 
+const whole = new Intl.NumberFormat("en");
 const epsilon = (value) => (value === null || value === undefined ? "∞" : value.toFixed(2));
 const size = (bytes) => {
   const units = ["B", "kB", "MB", "GB", "TB"];
@@ -10,10 +12,16 @@ const size = (bytes) => {
   while (bytes >= 1000 && step < units.length - 1) { bytes /= 1000; step += 1; }
   return `${bytes.toFixed(step ? 1 : 0)} ${units[step]}`;
 };
-const cell = (text, number = false) => {
+const time = (seconds) => {
+  if (seconds < 100) return `${seconds.toFixed(1)} s`;
+  const minutes = Math.round(seconds / 60);
+  return minutes < 100 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+};
+const total = (counts) => Object.values(counts).reduce((sum, count) => sum + count, 0);
+const cell = (text, kind = "") => {
   const made = document.createElement("td");
   made.textContent = text;
-  if (number) made.className = "number";
+  made.className = kind;
   return made;
 };
 const row = (...cells) => { const made = document.createElement("tr"); made.append(...cells); return made; };
@@ -22,76 +30,141 @@ const shape = (name, attributes) => {
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   return made;
 };
+const large = (id, text, small = "") => {
+  const made = document.createElement("small");
+  made.textContent = small && ` ${small}`;
+  $(id).replaceChildren(text, made);
+};
 
 function counts(id, found) {
-  const rows = Object.entries(found).sort().map(([name, count]) => row(cell(name), cell(count, true)));
-  $(id).replaceChildren(...(rows.length ? rows : [row(cell("none"))]));
+  const rows = Object.entries(found).sort((one, other) => other[1] - one[1])
+    .map(([name, count]) => row(cell(name), cell(whole.format(count), "number")));
+  $(id).tBodies[0].replaceChildren(...(rows.length ? rows : [row(cell("none", "quiet"))]));
+}
+
+function meter(id, share) {
+  const shown = Math.max(0, Math.min(100, share));
+  $(id).setAttribute("aria-valuenow", shown.toFixed(0));
+  $(id).firstElementChild.style.width = `${shown}%`;
+}
+
+function axis(svg, rounds, high, low) {
+  const say = (name, text) => { svg.parentElement.querySelector(`.${name}`).textContent = text; };
+  say("high", high);
+  say("low", low);
+  say("first", rounds.length ? `round ${rounds[0].round}` : "");
+  say("last", rounds.length > 1 ? `round ${rounds[rounds.length - 1].round}` : "");
 }
 
 function bars(rounds) {
   const most = Math.max(1, ...rounds.map((each) => each.cohort));
-  const width = 600 / Math.max(1, rounds.length);
-  $("accepted").replaceChildren(...rounds.flatMap((each, place) => [
-    ["asked", each.cohort], ["", each.accepted],
-  ].map(([kind, count]) => shape("rect", {
-    class: kind, x: place * width + width * .1, width: width * .8,
-    y: 120 - 115 * count / most, height: 115 * count / most,
-  }))));
+  const width = 600 / Math.max(12, rounds.length);
+  const gap = rounds.length > 150 ? 0 : width * .15;
+  $("asked").replaceChildren(...rounds.flatMap((each, place) => {
+    const refused = total(each.refused);
+    const left = Math.max(0, each.cohort - each.accepted - refused);
+    let floor = 120;
+    return [["accepted", each.accepted], ["refused", refused], ["dropped", left]].map(([kind, count]) => {
+      const height = 120 * count / most;
+      floor -= height;
+      return shape("rect", { class: kind, x: place * width + gap / 2, width: width - gap, y: floor, height });
+    });
+  }));
+  axis($("asked"), rounds, whole.format(most), "0");
 }
 
 function line(rounds) {
   const told = rounds.filter((each) => each.train_loss !== null);
-  if (told.length < 2) { $("loss").replaceChildren(); return; }
+  $("loss-chart").hidden = told.length < 2;
+  $("no-loss").hidden = told.length >= 2;
+  if (told.length < 2) return;
   const values = told.map((each) => each.train_loss);
   const [low, high] = [Math.min(...values), Math.max(...values)];
   const points = values.map((value, place) =>
-    `${10 + 580 * place / (values.length - 1)},${110 - 100 * (value - low) / (high - low || 1)}`);
+    `${600 * place / (values.length - 1)},${118 - 116 * (value - low) / (high - low || 1)}`);
   $("loss").replaceChildren(shape("polyline", { points: points.join(" ") }));
+  axis($("loss"), told, high.toFixed(2), low.toFixed(2));
+}
+
+function mood(status) {
+  const first = status.state.split(":")[0].split(" ")[0];
+  if (first === "halted" || Object.values(status.processes).some((each) => !each.runs)) return "bad";
+  if (first === "running" || first === "draining") return "good";
+  return first === "waiting" || first === "starting" ? "warn" : "";
+}
+
+function privacy(budget) {
+  if (!budget) { large("epsilon", "–"); $("epsilon-end").textContent = ""; meter("budget", 0); return; }
+  const known = budget.epsilon_end !== null;
+  large("epsilon", `ε = ${epsilon(known ? budget.epsilon_now : null)}`, known ? `of ${epsilon(budget.epsilon_end)}` : "");
+  const share = known && budget.epsilon_end > 0 ? 100 * budget.epsilon_now / budget.epsilon_end : 0;
+  meter("budget", share);
+  $("budget").hidden = !known;
+  $("budget").classList.toggle("full", share >= NEARLY);
+  $("epsilon-end").textContent = known
+    ? `δ = ${budget.delta}, ${budget.mechanism}; ε = ${epsilon(budget.epsilon_known_cohort_now)} for one who knows the cohorts`
+    : `${budget.mechanism}: nothing is promised`;
 }
 
 function show(status) {
   const { rounds, budget } = status;
   const newest = Math.max(0, ...status.releases);
-  $("state").textContent = `${status.state} · ${status.names.join(", ")}`;
+  const planned = status.planned_rounds;
+  $("names").textContent = status.names.join(", ");
+  $("state").textContent = status.state;
+  $("state").className = `state ${mood(status)}`;
+  document.title = `${planned ? `${newest}/${planned} · ` : ""}homefire server`;
   $("notice").hidden = status.trouble.length === 0;
-  $("notice").textContent = status.trouble.join("\n");
-  $("rounds").textContent = `${newest} of ${status.planned_rounds ?? "?"}`;
-  $("online").textContent = status.online ?? "–";
-  $("enrolled").textContent = `${status.enrolled} enrolled, ${status.needed ?? "?"} needed, ${status.tickets} tickets open`;
-  $("up").textContent = `${size(status.bytes_up)} up`;
-  $("down").textContent = `${size(status.bytes_down)} down`;
-  if (budget) {
-    $("rounds-left").textContent = `${budget.rounds_left} left`;
-    $("epsilon").textContent = epsilon(budget.epsilon_now);
-    $("epsilon-end").textContent =
-      `${epsilon(budget.epsilon_end)} at the end, δ = ${budget.delta ?? "–"}, ${budget.mechanism}`;
-    const share = budget.epsilon_end ? Math.min(100, 100 * budget.epsilon_now / budget.epsilon_end) : 0;
-    $("meter").setAttribute("aria-valuenow", share.toFixed(0));
-    $("meter").firstElementChild.style.width = `${share}%`;
-  }
+  $("notice").querySelector("ul").replaceChildren(...status.trouble.map((text) => {
+    const made = document.createElement("li");
+    made.textContent = text;
+    return made;
+  }));
+  large("rounds", whole.format(newest), planned ? `of ${whole.format(planned)}` : "");
+  meter("progress", planned ? 100 * newest / planned : 0);
+  $("rounds-left").textContent = budget ? `${whole.format(budget.rounds_left)} left` : "";
+  privacy(budget);
+  large("online", status.online === null ? "–" : whole.format(status.online), `of ${whole.format(status.enrolled)}`);
+  const needed = status.needed === null ? "" : `the run takes ${whole.format(status.needed)}; `;
+  $("enrolled").textContent = `${needed}${whole.format(status.tickets)} tickets open`;
+  const last = rounds[rounds.length - 1];
+  large("newest", last ? time(last.seconds) : "–");
+  $("newest-more").textContent = last ? `${whole.format(last.accepted)} of ${whole.format(last.cohort)} in its sum` : "";
+  large("up", size(status.bytes_up));
+  $("down").textContent = `${size(status.bytes_down)} of releases sent`;
   $("no-rounds").hidden = rounds.length > 0;
-  $("table").hidden = rounds.length === 0;
+  $("charts").hidden = $("rounds-section").hidden = rounds.length === 0;
   $("table").tBodies[0].replaceChildren(...rounds.slice(-SHOWN).reverse().map((each) => row(
-    cell(each.round, true), cell(each.cohort, true), cell(each.accepted, true),
-    cell(each.seconds.toFixed(1), true),
-    cell(each.train_loss === null ? "–" : each.train_loss.toFixed(3), true),
+    ...[each.round, each.cohort, each.accepted, total(each.refused), total(each.dropped)]
+      .map((count) => cell(whole.format(count), "number")),
+    cell(each.seconds.toFixed(1), "number"),
+    cell(each.train_loss === null ? "–" : each.train_loss.toFixed(3), "number"),
   )));
   bars(rounds);
   line(rounds);
   counts("dropped", status.dropped);
   counts("refused", status.refused);
   counts("door", status.door.refused ?? {});
-  $("processes").replaceChildren(...Object.entries(status.processes).map(([name, each]) =>
-    row(cell(name), cell(each.runs ? "runs" : "down"), cell(`started ${each.starts}×`))));
+  const processes = Object.entries(status.processes).map(([name, each]) => row(
+    cell(name), cell(each.runs ? "runs" : "is down", each.runs ? "good" : "bad"),
+    cell(each.starts > 1 ? `started ${each.starts}×` : "", "number"),
+  ));
+  $("processes").tBodies[0].replaceChildren(...(processes.length ? processes : [row(cell("none", "quiet"))]));
 }
+
+let seen = null;
 
 async function look() {
   try {
     const answer = await fetch("/status.json");
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     show(await answer.json());
-  } catch (error) {
-    $("state").textContent = "the server does not answer";
+    seen = new Date();
+    document.querySelector("main").classList.remove("stale");
+  } catch {
+    $("state").textContent = seen ? `no answer since ${seen.toLocaleTimeString()}` : "no answer";
+    $("state").className = "state bad";
+    document.querySelector("main").classList.add("stale");
   }
   setTimeout(look, EVERY);
 }

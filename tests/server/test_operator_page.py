@@ -1,0 +1,344 @@
+"""The operator's page in a real browser, and the metrics by Prometheus' own reader."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+from tiny_vaults import served_on_a_port
+
+from homefire.server.door import REASONS
+from homefire.server.operator_page import make_app, metrics
+from homefire.server.status import DROPPED, OTHER, PROCESSES, REFUSED, Budget, Status
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
+in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
+CANARY = "ann.example"
+
+
+def round_log(number: int, **changes: Any) -> dict[str, Any]:
+    """What the run logs of a round."""
+    wave = number * 7 % 13
+    told = {
+        "round": number,
+        "cohort": 75,
+        "accepted": 70 - wave,
+        "dropped": {"no answer": wave // 2, "late": 1},
+        "refused": {"too often": wave // 3, "lifetime epsilon spent": 1},
+        "train_loss": 4.2 - 1.4 * number / (number + 20) + wave / 200,
+        "clipped_share": 0.4,
+        "seconds": 41.0 + wave,
+    }
+    return {**told, **changes}
+
+
+BUDGET = Budget("banded-sqrt", 1e-6, 2.31, 8.0, 2.31, 8.0, 28)
+BEFORE = Status(
+    state="waiting: 412 devices are enrolled, and the run needs 1500",
+    names=("fed.example.org", "203.0.113.7"),
+    processes={name: {"runs": True, "starts": 1} for name in sorted(PROCESSES)},
+    enrolled=412,
+    needed=1500,
+    tickets=1088,
+    online=397,
+    planned_rounds=40,
+    budget=replace(BUDGET, epsilon_now=0.0, epsilon_known_cohort_now=0.0, rounds_left=40),
+    door={"served": 8123, "refused": {"no such path": 41}},
+    releases=[0],
+)
+RUNNING = replace(
+    BEFORE,
+    state="running",
+    enrolled=1500,
+    online=1391,
+    tickets=0,
+    rounds=[round_log(number) for number in range(1, 13)],
+    dropped={"no answer": 37, "late": 12, "malformed": 1},
+    refused={"too often": 21, "lifetime epsilon spent": 12},
+    bytes_up=12 * 68 * 82_000,
+    bytes_down=12 * 75 * 82_000,
+    budget=BUDGET,
+    door={"served": 912_345, "refused": {"no such path": 1204, "too often": 77, "no key": 3}},
+    releases=list(range(13)),
+)
+NEARLY = replace(
+    RUNNING,
+    rounds=[round_log(number) for number in range(1, 381)],
+    planned_rounds=400,
+    releases=list(range(381)),
+    budget=replace(BUDGET, epsilon_now=7.71, rounds_left=20),
+)
+DOWN = replace(
+    RUNNING,
+    state="waiting for the SuperLink",
+    online=None,
+    door={},
+    processes={
+        "superlink": {"runs": False, "starts": 9},
+        "registry": {"runs": True, "starts": 1},
+        "executor": {"runs": True, "starts": 2},
+    },
+    trouble=[
+        "superlink does not run: see logs/superlink.log",
+        "the disk of /srv/homefire has 112 MB left",
+        "the certificate is good for 11 days more: homefire server renew",
+    ],
+)
+NONE = replace(
+    RUNNING,
+    state="the run is over: releases are served",
+    rounds=[round_log(1, train_loss=None)],
+    releases=[0, 1],
+    planned_rounds=1,
+    budget=Budget("none", None, None, None, None, None, 0),
+)
+SEEN = {"before": BEFORE, "running": RUNNING, "nearly": NEARLY, "down": DOWN, "none": NONE}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+Opened = Callable[..., Page]
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Opened]:
+    """Opens the page of a status; a request to anywhere else, or an error, fails the test."""
+    wrong: list[str] = []
+    closing: list[Any] = []
+
+    def open_page(status: Callable[[], Status], *, dark: bool = False, width: int = 1200) -> Page:
+        served = served_on_a_port(make_app(status))
+        url = served.__enter__()
+        closing.append(lambda: served.__exit__(None, None, None))
+        scheme: Any = "dark" if dark else "light"
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        closing.append(page.close)
+
+        def only_here(route: Route) -> None:
+            if route.request.url.startswith((url, "data:")):
+                route.continue_()
+            else:
+                wrong.append(route.request.url)
+                route.abort()
+
+        page.route("**/*", only_here)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+        page.goto(url)
+        return page
+
+    yield open_page
+    for close in reversed(closing):
+        close()
+    assert [each for each in wrong if "ERR_CONNECTION_REFUSED" not in each] == []
+
+
+def look(page: Page, name: str) -> None:
+    """Keep a picture where HOMEFIRE_SCREENSHOTS says so."""
+    if folder := os.environ.get("HOMEFIRE_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+@in_a_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 380])
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("name", SEEN)
+def test_every_state_is_shown(opened: Opened, name: str, dark: bool, width: int) -> None:
+    page = opened(lambda: SEEN[name], dark=dark, width=width)
+    expect(page.locator("#state")).to_have_text(SEEN[name].state)
+    look(page, f"{name}-{'dark' if dark else 'light'}-{width}")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(27, 25, 23)" if dark else "rgb(251, 249, 246)")
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_before_the_first_round(opened: Opened) -> None:
+    page = opened(lambda: BEFORE)
+    expect(page.locator("#online")).to_have_text("397 of 412")
+    expect(page.locator("#enrolled")).to_have_text("the run takes 1,500; 1,088 tickets open")
+    expect(page.locator("#rounds")).to_have_text("0 of 40")
+    expect(page.locator("#epsilon")).to_have_text("ε = 0.00 of 8.00")
+    expect(page.locator("#no-rounds")).to_be_visible()
+    expect(page.locator("#charts")).to_be_hidden()
+    expect(page.locator("#notice")).to_be_hidden()
+    expect(page.locator("#dropped")).to_have_text("none")
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_many_rounds_with_drop_outs(opened: Opened) -> None:
+    page = opened(lambda: RUNNING)
+    expect(page.locator("#table tbody tr")).to_have_count(12)
+    first = page.locator("#table tbody tr").first.locator("td")
+    expect(first).to_have_text(["12", "75", "64", "3", "4", "47.0", "3.705"])
+    expect(page.locator("#asked rect.accepted")).to_have_count(12)
+    expect(page.locator("#dropped tr")).to_have_text(["no answer37", "late12", "malformed1"])
+    expect(page.locator("#refused tr").first).to_have_text("too often21")
+    expect(page.locator("#door tr").first).to_have_text("no such path1,204")
+    expect(page.locator("#budget")).to_have_attribute("aria-valuenow", "29")
+    assert page.title() == "12/40 · homefire server"
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_budget_that_is_nearly_spent_is_marked(opened: Opened) -> None:
+    page = opened(lambda: NEARLY)
+    expect(page.locator("#budget")).to_have_class("meter full")
+    expect(page.locator("#asked rect.accepted")).to_have_count(380)
+    expect(page.locator("#asked + .first, .chart .first").first).to_have_text("round 1")
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_trouble_is_in_front(opened: Opened) -> None:
+    page = opened(lambda: DOWN)
+    expect(page.locator("#notice li")).to_have_count(3)
+    expect(page.locator("#state")).to_have_class("state bad")
+    expect(page.locator("#processes td.bad")).to_have_text("is down")
+    expect(page.locator("#online")).to_have_text("– of 1,500")
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_it_is_live_and_says_when_it_is_not(opened: Opened) -> None:
+    now = [BEFORE]
+
+    def status() -> Status:
+        if not now:
+            raise RuntimeError("the server is gone")
+        return now[0]
+
+    page = opened(status)
+    expect(page.locator("#rounds")).to_have_text("0 of 40")
+    now[0] = RUNNING
+    expect(page.locator("#rounds")).to_have_text("12 of 40")
+    page.route("**/status.json", lambda route: route.abort("connectionrefused"))
+    expect(page.locator("#state")).to_contain_text("no answer since")
+    expect(page.locator("main")).to_have_class("stale")
+    expect(page.locator("#rounds")).to_have_text("12 of 40")
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_text_is_text(opened: Opened) -> None:
+    page = opened(lambda: replace(RUNNING, trouble=["<img src=x onerror=document.title=1>"]))
+    expect(page.locator("#notice li")).to_have_text("<img src=x onerror=document.title=1>")
+    assert page.locator("img").count() == 0
+
+
+# What is served
+
+
+def test_nothing_from_elsewhere_and_for_this_machine_alone() -> None:
+    with TestClient(make_app(lambda: RUNNING), base_url="http://127.0.0.1:9096") as client:
+        for path in ("/", "/page.js", "/page.css", "/status.json", "/metrics"):
+            answer = client.get(path)
+            assert answer.status_code == 200
+            assert "default-src 'none'" in answer.headers["content-security-policy"]
+            assert answer.headers["cache-control"] == "no-store"
+            assert client.get(path, headers={"host": "evil.example"}).status_code == 400
+            assert client.post(path).status_code == 405
+            assert client.options(path, headers={"origin": "https://evil.example"}).is_error
+        for path in ("/..%2fstatus.py", "/docs", "/openapi.json", "/page"):
+            assert client.get(path).status_code == 404
+    for name in ("index.html", "page.js", "page.css"):
+        text = (Path(make_app.__code__.co_filename).parent / "page" / name).read_text()
+        elsewhere = text.replace("http://www.w3.org/2000/svg", "")
+        assert "http:" not in elsewhere
+        assert "https:" not in elsewhere
+
+
+# Metrics
+
+
+def read(status: Status) -> dict[str, dict[str, float]]:
+    """All samples, by name and by label's value."""
+    found: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(metrics(status).decode()):
+        assert family.name.startswith("homefire_")
+        assert family.documentation
+        for sample in family.samples:
+            (value,) = sample.labels.values() or [""]
+            found.setdefault(sample.name, {})[value] = sample.value
+    return found
+
+
+def test_metrics_are_what_prometheus_reads() -> None:
+    found = read(RUNNING)
+    assert found["homefire_devices_online"] == {"": 1391}
+    assert found["homefire_rounds_released"] == {"": 12}
+    assert found["homefire_epsilon_now"] == {"": 2.31}
+    assert found["homefire_contributions_dropped_total"]["no answer"] == 37
+    assert found["homefire_requests_refused_total"]["too often"] == 77
+    assert found["homefire_process_starts_total"] == dict.fromkeys(PROCESSES, 1)
+    assert found["homefire_round_accepted"] == {"": 64}
+    assert "homefire_devices_online" not in read(DOWN)
+    assert read(NONE)["homefire_rounds_released"] == {"": 1}
+
+
+COUNTS = st.dictionaries(
+    st.sampled_from([*sorted(DROPPED), *sorted(REFUSED), *sorted(REASONS)]) | st.text(),
+    st.integers(min_value=0, max_value=10**6),
+)
+
+
+@given(COUNTS, COUNTS, COUNTS, st.text(), st.text())
+def test_allow_list_whatever_a_status_was_made_of(
+    dropped: dict[str, int], refused: dict[str, int], door: dict[str, int], name: str, key: str
+) -> None:
+    status = replace(
+        RUNNING,
+        dropped=dropped,
+        refused=refused,
+        door={"served": 1, "refused": door, key: name},
+        processes={name: {"runs": True, "starts": 1}},
+        rounds=[round_log(1, dropped=dropped, refused=refused, **{f"x{key}": name})],
+    )
+    found = read(status)
+    for metric, allowed in (
+        ("homefire_contributions_dropped_total", DROPPED),
+        ("homefire_plans_refused_total", REFUSED),
+        ("homefire_requests_refused_total", REASONS),
+    ):
+        assert set(found.get(metric, {})) <= allowed | {OTHER}
+    assert sum(found.get("homefire_contributions_dropped_total", {}).values()) == sum(
+        dropped.values()
+    )
+    assert set(found.get("homefire_process_starts_total", {})) <= PROCESSES
+    (told,) = asdict(status)["rounds"]
+    assert set(told["dropped"]) <= DROPPED | {OTHER}
+    assert set(told) == set(round_log(1))
+
+
+def test_allow_list_of_the_whole_text() -> None:
+    strange = {CANARY: 3}
+    status = replace(
+        RUNNING,
+        names=(CANARY,),
+        state=CANARY,
+        trouble=[CANARY],
+        dropped=strange,
+        refused=strange,
+        door={"served": 1, "refused": strange},
+        processes={CANARY: {"runs": True, "starts": 1}},
+        rounds=[round_log(1, dropped=strange, refused=strange, device=CANARY)],
+    )
+    assert CANARY.encode() not in metrics(status)
+    assert read(status)["homefire_requests_refused_total"] == {OTHER: 3}
