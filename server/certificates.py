@@ -113,6 +113,15 @@ class Certificates:
         write_atomically(self.server, _pem(key) + shown, mode=0o600)
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Refuse what no certificate can be for.
+
+    Raises:
+        ConfigError: No name, or one that is none.
+    """
+    _subjects(names)
+
+
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: PrivateKey, *, days: int
 ) -> x509.CertificateBuilder:

@@ -18,6 +18,7 @@
     HOME/run.keys/              signing key, run key, anchor of the ledger
 """
 
+import ipaddress
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from homefire.common.config import (
     FederationConfig,
@@ -40,7 +41,7 @@ from homefire.common.files import hold, is_held, make_folder, write_atomically
 from homefire.common.keystore import Keystore
 from homefire.common.signatures import public_key
 from homefire.common.ticket import Ticket
-from homefire.server.certificates import Certificates
+from homefire.server.certificates import Certificates, check_names
 from homefire.server.enrolment import Device, Enrolment
 from homefire.server.run_state import SIGNING_KEY
 
@@ -72,6 +73,23 @@ class ServerConfig(Frozen):
     operator: int = Field(9096, ge=1, le=65535, description="Page and metrics; likewise.")
     ticket_hours: float = Field(168.0, gt=0, description="How long a ticket can be redeemed.")
     limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("fleet", "registry")
+    @classmethod
+    def _listens(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not 1 <= int(port) <= 65535:
+            raise ValueError(f"{port} is no port: 1 to 65535")
+        ipaddress.ip_address(host.strip("[]"))  # of this machine: names could be others'
+        return value
+
+    @model_validator(mode="after")
+    def _apart(self) -> "ServerConfig":
+        ports = [int(each.rpartition(":")[2]) for each in (self.fleet, self.registry)]
+        ports += [self.private, self.operator]
+        if len(set(ports)) < len(ports):
+            raise ValueError("fleet, registry, private and operator need a port each")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +296,7 @@ def init(folder: Path, *, names: Sequence[str], settings: dict[str, Any]) -> Ope
         raise ConfigError(f"{folder} is not empty", hint="Name another folder.")
     wanted = {"names": list(names), **settings}
     config = validate(ServerConfig, wanted, where="homefire server init")
+    check_names(config.names)  # before anything is written
     make_folder(folder.parent)
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)

@@ -101,8 +101,10 @@ function privacy(budget) {
   meter("budget", share);
   $("budget").hidden = !known;
   $("budget").classList.toggle("full", share >= NEARLY);
+  const [now, seeing] = [budget.epsilon_now, budget.epsilon_known_cohort_now].map(epsilon);
+  const cohorts = now === seeing ? "" : `; ε = ${seeing} for who knows the cohorts`;
   $("epsilon-end").textContent = known
-    ? `δ = ${budget.delta}, ${budget.mechanism}; ε = ${epsilon(budget.epsilon_known_cohort_now)} for one who knows the cohorts`
+    ? `δ = ${budget.delta.toExponential()}, ${budget.mechanism}${cohorts}`
     : `${budget.mechanism}: nothing is promised`;
 }
 
@@ -147,7 +149,7 @@ function show(status) {
   counts("door", status.door.refused ?? {});
   const processes = Object.entries(status.processes).map(([name, each]) => row(
     cell(name), cell(each.runs ? "runs" : "is down", each.runs ? "good" : "bad"),
-    cell(each.starts > 1 ? `started ${each.starts}×` : "", "number"),
+    cell(each.starts > 1 ? `${each.starts} starts` : "", "number"),
   ));
   $("processes").tBodies[0].replaceChildren(...(processes.length ? processes : [row(cell("none", "quiet"))]));
 }

@@ -74,7 +74,7 @@ NEARLY = replace(
     rounds=[round_log(number) for number in range(1, 381)],
     planned_rounds=400,
     releases=list(range(381)),
-    budget=replace(BUDGET, epsilon_now=7.71, rounds_left=20),
+    budget=replace(BUDGET, mechanism="gaussian", epsilon_now=7.71, rounds_left=20),
 )
 DOWN = replace(
     RUNNING,
@@ -202,6 +202,8 @@ def test_a_budget_that_is_nearly_spent_is_marked(opened: Opened) -> None:
     page = opened(lambda: NEARLY)
     expect(page.locator("#budget")).to_have_class("meter full")
     expect(page.locator("#asked rect.accepted")).to_have_count(380)
+    about = "δ = 1e-6, gaussian; ε = 2.31 for who knows the cohorts"
+    expect(page.locator("#epsilon-end")).to_have_text(about)
     expect(page.locator("#asked + .first, .chart .first").first).to_have_text("round 1")
 
 

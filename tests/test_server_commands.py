@@ -1,0 +1,200 @@
+"""`homefire server`: the verbs that need no device, and what they leave on the disk."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from tiny_flower import free_port
+from typer.testing import CliRunner
+
+from homefire.common.config import load_config
+from homefire.common.errors import ConfigError, FederationError
+from homefire.common.policy import DevicePolicy
+from homefire.common.ticket import Ticket
+from homefire.server.operator_home import OperatorHome
+from homefire.server_commands import server_app
+
+KEY = re.compile("[0-9a-f]{64}")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A server in the folder that HOMEFIRE_SERVER_HOME names."""
+    folder = tmp_path / "server"
+    monkeypatch.setenv("HOMEFIRE_SERVER_HOME", str(folder))
+    run("init", "--host", "fed.example.org", "--operator", str(free_port()))
+    return folder
+
+
+def server(*arguments: str) -> Result:
+    environment = {"COLUMNS": "120", "NO_COLOR": "1"}
+    return CliRunner().invoke(server_app, arguments, env=environment)
+
+
+def run(*arguments: str) -> str:
+    done = server(*arguments)
+    assert done.exit_code == 0, f"{done.output}{done.exception!r}"
+    return done.stdout
+
+
+def refused(*arguments: str) -> Exception:
+    done = server(*arguments)
+    assert isinstance(done.exception, ConfigError | FederationError), done.output
+    return done.exception
+
+
+def test_everything_of_init_is_the_owners_alone(home: Path) -> None:
+    found = [home, *home.rglob("*"), *home.with_name("server").rglob("*")]
+    assert len(found) > 12
+    for path in found:
+        mode = path.stat().st_mode & 0o777
+        assert mode == (0o700 if path.is_dir() else 0o600), f"{path} {mode:o}"
+    assert (home / "run.keys").is_dir()
+    assert {path.name for path in home.iterdir()} == {
+        *("device-policy.toml", "federation.toml", "flower", "logs", "registry", "run.keys"),
+        *("secrets", "server.toml", "tls"),
+    }
+
+
+def test_everything_is_the_owners_alone_whatever_the_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    before = os.umask(0)
+    try:
+        run("init", "--host", "fed.example.org", "--home", str(tmp_path / "open"))
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "open").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_init_says_what_to_do_next(tmp_path: Path) -> None:
+    said = run("init", "--host", "fed.example.org", "--home", str(tmp_path / "a"))
+    assert "homefire server enroll" in said
+    told = json.loads(run("init", "--host", "x", "--home", str(tmp_path / "b"), "--json"))
+    assert KEY.fullmatch(told["server_key"])
+    assert told["home"] == str(tmp_path / "b")
+    assert run("key", "--home", str(tmp_path / "b")).strip() == told["server_key"]
+
+
+def test_init_leaves_a_folder_alone_that_is_not_empty(home: Path, tmp_path: Path) -> None:
+    before = (home / "server.toml").read_bytes()
+    assert "not empty" in str(refused("init", "--host", "other.example"))
+    assert (home / "server.toml").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    refused("init", "--host", "x", "--home", str(tmp_path / "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--host", "fed example"],
+        ["--host", ""],
+        ["--host", "fed.example/x"],
+        ["--host", "fed.example:9092"],
+        ["--host", "x" * 300],
+        ["--host", "x", "--fleet", "9092"],
+        ["--host", "x", "--fleet", "0.0.0.0:0"],
+        ["--host", "x", "--fleet", "0.0.0.0:99999"],
+        ["--host", "x", "--fleet", "fed.example:9092"],
+        ["--host", "x", "--registry", "0.0.0.0:9092"],
+        ["--host", "x", "--private", "9092"],
+        ["--host", "x", "--operator", "9095"],
+        ["--host", "x", "--operator", "70000"],
+    ],
+)
+def test_init_refuses_wrong_names_and_addresses_and_leaves_nothing(
+    wrong: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "server"
+    refused("init", *wrong, "--home", str(folder))
+    assert not folder.exists() or not any(folder.iterdir())
+
+
+def test_init_needs_a_host(tmp_path: Path) -> None:
+    assert server("init", "--home", str(tmp_path / "server")).exit_code == 2
+
+
+def test_the_policy_template_is_one_that_a_device_reads(home: Path) -> None:
+    policy = load_config(DevicePolicy, home / "device-policy.toml")
+    assert policy.server_keys == (OperatorHome(home).server_key,)
+
+
+def test_enroll_gives_tickets_that_lead_here(home: Path) -> None:
+    first, second = (Ticket.read(line) for line in run("enroll", "--count", "2").splitlines())
+    assert first.secret != second.secret
+    assert first.superlink == "fed.example.org:9092"
+    assert first.registry == "fed.example.org:9093"
+    assert first.server_key == OperatorHome(home).server_key
+    assert first.authority == (home / "tls" / "ca.crt").read_text()
+    (told,) = json.loads(run("enroll", "--json"))["tickets"]
+    assert Ticket.read(told).superlink == first.superlink
+    stored = (home / "enrolment.jsonl").read_text()
+    assert first.secret not in stored
+    assert (home / "enrolment.jsonl").stat().st_mode & 0o077 == 0
+    assert server("enroll", "--count", "0").exit_code == 2
+
+
+def test_status_of_a_server_that_does_not_run(home: Path) -> None:
+    run("enroll", "--count", "3")
+    said = run("status")
+    assert "stopped" in said
+    assert "0 enrolled, 1500 needed, ? here, 3 tickets open" in said
+    told: dict[str, Any] = json.loads(run("status", "--json"))
+    assert (told["state"], told["tickets"], told["online"]) == ("stopped", 3, None)
+    assert told["budget"]["epsilon_now"] == 0
+    assert told["budget"]["epsilon_end"] == pytest.approx(8.0, rel=1e-3)
+    (home / "federation.toml").write_text("users = 0\n")
+    assert "trouble" in run("status")
+
+
+def test_releases_before_the_first(home: Path) -> None:
+    assert json.loads(run("releases", "--json")) == []
+    assert "number" in run("releases")
+
+
+def test_renew_keeps_the_authority(home: Path) -> None:
+    authority, before = (home / "tls" / "ca.crt").read_bytes(), (home / "tls" / "server.pem")
+    first = before.read_bytes()
+    assert re.search(r"Good until \d{4}-\d\d-\d\d; restart the server", run("renew"))
+    assert before.read_bytes() != first
+    assert before.stat().st_mode & 0o077 == 0
+    assert (home / "tls" / "ca.crt").read_bytes() == authority
+
+
+def test_stop_where_none_runs(home: Path) -> None:
+    assert "no server runs here" in str(refused("stop"))
+    assert not OperatorHome(home).is_draining()
+
+
+def test_stop_and_undo(home: Path) -> None:
+    operated = OperatorHome(home)
+    with operated.alone():
+        assert "No further round" in run("stop")
+        assert operated.is_draining()
+        assert (home / "drain").stat().st_mode & 0o077 == 0
+        run("stop", "--undo")
+        assert not operated.is_draining()
+        assert "a server runs here already" in str(refused("run"))
+    run("stop", "--undo")
+
+
+@pytest.mark.parametrize("verb", ["enroll", "run", "status", "stop", "releases", "renew", "key"])
+def test_verbs_need_a_server(verb: str, tmp_path: Path) -> None:
+    error = refused(verb, "--home", str(tmp_path / "none"))
+    assert "there is no server here" in str(error)
+    assert not (tmp_path / "none").exists()
+
+
+def test_nothing_is_served_without_tls() -> None:
+    """Flower knows nodes by their keys under TLS alone, and so there is no way to leave it out."""
+    for command in server_app.registered_commands:
+        assert command.callback is not None
+        assert "insecure" not in command.callback.__annotations__
