@@ -65,7 +65,7 @@ class Teller(logging.Handler):
             return  # nobody listens: this process ends soon
 
 
-class Versioned(NodeAuthHttpInterceptor):  # type: ignore[misc]
+class Versioned(NodeAuthHttpInterceptor):
     """States, besides who asks, the version of the protocol that this device speaks."""
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
     update_console_handler(timestamps=True, colored=False)
     FLOWER_LOGGER.addHandler(Teller(os.fdopen(os.dup(1), "w", encoding="utf-8")))
     os.dup2(2, 1)  # whatever else is printed goes to the log
-    fleet_http_connection.NodeAuthHttpInterceptor = Versioned
+    fleet_http_connection.NodeAuthHttpInterceptor = Versioned  # type: ignore[attr-defined]
     sys.argv = ["flower-supernode", *arguments[1:]]
     flower_supernode()
     # It returns where it has lost its connection for good; a thread of it would go on for ever.

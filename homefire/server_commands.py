@@ -46,6 +46,9 @@ def init(
 ) -> None:
     """Make a server's folder: its authority, keys, and settings to look at.
 
+    The first --host stands in tickets; the certificate is for all of them.
+    Nothing is ever served without TLS.
+
     Example:
       homefire server init --host fed.example.org
     """
@@ -222,6 +225,8 @@ def releases(
     as_json: AsJson = False,
 ) -> None:
     """What was published; export a release.
+
+    What is exported is one of the run, whether it was published or not.
 
     Example:
       homefire server releases --export shared-adapter

@@ -209,7 +209,8 @@ def budget_of(config: FederationConfig, *, released: int) -> Budget:
     named = plan.statement.mechanism
     if isinstance(mechanism, NoPrivacy) or delta is None:
         return Budget(named, delta, None, None, None, None, rounds - released)
-    now = known = 0.0
+    now: float | None = 0.0
+    known: float | None = 0.0
     if released:
         now = epsilon_release(mechanism, rounds=released, delta=delta)
         known = epsilon_known_cohort(mechanism, rounds=released, delta=delta)

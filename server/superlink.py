@@ -51,7 +51,7 @@ LOOPBACK = "127.0.0.1"
 DOOR_PATH = "/homefire/v1/door"
 
 
-class OperatorOnly(NoOpControlAuthnPlugin):  # type: ignore[misc]
+class OperatorOnly(NoOpControlAuthnPlugin):
     """Lets those use the control API who hold the operator's secret.
 
     Guarantees:
@@ -70,7 +70,7 @@ class OperatorOnly(NoOpControlAuthnPlugin):  # type: ignore[misc]
         text = shown if isinstance(shown, str) else shown.decode("ascii", "replace")
         if not hmac.compare_digest(text.encode(), self._secret.encode()):
             return False, None
-        return super().validate_tokens_in_metadata(metadata)  # type: ignore[no-any-return]
+        return super().validate_tokens_in_metadata(metadata)
 
 
 def make_app(home: OperatorHome) -> FastAPI:
@@ -116,7 +116,8 @@ def enroller(home: OperatorHome, app: FastAPI) -> Any:
 
 
 def _state(app: FastAPI) -> LinkState:
-    return app.state.linkstate_factory.state()
+    state: LinkState = app.state.linkstate_factory.state()
+    return state
 
 
 def know_again(app: FastAPI, devices: Iterable[Device]) -> int:
@@ -144,12 +145,15 @@ def know_again(app: FastAPI, devices: Iterable[Device]) -> int:
 @contextmanager
 def _next_node_id(node: int) -> Iterator[None]:
     """What Flower would draw, while the block lasts; no node registers meanwhile."""
-    draw = sql_linkstate.generate_rand_int_from_bytes
-    sql_linkstate.generate_rand_int_from_bytes = lambda *_, **__: node
+    inner: Any = sql_linkstate
+    draw, inner.generate_rand_int_from_bytes = (
+        inner.generate_rand_int_from_bytes,
+        lambda *_, **__: node,
+    )
     try:
         yield
     finally:
-        sql_linkstate.generate_rand_int_from_bytes = draw
+        inner.generate_rand_int_from_bytes = draw
 
 
 def _register(app: FastAPI, node_key: str) -> int:
@@ -157,7 +161,7 @@ def _register(app: FastAPI, node_key: str) -> int:
     known = state.get_node_id_by_public_key(node_key.encode())
     if known is not None:
         return int(known)
-    account = NoOpControlAuthnPlugin().validate_tokens_in_metadata([])[1]
+    account: Any = NoOpControlAuthnPlugin().validate_tokens_in_metadata([])[1]
     try:
         made = register_node(RegisterNodeRequest(public_key=node_key.encode()), account, state)
     except Exception as error:
@@ -196,7 +200,7 @@ async def serve(home: OperatorHome) -> None:
         "timeout_graceful_shutdown": 10,
     }
     limits = config.limits
-    strangers = {
+    strangers: dict[str, Any] = {
         # Some are kept between two requests.
         "http": bounded_protocol(connections=2 * limits.connections, seconds=limits.seconds),
         "lifespan": "off",

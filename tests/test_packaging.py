@@ -190,7 +190,7 @@ def test_extras_bring_what_their_commands_need_and_a_device_needs_none() -> None
         extra: {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements}
         for extra, requirements in project["optional-dependencies"].items()
     }
-    assert names["server"] == {"dp-accounting", "grpcio-health-checking"}
+    assert names["server"] == {"dp-accounting", "grpcio-health-checking", "prometheus-client"}
     assert names["example-dp"] == {"opacus"}
     assert names["gguf"] == {"gguf"}
     device = {re.split(r"[\[<>=]", requirement)[0] for requirement in project["dependencies"]}

@@ -80,7 +80,12 @@ class Asking:
         default["flwr-timestamp"] = signed_at or moment()
         given = {**default, **(headers or {})}
         raw = [(name.encode(), value.encode("latin-1")) for name, value in given.items()]
-        self.scope = {"type": "http", "path": path, "method": method, "headers": raw}
+        self.scope: dict[str, Any] = {
+            "type": "http",
+            "path": path,
+            "method": method,
+            "headers": raw,
+        }
         self.scope["client"] = client
         self._parts, self._pause = list(parts or (b"",)), pause
         self.status, self.body = 0, b""

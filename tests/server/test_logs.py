@@ -23,7 +23,6 @@ from tiny_operators import HERE, activate, ask, operated, pem, redeem, until
 
 from homefire.common.errors import EnrolmentError, FederationError
 from homefire.common.ticket import ENROL_PATH
-from homefire.server import logs
 from homefire.server.logs import FIELDS, LARGEST, WORDS, Lines
 
 CANARY = "ann.example"
@@ -113,7 +112,7 @@ def test_bounded_the_same_line_is_counted(
     lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("homefire.server.logs.time.monotonic", lambda: now[0])
     for _ in range(1000):
         lines.emit(record("uvicorn.error", "Invalid HTTP request received."))
     now[0] += 61
@@ -212,9 +211,9 @@ def test_nothing_of_anybody_is_in_the_logs_of_a_superlink(tmp_path: Path) -> Non
             assert redeem(server.public, ticket, changes=changes)[0] == 403
         server.public.post(ENROL_PATH, b"{" + CANARY.encode())
         server.private.post(f"/v1/fleet/{CANARY}", CANARY.encode())
-        for path in ("/v1/control/start-run", "/v1/fleet/pull-messages", "/v1/runtime/push-logs"):
+        for route in ("/v1/control/start-run", "/v1/fleet/pull-messages", "/v1/runtime/push-logs"):
             for kind in (PROTOBUF, CANARY):
-                server.private.post(path, CANARY.encode(), content_type=kind)
+                server.private.post(route, CANARY.encode(), content_type=kind)
         for bad in (f"GET {CANARY}\r\n\r\n", f"POST / HTTP/1.1\r\n{CANARY}\r\n\r\n", "\x00\x01"):
             server.public.say(bad.encode())
         path = folder / "logs" / "superlink.log"

@@ -12,7 +12,6 @@ from vectors.generate_enrolments import EXPIRED, FILE, USED, render
 from homefire.common.errors import EnrolmentError, SignatureError
 from homefire.common.signatures import public_key, sign
 from homefire.common.ticket import ENROLMENT, Ticket, signed_parts
-from homefire.server import enrolment
 from homefire.server.enrolment import Enrolment, Request
 
 VECTORS: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
@@ -41,7 +40,7 @@ def test_golden_requests_have_their_outcomes(
     case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = iter(VECTORS["issued"])
-    monkeypatch.setattr(enrolment.secrets, "token_hex", lambda _: next(drawn))
+    monkeypatch.setattr("secrets.token_hex", lambda _: next(drawn))
     server = Enrolment(tmp_path, lambda: 1.8e9)
     for secret in VECTORS["issued"]:
         server.issue(valid_seconds=-1.0 if secret == EXPIRED else 60.0)
