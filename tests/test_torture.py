@@ -38,3 +38,9 @@ def test_four_kills_while_vaults_take_part_lose_no_charge_and_let_nothing_out() 
     said = killed("join_torture.py", 4)
     for target in ("joined", "executor", "task", "SuperNode"):
         assert f"{target}, " in said
+
+
+def test_a_kill_of_each_process_of_a_server_loses_no_release_and_spends_nothing_twice() -> None:
+    said = killed("server_torture.py", 6)
+    for target in ("ServerApp", "superlink", "executor", "supervisor", "registry", "device"):
+        assert f"{target}: 1 kills" in said
