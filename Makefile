@@ -35,11 +35,12 @@ test: lint wheel  ## Everything CI checks
 test-fast: .venv/.installed  ## The tests that need no more than a few seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2
 
-torture: .venv/.installed  ## Kill servers and devices at 600 random moments and more; check what must hold
+torture: .venv/.installed  ## Kill servers and devices at 700 random moments and more; check what must hold
 	$(BIN)/python tests/torture.py --kills 200
 	$(BIN)/python tests/vault_torture.py --kills 200
 	OMP_NUM_THREADS=1 $(BIN)/python tests/device_torture.py --kills 200
 	OMP_NUM_THREADS=1 $(BIN)/python tests/join_torture.py --kills 24
+	OMP_NUM_THREADS=1 $(BIN)/python tests/server_torture.py --kills 100
 
 lint: .venv/.installed  ## Format, lint, types
 	$(BIN)/ruff format --check .

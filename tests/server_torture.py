@@ -79,7 +79,6 @@ clip_norm = 0.1
 noise_multiplier = 1.0
 delta = 1e-6
 participations = {rounds}
-separation = 1
 """
 
 POLICY = """server_keys = []
@@ -220,11 +219,14 @@ class ServerTorture:
                 if member.process is not None and member.process.poll() is not None:
                     wait_until(lambda: not any(map(alive, below)), "its end", self.said, SOON)
                     member.join()
-        wait_until(lambda: self.newest() > before, "another release", self.said)
+        self._wait_for_release(after=before)
         self.outcomes[target].append(time.monotonic() - began)
         if target == "supervisor":
             require(not any(map(alive, below)), "processes of a killed supervisor are left")
         self.examine()
+
+    def _wait_for_release(self, *, after: int) -> None:
+        wait_until(lambda: self.newest() > after, "another release", self.said)
 
     def examine(self, *, resting: bool = False) -> None:
         """Check everything; raises AssertionError with what does not hold.
@@ -238,7 +240,7 @@ class ServerTorture:
         ledger = self._ledger()
         for number, count in accepted.items():
             require(number in ledger.sums and number not in ledger.burnt, f"{number} was burnt")
-            require(count <= COHORT, f"round {number}: {count} contributions of {COHORT}")
+            require(count <= DEVICES, f"round {number}: {count} contributions")
         for number in releases:
             require(not number or number in ledger.sums, f"round {number} has no sum")
             require(number not in ledger.burnt, f"round {number} was burnt, and released")
@@ -308,8 +310,7 @@ class ServerTorture:
     def end(self) -> None:
         """Drain, go on, drain again; the last check."""
         for _ in range(2):
-            before = self.newest()
-            wait_until(lambda: self.newest() > before, "another release", self.said)
+            self._wait_for_release(after=self.newest())
             asked = start(self.folder / "stop.log", "server", "stop", "--home", self.home.folder)
             require(asked.wait(PATIENCE) == 0, "it cannot be stopped")
             assert self.server is not None

@@ -38,3 +38,9 @@ def test_forty_kills_of_a_person_at_work_leave_every_act_whole_and_nothing_in_th
 def test_two_kills_while_vaults_take_part_lose_no_charge_and_let_nothing_out() -> None:
     said = killed("join_torture.py", 2)
     assert re.search(r"[1-9]\d* contributions reached the server", said)
+
+
+def test_a_kill_of_each_process_of_a_server_loses_no_release_and_spends_nothing_twice() -> None:
+    said = killed("server_torture.py", 6)
+    for target in ("ServerApp", "superlink", "executor", "supervisor", "registry", "device"):
+        assert f"{target}: 1 kills" in said
