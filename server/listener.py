@@ -11,6 +11,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 LARGEST_HEAD = 16_384  # bytes; Flower's own have a few hundred
+LEAST_TAKEN = 65_536  # bytes of an answer that is being taken
 
 
 def bounded_protocol(*, connections: int, seconds: float) -> type[asyncio.Protocol]:
@@ -18,7 +19,8 @@ def bounded_protocol(*, connections: int, seconds: float) -> type[asyncio.Protoc
 
     Args:
         connections: How many there may be at once; further ones are closed.
-        seconds: How long the head of a request may take, and how long an answer may lie unread.
+        seconds: How long the head of a request may take, and how long an answer may lie while less
+            than `LEAST_TAKEN` bytes of it are taken.
     """
 
     class Bounded(_BoundedProtocol):
@@ -31,8 +33,8 @@ class _BoundedProtocol(HttpToolsProtocol):
     """One connection.
 
     Guarantees:
-        No waiting for ever: a head that is not there in time, or an answer that is not taken, ends
-            the connection.
+        No waiting for ever: a head that is not there in time, or an answer that is hardly taken,
+            ends the connection.
         Small heads: of a request line and its headers no more than `LARGEST_HEAD` bytes are read.
         So many: there are no more connections than `most`.
     """
@@ -90,7 +92,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         """The other side does not take its answer."""
         super().pause_writing()
         if self._unread is None:
-            self._unread = self._later(self.patience, self.transport.abort)
+            self._wait_for_reading()
 
     def resume_writing(self) -> None:
         """It has taken it."""
@@ -98,6 +100,17 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._unread.cancel()
             self._unread = None
         super().resume_writing()
+
+    def _wait_for_reading(self) -> None:
+        before = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if before - self.transport.get_write_buffer_size() < LEAST_TAKEN:
+                self.transport.abort()
+            else:
+                self._wait_for_reading()
+
+        self._unread = self._later(self.patience, look)
 
     def _later(self, seconds: float, what: Callable[[], None]) -> asyncio.TimerHandle:
         return self.loop.call_later(seconds, what)

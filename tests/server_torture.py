@@ -275,7 +275,8 @@ class ServerTorture:
         require(content.startswith(self._before.ledger), "the ledger lost or changed a line")
         self._before.ledger = content
         entries, _ = check_lines(path, content.splitlines(), empty(KIND))
-        found = RunLedger(None, None)  # type: ignore[arg-type] - it is only read
+        nowhere: Any = None
+        found = RunLedger(nowhere, nowhere)  # it is only read
         for entry in entries:
             found._apply(entry)
         return found
