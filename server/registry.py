@@ -20,7 +20,7 @@ from homefire.server.logs import begin
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.releases import SIGNING_KEY
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("homefire.server.registry")  # also where it runs as a program
 
 
 def open_home(home: Path) -> RegistryFolder:

@@ -155,7 +155,7 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         budget = budget_of(federation, released=max(releases, default=0))
         size = _vector_size(home)
     except HomefireError as error:
-        trouble.append(str(error))
+        trouble.append(error.in_full)
     trouble += _signs(home)
     dropped, refused = Counter[str](), Counter[str]()
     for each in rounds:
