@@ -101,7 +101,7 @@ class Enrolment:
 
     Guarantees:
         Once: a ticket enrols one device, also where many ask at once; the device that redeemed it
-            may ask again and gets the same answer.
+            may ask again, also by another ticket, which stays good, and gets the same answer.
         Nothing to steal: the file holds digests of secrets.
         One person one device: an identity, or a node key, that is enrolled is not enrolled again.
 
@@ -149,8 +149,14 @@ class Enrolment:
             if self.now() > expires:
                 raise EnrolmentError("this ticket has expired", hint=_ASK)
             for device in book.redeemed.values():
-                if request.identity == device.identity or request.node_key == device.node_key:
-                    raise EnrolmentError("this device is enrolled already")
+                same = device.identity == request.identity, device.node_key == request.node_key
+                if all(same):
+                    return device
+                if any(same):
+                    raise EnrolmentError(
+                        "this device is enrolled already, with other keys",
+                        hint="Take part by the vault that was enrolled.",
+                    )
             device = Device(register(request.node_key), request.identity, request.node_key)
             entry = {"node": device.node, "identity": device.identity, "key": device.node_key}
             self._append({"event": "redeemed", "ticket": ticket, **entry})
