@@ -90,11 +90,12 @@ def run(home: ServerFolder = HOME) -> None:
     """
     _need()
     from homefire.server.logs import begin
-    from homefire.server.supervisor import Supervisor
+    from homefire.server.supervisor import Supervisor, check_free
 
     server = _home(home)
     begin(server.log("server"), "server", alone=False)
     with server.alone() as inherited:
+        check_free(server.config)
         if server.undo_drain():
             typer.echo("It was being stopped when it ended; now it opens rounds again.")
         supervisor = Supervisor(server, inherited)

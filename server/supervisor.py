@@ -8,6 +8,7 @@ ServerApp ended goes on from its ledger, under a new number of Flower's.
 import asyncio
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from homefire.common.errors import FederationError, HomefireError
+from homefire.common.errors import ConfigError, FederationError, HomefireError
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
-from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
+from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome, ServerConfig
 from homefire.server.releases import ReleaseStore
 from homefire.server.run_state import rounds_spent
 from homefire.server.status import Status, look
@@ -267,6 +268,27 @@ class Supervisor:
             self._gone_since = time.monotonic()
         gone = self._gone_since
         return gone is not None and time.monotonic() - gone >= GONE_SECONDS
+
+
+def check_free(config: ServerConfig) -> None:
+    """Refuse a port that another program has, before anything is started.
+
+    Raises:
+        ConfigError: Nothing can listen there.
+    """
+    own = [f"127.0.0.1:{port}" for port in (config.private, config.operator)]
+    for address in (config.fleet, config.registry, *own):
+        host, _, port = address.rpartition(":")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), int(port)))
+            except OSError as error:
+                raise ConfigError(
+                    f"nothing can listen on {address} ({error.strerror})",
+                    hint="End what listens there, or name another in server.toml.",
+                ) from error
 
 
 DRAINED = "drained"

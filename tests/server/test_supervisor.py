@@ -1,16 +1,18 @@
 """What keeps a server running, without its processes: how it waits, and how it is stopped."""
 
 import asyncio
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_flower import free_port
 
-from homefire.common.errors import FederationError
+from homefire.common.errors import ConfigError, FederationError
 from homefire.server import operator_home
 from homefire.server.control import FINISHED
-from homefire.server.operator_home import OperatorHome
-from homefire.server.supervisor import DRAINED, ENDED, Supervisor
+from homefire.server.operator_home import OperatorHome, ServerConfig
+from homefire.server.supervisor import DRAINED, ENDED, Supervisor, check_free
 
 
 class Silent:
@@ -105,3 +107,16 @@ def test_what_it_waits_for_comes_with_a_remedy(
     supervisor.control = Broken()  # type: ignore[assignment]
     supervisor._tend_run()
     assert supervisor.state == "waiting: it is wrong. Mend it."
+
+
+@pytest.mark.parametrize("taken", ["fleet", "registry", "private", "operator"])
+def test_a_port_that_another_program_has_is_said(taken: str) -> None:
+    ports = {name: free_port() for name in ("fleet", "registry", "private", "operator")}
+    where = {name: f"127.0.0.1:{ports[name]}" for name in ("fleet", "registry")}
+    config = ServerConfig.model_validate({"names": ["x"], **ports, **where})
+    check_free(config)
+    with socket.create_server(("127.0.0.1", ports[taken])):
+        with pytest.raises(ConfigError, match=f":{ports[taken]} ") as refused:
+            check_free(config)
+    assert "server.toml" in refused.value.hint
+    check_free(config)
