@@ -21,6 +21,7 @@ from homefire.server.registry import open_home
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.roster import read_roster
 from homefire.server.run_state import Federation
+from homefire.server.runs import start_of
 
 app = ServerApp()
 
@@ -64,6 +65,7 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
 def _run_operated(grid: Grid, home: OperatorHome) -> None:
     nodes = ascending(device.node for device in home.participants())
     federation = replace(open_federation(home.federation()), enrolled=nodes)
+    federation = replace(federation, start=start_of(home.folder, federation, home.server_key))
     registry = open_home(home.folder)
 
     def publish(_: int = 0) -> None:

@@ -36,7 +36,7 @@ from homefire.common.errors import EnrolmentError
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
 from homefire.server.door import Door, send_json
-from homefire.server.enrolment import Device, Request
+from homefire.server.enrolment import Device, Removed, Request
 from homefire.server.listener import bounded_protocol
 from homefire.server.logs import begin
 from homefire.server.operator_home import (
@@ -179,8 +179,13 @@ async def serve(home: OperatorHome) -> None:
     def known(shown: bytes) -> bool:
         return shown in enrolled or _is_known(app, shown, enrolled)
 
+    out = Removed(home.enrolment)
+
+    def removed(shown: bytes) -> bool:
+        return _decoded(shown) in out
+
     names = {*config.names, *LOOPBACK_NAMES}
-    door = Door(app, names, enroller(home, app), config.limits, known)
+    door = Door(app, names, enroller(home, app), config.limits, known, removed)
 
     async def private(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] == DOOR_PATH:
@@ -234,10 +239,16 @@ async def _tell(door: Door, send: Any) -> None:
     await send_json(send, 200, {"served": door.served, "refused": dict(door.refused)})
 
 
-def _is_known(app: FastAPI, shown: bytes, enrolled: set[bytes]) -> bool:
+def _decoded(shown: bytes) -> bytes:
+    """The key of a header; nothing where it is none."""
     try:
-        key = b64decode(shown, validate=True)
+        return b64decode(shown, validate=True)
     except (Base64Error, ValueError):
+        return b""
+
+
+def _is_known(app: FastAPI, shown: bytes, enrolled: set[bytes]) -> bool:
+    if not (key := _decoded(shown)):
         return False
     if _state(app).get_node_id_by_public_key(key) is None:
         return False

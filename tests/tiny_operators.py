@@ -27,6 +27,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from tiny_flower import Flower, free_port
+from tiny_runs import device_key
 
 from homefire.common.protocol import VERSION
 from homefire.common.signatures import public_key, sign
@@ -34,6 +35,7 @@ from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
 from homefire.server import operator_home
 from homefire.server.certificates import Certificates
 from homefire.server.control import Control
+from homefire.server.enrolment import Device, Enrolment, Request
 from homefire.server.operator_home import OperatorHome
 from homefire.server.supervisor import Child
 
@@ -293,3 +295,12 @@ def until(done: Callable[[], object], what: Callable[[], str], seconds: float = 
     while not done():
         assert time.monotonic() < deadline, what()
         time.sleep(0.1)
+
+
+def enrol_made_up(enrolment: Enrolment, number: int) -> Device:
+    """Enrol a device of this number that there is not; Flower is not told."""
+    key, secret = device_key(number), enrolment.issue(valid_seconds=60)
+    node_key = f"-----BEGIN PUBLIC KEY-----\n{number:04d}\n-----END PUBLIC KEY-----\n"
+    signature = sign(key, ENROLMENT, *signed_parts(secret, node_key)).hex()
+    request = Request(secret, public_key(key), node_key, signature)
+    return enrolment.redeem(request, lambda _: number)
