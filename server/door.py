@@ -180,7 +180,7 @@ class Door:
             raise _RefusedError(503, "too many at once")
         shown = _key(headers) if fleet else b""
         if fleet and self.removed(shown):
-            raise _RefusedError(403, "removed", NOT_REGISTERED)
+            raise _RefusedError(401, "removed", NOT_REGISTERED)
         known = fleet and self.known(shown)
         largest = self.limits.body_bytes if known else LARGEST_OF_STRANGERS
         self._check_length(headers, largest)

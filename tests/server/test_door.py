@@ -283,7 +283,7 @@ def test_not_twice(door: Door) -> None:
 def test_removed_is_out(door: Door, path: str) -> None:
     door.removed = lambda shown: True
     asked = Asking(path).at(door)
-    assert (asked.status, json.loads(asked.body)["code"]) == (403, 2001)
+    assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
     assert dict(door.refused) == {"removed": 1}
     assert door.served == 0
 
