@@ -138,17 +138,26 @@ async def _keep(supervisor: Any) -> None:
 
 
 @server_app.command()
-def status(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
+def status(
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 unless all its processes run.")
+    ] = False,
+    home: ServerFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
     """How the server is: rounds, devices, what was refused, what was spent."""
     _need()
     found = _status(_home(home))
     if as_json:
         typer.echo(json.dumps(found))
-        return
-    table = Table(box=None, show_header=False)
-    for name, value in _lines(found).items():
-        table.add_row(name, escape(value))
-    Console().print(table)
+    else:
+        table = Table(box=None, show_header=False)
+        for name, value in _lines(found).items():
+            table.add_row(name, escape(value))
+        Console().print(table)
+    processes = found["processes"].values()
+    if check and not (processes and all(each["runs"] for each in processes)):
+        raise typer.Exit(1)
 
 
 def _status(home: Any) -> dict[str, Any]:

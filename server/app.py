@@ -58,7 +58,7 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
     try:
         _run_operated(grid, home)
     except (HomefireError, OSError) as error:
-        home.keep_trouble(f"{error} {getattr(error, 'hint', '')}".strip())
+        home.keep_trouble(error.in_full if isinstance(error, HomefireError) else str(error))
         raise
 
 

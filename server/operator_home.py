@@ -133,8 +133,18 @@ class OperatorHome:
 
     @property
     def server_key(self) -> str:
-        """The public key that plans and releases are signed by, 64 hex digits."""
-        return public_key(keystore(self.folder).signing_key(SIGNING_KEY))
+        """The public key that plans and releases are signed by, 64 hex digits.
+
+        Raises:
+            ConfigError: It is gone; another one would be none that devices trust.
+        """
+        keys = keystore(self.folder)
+        if keys.get(SIGNING_KEY) is None:
+            raise ConfigError(
+                f"{keys.place}: there is no signing key",
+                hint="Put its copy in place: devices take nothing that another one signs.",
+            )
+        return public_key(keys.signing_key(SIGNING_KEY))
 
     def secret(self, name: str) -> Path:
         """The file of a secret."""
@@ -331,7 +341,7 @@ def init(folder: Path, *, names: Sequence[str], settings: dict[str, Any]) -> Ope
     home.certificates.make([*config.names, *(n for n in LOOPBACK_NAMES if n not in config.names)])
     for name in (EXECUTOR_SECRET, OPERATOR_SECRET):
         write_atomically(home.secret(name), secrets.token_hex(32).encode(), mode=0o600)
-    key = home.server_key
+    key = public_key(keystore(folder).signing_key(SIGNING_KEY))  # drawn here, and once
     make_run(folder)
     write_atomically(folder / FEDERATION, FEDERATION_TEMPLATE.encode(), mode=0o600)
     write_atomically(folder / POLICY, POLICY_TEMPLATE.format(key=key).encode(), mode=0o600)

@@ -20,7 +20,7 @@ from homefire.server.logs import begin
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.releases import SERVER_KEYS, SIGNING_KEY
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("homefire.server.registry")  # also where it runs as a program
 
 
 def open_home(home: Path) -> RegistryFolder:
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         asyncio.run(serve(open_home(given.home), given.listen, tls, Limits()))
     except HomefireError as error:
         LOG.error("it does not start: %s", error)
-        print(f"Error: {error} {error.hint}".rstrip(), file=sys.stderr)
+        print(f"Error: {error.in_full}", file=sys.stderr)
         return 1
     return 0
 

@@ -159,7 +159,7 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         budget = budget_of(federation, released=max(releases, default=0), stated=newest)
         size = 0 if newest is None else len(newest.vector)
     except HomefireError as error:
-        trouble.append(str(error))
+        trouble.append(error.in_full)
     trouble += _signs(home)
     dropped, refused = Counter[str](), Counter[str]()
     for each in rounds:

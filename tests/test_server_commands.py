@@ -156,6 +156,43 @@ def test_status_of_a_server_that_does_not_run(home: Path) -> None:
     assert "trouble" in run("status")
 
 
+def test_status_checks_whether_all_processes_run(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server("status", "--check").exit_code == 1
+    assert server("status").exit_code == 0
+    found = json.loads(run("status", "--json"))
+    names, down = ("superlink", "registry", "executor"), {"runs": False, "starts": 3}
+    runs = {name: {"runs": True, "starts": 1} for name in names}
+    for processes, code in ((runs, 0), (runs | {"registry": down}, 1)):
+        told = {**found, "processes": processes}
+        monkeypatch.setattr("homefire.server_commands._status", lambda _, told=told: told)
+        for more in ([], ["--json"]):
+            assert server("status", "--check", *more).exit_code == code
+
+
+def test_status_says_what_to_do_where_a_setting_is_wrong(home: Path) -> None:
+    path = home / "federation.toml"
+    path.write_text(path.read_text().replace("[optimizer]", "[optimiser]"))
+    (said,) = json.loads(run("status", "--json"))["trouble"]
+    assert "Add a table [optimizer]" in said
+
+
+def test_no_other_key_is_drawn_where_the_servers_is_gone(home: Path) -> None:
+    key = home / "run.keys" / "server-signing"
+    kept = key.read_bytes()
+    key.unlink()
+    for verb in ("key", "enroll"):
+        error = refused(verb)
+        assert "there is no signing key" in str(error)
+        assert isinstance(error, ConfigError)
+        assert "Put its copy in place" in error.hint
+    assert not key.exists()
+    key.write_bytes(kept)
+    key.chmod(0o600)
+    assert KEY.fullmatch(run("key").strip())
+
+
 def test_releases_before_the_first(home: Path) -> None:
     assert json.loads(run("releases", "--json")) == []
     assert "number" in run("releases")
