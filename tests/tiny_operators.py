@@ -27,6 +27,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from tiny_flower import Flower, free_port
+from tiny_runs import device_key
 
 from homefire.common.protocol import VERSION
 from homefire.common.signatures import public_key, sign
@@ -34,6 +35,7 @@ from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
 from homefire.server import operator_home
 from homefire.server.certificates import Certificates
 from homefire.server.control import Control
+from homefire.server.enrolment import Device, Request
 from homefire.server.operator_home import OperatorHome
 from homefire.server.supervisor import Child
 
@@ -227,6 +229,37 @@ def made_home(folder: Path, limits: str = "") -> OperatorHome:
         path = folder / operator_home.SERVER
         path.write_text(f"{path.read_text()}\n[limits]\n{limits}")
     return home
+
+
+def settings_of_run(*, users: int = 2, rounds: int = 4, base_model: str = "smollm2-135m") -> str:
+    """What `federation.toml` says of a small run; it names no quorum."""
+    return f"""
+users = {users}
+[base_model]
+name = "{base_model}"
+[shared]
+rank = 1
+[local]
+[federation]
+rounds = {rounds}
+cohort = {users}
+[optimizer]
+[privacy]
+mechanism = "none"
+clip_norm = 1.0
+"""
+
+
+def enrol_at(home: OperatorHome, count: int) -> list[Device]:
+    """Devices more, where no SuperLink runs; their nodes have the numbers that come next."""
+    made, known = [], len(home.enrolment.devices())
+    for number in range(known + 1, known + count + 1):
+        identity, node_key = device_key(number), f"node key {number}"
+        secret = home.enrolment.issue(valid_seconds=60)
+        signed = sign(identity, ENROLMENT, *signed_parts(secret, node_key)).hex()
+        request = Request(secret, public_key(identity), node_key, signed)
+        made.append(home.enrolment.redeem(request, lambda _, number=number: number))
+    return made
 
 
 @contextmanager
