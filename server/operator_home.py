@@ -42,13 +42,16 @@ from homefire.common.signatures import public_key
 from homefire.common.ticket import Ticket
 from homefire.server.certificates import Certificates, check_names
 from homefire.server.enrolment import Device, Enrolment
-from homefire.server.run_state import LEDGER, SIGNING_KEY
-from homefire.server.runs import RUNS, all_runs, follow, keystore, make_run
+from homefire.server.run_state import SIGNING_KEY
+from homefire.server.runs import RUNS, all_runs, follow, has_begun, keystore, make_run
 
 SERVER, FEDERATION, POLICY = "server.toml", "federation.toml", "device-policy.toml"
 ROSTER, DRAIN, TROUBLE = "roster.txt", "drain", "trouble"
 SERVER_LOCK, PROCESSES_LOCK, APP_LOCK = "server.lock", "processes.lock", "serverapp.lock"
 LONGEST_TROUBLE = 4096  # bytes
+QUORUM = 0.5
+"""Of devices that are waited for, where the settings name none: real devices get lost."""
+
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 EXECUTOR_SECRET, OPERATOR_SECRET = "executor", "operator"
 
@@ -155,7 +158,7 @@ class OperatorHome:
         return self.folder / "logs" / f"{process}.log"
 
     def federation(self) -> FederationConfig:
-        """The run's settings.
+        """The run's settings; where they name no quorum, half of the devices are waited for.
 
         Raises:
             ConfigError: `federation.toml` is missing or wrong.
@@ -168,6 +171,8 @@ class OperatorHome:
                     f"{path}: {name} is not set here",
                     hint="Take it out: the server knows who is enrolled and where its run lies.",
                 )
+        if isinstance(rounds := tables.get("federation"), dict):
+            tables["federation"] = {"quorum": QUORUM, **rounds}
         own = {"output": self.output, "roster": self.output / ROSTER}
         return validate(FederationConfig, {**tables, **own}, where=str(path))
 
@@ -179,7 +184,7 @@ class OperatorHome:
             ConfigError: The run has begun, and its roster is gone.
         """
         path = self.output / ROSTER
-        if (self.output / LEDGER).exists():
+        if has_begun(self.output):
             return self._began_with(path)
         users, devices = self.federation().users, self.enrolment.devices()
         if len(devices) < users:
@@ -245,6 +250,14 @@ class OperatorHome:
     def is_at_work(self) -> bool:
         """Whether a ServerApp runs in this folder."""
         return is_held(self.folder / APP_LOCK)
+
+    @property
+    def last_start(self) -> int:
+        """When a ServerApp was started last, in nanoseconds since 1970; 0 before the first."""
+        try:
+            return (self.folder / APP_LOCK).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     @contextmanager
     def alone(self, *, wait: float = 30.0) -> Iterator[int]:

@@ -30,6 +30,12 @@ def all_runs(home: Path) -> list[Path]:
     return sorted(found)
 
 
+def has_begun(output: Path) -> bool:
+    """Whether a run's ledger says that there is one."""
+    path = output / LEDGER
+    return path.exists() and path.stat().st_size > 0
+
+
 def make_run(home: Path) -> Path:
     """Make the folder of another run.
 
@@ -63,7 +69,7 @@ def follow(home: Path) -> Path:
         LedgerError: Its ledger is damaged, rolled back or in use.
     """
     newest = all_runs(home)[-1]
-    if not (newest / LEDGER).exists():
+    if not has_begun(newest):
         raise FederationError(
             f"run {newest.name} has not begun yet",
             hint="Change its settings in federation.toml.",

@@ -143,7 +143,7 @@ class Supervisor:
     children: list[Child] = field(init=False)
     state: str = "starting"
     _run: int | None = None
-    _worked: bool = False
+    _last_start: int = 0
     _gone_since: float | None = None
     _not_before: float = 0.0
     _pause: float = FIRST_PAUSE
@@ -235,7 +235,8 @@ class Supervisor:
             self.state = f"halted: {burnt} rounds in a row were spent without a release"
         elif time.monotonic() >= self._not_before:
             self.home.participants()
-            self._run, self._worked, self._gone_since = self.control.start(), False, None
+            self._last_start, self._gone_since = self.home.last_start, None
+            self._run = self.control.start()
             self.state = "running"
 
     def _burnt(self, opened: int) -> int:
@@ -261,9 +262,9 @@ class Supervisor:
 
     def _is_gone(self) -> bool:
         """Whether the run's ServerApp was there, and is not any more."""
-        if self.home.is_at_work():
-            self._worked, self._gone_since = True, None
-        elif self._worked and self._gone_since is None:
+        if self.home.is_at_work() or self.home.last_start == self._last_start:
+            self._gone_since = None
+        elif self._gone_since is None:
             self._gone_since = time.monotonic()
         gone = self._gone_since
         return gone is not None and time.monotonic() - gone >= GONE_SECONDS

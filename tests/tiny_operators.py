@@ -231,6 +231,31 @@ def made_home(folder: Path, limits: str = "") -> OperatorHome:
     return home
 
 
+def settings_of_run(*, users: int = 2, rounds: int = 4, base_model: str = "smollm2-135m") -> str:
+    """What `federation.toml` says of a small run; it names no quorum."""
+    return f"""
+users = {users}
+[base_model]
+name = "{base_model}"
+[shared]
+rank = 1
+[local]
+[federation]
+rounds = {rounds}
+cohort = {users}
+[optimizer]
+[privacy]
+mechanism = "none"
+clip_norm = 1.0
+"""
+
+
+def enrol_at(home: OperatorHome, count: int) -> list[Device]:
+    """Devices more, where no SuperLink runs; their nodes have the numbers that come next."""
+    known = len(home.enrolment.ever())
+    return [enrol_made_up(home.enrolment, known + number) for number in range(1, count + 1)]
+
+
 @contextmanager
 def operated(folder: Path, limits: str = "") -> Iterator[Operated]:
     """A server of ours; `limits` are lines of its settings."""
