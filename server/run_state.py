@@ -37,6 +37,7 @@ from homefire.server.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from homefire.server.line import Line
 from homefire.server.nodes import Nodes, read_nodes, write_nodes
 from homefire.server.optimizers import OptimizerState
 from homefire.server.planning import PrivacyPlan
@@ -70,6 +71,7 @@ class Federation:
     privacy: PrivacyPlan
     roster: Collection[str]
     enrolled: "Nodes | None" = None
+    line: Line | None = None
 
     @property
     def store(self) -> ReleaseStore:
