@@ -14,8 +14,9 @@ from homefire.common.config import FederationConfig, load_config
 from homefire.common.errors import ConfigError, HomefireError
 from homefire.common.peft_adapter import resolve_spec
 from homefire.server.federation import run_federation
+from homefire.server.line import HttpLine
 from homefire.server.nodes import ascending
-from homefire.server.operator_home import OperatorHome
+from homefire.server.operator_home import OPERATOR_SECRET, OperatorHome
 from homefire.server.planning import plan_privacy
 from homefire.server.registry import open_home
 from homefire.server.registry_folder import RegistryFolder
@@ -64,7 +65,12 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
 
 def _run_operated(grid: Grid, home: OperatorHome) -> None:
     nodes = ascending(device.node for device in home.participants())
-    federation = replace(open_federation(home.federation()), enrolled=nodes)
+    line = HttpLine(
+        home.config.private,
+        authority=home.certificates.authority,
+        secret=home.secret(OPERATOR_SECRET).read_text(encoding="ascii"),
+    )
+    federation = replace(open_federation(home.federation()), enrolled=nodes, line=line)
     federation = replace(federation, start=start_of(home.folder, federation, home.server_key))
     registry = open_home(home.folder)
 

@@ -117,6 +117,8 @@ class Door:
         limits: How much is let in.
         known: Whether a key, as the header shows it, is that of an enrolled device.
         removed: Whether it is that of one which the operator has removed.
+        held: How many requests of authenticated devices wait for a message; they have a bound of
+            their own, and take no place from others.
         clock: Tells the time in seconds.
         now: Tells the time in seconds since 1970.
         refused: How many requests were not let in, by reason.
@@ -129,6 +131,7 @@ class Door:
     limits: LimitsConfig
     known: Callable[[bytes], bool]
     removed: Callable[[bytes], bool] = lambda shown: False
+    held: Callable[[], int] = lambda: 0
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     refused: Counter[str] = field(default_factory=Counter)
@@ -176,7 +179,7 @@ class Door:
             raise _RefusedError(421, "another host")
         if headers.get(VERSION_NAME, b"1") != str(VERSION).encode():
             raise _RefusedError(426, "another version")
-        if self._under_way >= self.limits.connections:
+        if self._under_way - self.held() >= self.limits.connections:
             raise _RefusedError(503, "too many at once")
         shown = _key(headers) if fleet else b""
         if fleet and self.removed(shown):
@@ -387,13 +390,15 @@ async def _parts(receive: Receive) -> Any:
             return
 
 
-async def send_json(send: Send, status: int, content: Mapping[str, Any]) -> None:
-    """Answer with a JSON object, and end the connection."""
+async def send_json(
+    send: Send, status: int, content: Mapping[str, Any], *, keep: bool = False
+) -> None:
+    """Answer with a JSON object, and end the connection unless it is to be kept."""
     body = json.dumps(content).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
+        *([] if keep else [(b"connection", b"close")]),
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -38,6 +38,7 @@ from homefire.server.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from homefire.server.line import Line
 from homefire.server.nodes import Nodes, read_nodes, write_nodes
 from homefire.server.optimizers import OptimizerState
 from homefire.server.planning import PrivacyPlan
@@ -92,6 +93,7 @@ class Federation:
     roster: Collection[str]
     enrolled: "Nodes | None" = None
     start: Start | None = None
+    line: Line | None = None
 
     @staticmethod
     def store_of(output: Path) -> ReleaseStore:

@@ -179,7 +179,7 @@ def test_status_says_what_to_do_where_a_setting_is_wrong(home: Path) -> None:
 
 
 def test_no_other_key_is_drawn_where_the_servers_is_gone(home: Path) -> None:
-    key = home / "run.keys" / "server-signing"
+    key = home / "keys" / "server-signing"
     kept = key.read_bytes()
     key.unlink()
     for verb in ("key", "enroll"):

@@ -11,7 +11,7 @@ from tiny_operators import enrol_at, made_home, settings_of_run
 from tiny_runs import device_key
 
 from homefire.common.errors import ConfigError, FederationError
-from homefire.common.files import hold
+from homefire.common.files import hold, write_atomically
 from homefire.common.signatures import public_key
 from homefire.server import operator_home
 from homefire.server.operator_home import (
@@ -90,7 +90,7 @@ def test_without_its_file_there_is_no_server(tmp_path: Path) -> None:
 def test_a_server_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written last is what a server is known by."""
     written: list[str] = []
-    real = operator_home.write_atomically
+    real = write_atomically
 
     def noting(path: Path, data: bytes, *, mode: int | None = None) -> None:
         written.append(path.name)
