@@ -261,7 +261,7 @@ def test_removed_for_good(home: OperatorHome) -> None:
     assert not watching.is_enrolled(node_key)
     assert watching.is_removed(node_key)
     assert home.enrolment.devices() == []
-    with pytest.raises(EnrolmentError, match="enrolled already"):
+    with pytest.raises(EnrolmentError, match="removed this device"):
         enrol(home, 1)
     assert home.enrolment.devices() == []
 
