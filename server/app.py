@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from homefire.common.base_model import load_base_model
 from homefire.common.config import FederationConfig, load_config
 from homefire.common.errors import ConfigError, HomefireError
+from homefire.common.files import DISK_HINT
 from homefire.common.peft_adapter import resolve_spec
 from homefire.server.federation import run_federation
 from homefire.server.nodes import ascending
@@ -57,7 +58,7 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
     try:
         _run_operated(grid, home)
     except (HomefireError, OSError) as error:
-        home.keep_trouble(f"{error} {getattr(error, 'hint', '')}".strip())
+        home.keep_trouble(f"{error}. {getattr(error, 'hint', DISK_HINT)}".strip())
         raise
 
 

@@ -217,7 +217,7 @@ class Door:
         except (EnrolmentError, SignatureError) as error:
             self.refused["no enrolment"] += 1
             status, said = 403, {"error": str(error), "hint": error.hint}
-        except HomefireError:
+        except (HomefireError, OSError):
             self.refused["enrolment failed"] += 1
             status, said = 503, {"error": "the server cannot enrol now", "hint": "Try again later."}
         await send_json(send, status, said)

@@ -80,7 +80,12 @@ class Child:
             self._pause = FIRST_PAUSE if steady else min(LONGEST_PAUSE, 2 * self._pause)
             self._process, self._not_before = None, now + self._pause
         if now >= self._not_before:
-            self._start(now)
+            try:
+                self._start(now)
+            except OSError as error:
+                LOG.warning("%s cannot be started: %s", self.name, error)
+                self._pause = min(LONGEST_PAUSE, 2 * self._pause)
+                self._not_before = now + self._pause
 
     def _start(self, now: float) -> None:
         home = self.folder / "flower" / self.name
@@ -214,7 +219,7 @@ class Supervisor:
                 self._begin()
             else:
                 self._follow(self._run)
-        except HomefireError as error:
+        except (HomefireError, OSError) as error:
             self.state = f"waiting: {error}"
 
     def _begin(self) -> None:
