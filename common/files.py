@@ -86,7 +86,8 @@ def sync_folder(folder: Path) -> None:
     """Force to disk which names a folder holds."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
