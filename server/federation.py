@@ -26,6 +26,7 @@ from homefire.server import optimizers
 from homefire.server.aggregator import NoisyAverage, OpenRound, accept, close_round, open_round
 from homefire.server.cohorts import cohort_of
 from homefire.server.inbox import Answer, Inbox
+from homefire.server.line import Asking, Line
 from homefire.server.nodes import Nodes, ascending
 from homefire.server.run_state import (
     Federation,
@@ -258,25 +259,30 @@ def _collect(
     # In the order of pushing: who works in that order need not keep answers until their turn.
     waiting = dict.fromkeys(i for i in grid.push_messages(list(messages)) if i)
     unsent = len(cohort) - len(waiting)
+    if federation.line is not None:
+        federation.line.ring(cohort)
     inbox = Inbox(grid, largest=4 * federation.vector_size + LARGEST_ENVELOPE)
-    for answer in _replies(inbox, waiting, deadline):
+    for answer in _replies(inbox, waiting, deadline, federation.line):
         accept(current, answer)
     if missing := unsent + len(waiting):
         current.dropped["no answer"] += missing
     return current
 
 
-def _replies(inbox: Inbox, waiting: dict[str, None], deadline: float) -> Iterator[Answer]:
+def _replies(
+    inbox: Inbox, waiting: dict[str, None], deadline: float, line: Line | None
+) -> Iterator[Answer]:
     """Replies one by one as they arrive; what is late stays in `waiting`."""
     end = time.monotonic() + deadline
+    asking = Asking(line)
     pause = SHORTEST_POLL
     while waiting and time.monotonic() < end:
         arrived = False
-        for identifier, answer in inbox.pull(list(waiting)):
+        for identifier, answer in inbox.pull(asking.worthwhile(waiting, inbox.begun)):
             arrived = True
             waiting.pop(identifier, None)
             yield answer
-        pause = SHORTEST_POLL if arrived else min(LONGEST_POLL, 1.5 * pause)
+        pause = SHORTEST_POLL if arrived else min(asking.longest_pause, 1.5 * pause)
         if not arrived:
             time.sleep(pause)
 

@@ -89,6 +89,11 @@ class Inbox:
         self._largest = largest
         self._announced: dict[str, _Announced] = {}
 
+    @property
+    def begun(self) -> frozenset[str]:
+        """The messages whose answers are here in part."""
+        return frozenset(self._announced)
+
     def pull(self, identifiers: Iterable[str]) -> Iterator[tuple[str, Answer]]:
         """Hand over what has arrived, one reply at a time; waits for nothing.
 

@@ -5,6 +5,8 @@ nobody fetches. This ends such connections. It uses inner parts of uvicorn 0.49,
 """
 
 import asyncio
+import resource
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,23 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 LARGEST_HEAD = 16_384  # bytes; Flower's own have a few hundred
 LEAST_TAKEN = 65_536  # bytes of an answer that is being taken
+TLS_BUFFER = 1 << 15  # bytes
+OTHER_FILES = 256  # the database's, the logs', those of the private listener
+
+
+def make_room(connections: int) -> int:
+    """Let this process have so many connections, each with a smaller buffer than asyncio's.
+
+    Returns:
+        How many it may have: fewer where the system allows it fewer files.
+    """
+    setattr(SSLProtocol, "max_size", TLS_BUFFER)  # noqa: B010 - not in its stubs
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_FILES
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return max(1, min(connections, allowed - OTHER_FILES))
 
 
 def bounded_protocol(*, connections: int, seconds: float) -> type[asyncio.Protocol]:

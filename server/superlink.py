@@ -9,11 +9,13 @@ It uses inner parts of flwr 1.41, which is therefore pinned in `pyproject.toml`.
 import argparse
 import asyncio
 import hmac
+import math
 import os
 import sys
+import time
 from base64 import b64decode
 from binascii import Error as Base64Error
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,13 +33,16 @@ from flwr.superlink.cli.flower_superlink import (
 )
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.control.control_handlers import register_node
+from sqlalchemy.exc import SQLAlchemyError
 
-from homefire.common.errors import EnrolmentError
+from homefire.common.errors import EnrolmentError, FederationError
+from homefire.common.files import DISK_HINT
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
-from homefire.server.door import Door, send_json
-from homefire.server.enrolment import Device, Request
-from homefire.server.listener import bounded_protocol
+from homefire.server.door import Door
+from homefire.server.enrolment import Device, Removed, Request
+from homefire.server.fleet import Bells, Fleet
+from homefire.server.listener import bounded_protocol, make_room
 from homefire.server.logs import begin
 from homefire.server.operator_home import (
     EXECUTOR_SECRET,
@@ -45,10 +50,11 @@ from homefire.server.operator_home import (
     OPERATOR_SECRET,
     OperatorHome,
 )
+from homefire.server.private import Private
 
 DATABASE = "superlink.db"
 LOOPBACK = "127.0.0.1"
-DOOR_PATH = "/homefire/v1/door"
+LOOK_SECONDS = 1.0
 
 
 class OperatorOnly(NoOpControlAuthnPlugin):
@@ -93,7 +99,22 @@ def make_app(home: OperatorHome) -> FastAPI:
     with _arguments(["flower-superlink", *given, *flags]):
         parsed = _parse_superlink_lifespan_config()
     secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
-    return create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
+    app = create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
+    calm(_state(app))
+    return app
+
+
+def calm(state: LinkState, *, clock: Callable[[], float] = time.monotonic) -> None:
+    """Let Flower look for its programs that have died once a second, not at every request."""
+    look, looked = state._cleanup_expired_task_tokens, -math.inf  # type: ignore[attr-defined]
+
+    def now_and_then() -> None:
+        nonlocal looked
+        if clock() - looked >= LOOK_SECONDS:
+            looked = clock()
+            look()
+
+    state._cleanup_expired_task_tokens = now_and_then  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -164,6 +185,8 @@ def _register(app: FastAPI, node_key: str) -> int:
     account: Any = NoOpControlAuthnPlugin().validate_tokens_in_metadata([])[1]
     try:
         made = register_node(RegisterNodeRequest(public_key=node_key.encode()), account, state)
+    except SQLAlchemyError as error:
+        raise FederationError("Flower's database does not take a node", hint=DISK_HINT) from error
     except Exception as error:
         raise EnrolmentError(
             "the node's key is not one that Flower takes", hint="NIST P-256, P-384 or P-521, PEM."
@@ -179,15 +202,20 @@ async def serve(home: OperatorHome) -> None:
     def known(shown: bytes) -> bool:
         return shown in enrolled or _is_known(app, shown, enrolled)
 
+    out = Removed(home.enrolment)
+
+    def removed(shown: bytes) -> bool:
+        return _decoded(shown) in out
+
     names = {*config.names, *LOOPBACK_NAMES}
-    door = Door(app, names, enroller(home, app), config.limits, known)
-
-    async def private(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] == DOOR_PATH:
-            await _tell(door, send)
-        else:
-            await app(scope, receive, send)
-
+    limits = config.limits
+    # Some connections are kept between two requests.
+    room = make_room(2 * limits.connections + limits.waiting)
+    fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
+    waiting = fleet.bells.__len__
+    door = Door(fleet, names, enroller(home, app), limits, known, removed, waiting)
+    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
+    private = Private(app, door, fleet.bells, secret)
     common: dict[str, Any] = {
         "ssl_certfile": str(tls.server),
         "ssl_keyfile": str(tls.server),
@@ -199,10 +227,8 @@ async def serve(home: OperatorHome) -> None:
         "ws": "none",
         "timeout_graceful_shutdown": 10,
     }
-    limits = config.limits
     strangers: dict[str, Any] = {
-        # Some are kept between two requests.
-        "http": bounded_protocol(connections=2 * limits.connections, seconds=limits.seconds),
+        "http": bounded_protocol(connections=room, seconds=limits.seconds),
         "lifespan": "off",
     }
     host, _, port = config.fleet.rpartition(":")
@@ -218,6 +244,7 @@ async def serve(home: OperatorHome) -> None:
             await asyncio.to_thread(know_again, app, home.enrolment.devices())
             tasks.create_task(outer.serve())
         await asyncio.wait([private_listener])
+        fleet.bells.end()
         outer.should_exit = True
 
 
@@ -230,14 +257,16 @@ class _Second(uvicorn.Server):
         yield
 
 
-async def _tell(door: Door, send: Any) -> None:
-    await send_json(send, 200, {"served": door.served, "refused": dict(door.refused)})
+def _decoded(shown: bytes) -> bytes:
+    """The key of a header; nothing where it is none."""
+    try:
+        return b64decode(shown, validate=True)
+    except (Base64Error, ValueError):
+        return b""
 
 
 def _is_known(app: FastAPI, shown: bytes, enrolled: set[bytes]) -> bool:
-    try:
-        key = b64decode(shown, validate=True)
-    except (Base64Error, ValueError):
+    if not (key := _decoded(shown)):
         return False
     if _state(app).get_node_id_by_public_key(key) is None:
         return False

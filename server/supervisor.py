@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from homefire.common.errors import FederationError, HomefireError
+from homefire.common.files import DISK_HINT
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
 from homefire.server.releases import ReleaseStore
@@ -131,6 +132,8 @@ class Supervisor:
         No burning on: after so many rounds in a row that were spent without a release, nothing more
             is spent until somebody starts the server again.
         Only when all are there: no run starts before as many devices are enrolled as it needs.
+        Stops when asked: a server that is being stopped ends as soon as no round is under way,
+            whatever else it waits for.
 
     Attributes:
         home: Of the server.
@@ -213,14 +216,18 @@ class Supervisor:
 
     def _tend_run(self) -> None:
         try:
-            if not self.control.is_up():
+            if self._run is None and self.home.is_draining() and not self.home.is_at_work():
+                self.state = DRAINED
+            elif not self.control.is_up():
                 self.state = "waiting for the SuperLink"
             elif self._run is None:
                 self._begin()
             else:
                 self._follow(self._run)
-        except (HomefireError, OSError) as error:
-            self.state = f"waiting: {error}"
+        except HomefireError as error:
+            self.state = f"waiting: {error.in_full}"
+        except OSError as error:
+            self.state = f"waiting: {error}. {DISK_HINT}"
 
     def _begin(self) -> None:
         """Start a run as soon as one may be started."""
@@ -232,8 +239,6 @@ class Supervisor:
         opened, over = rounds_spent(self.home.output)
         if over:
             self.state = ENDED
-        elif self.home.is_draining():
-            self.state = DRAINED
         elif (burnt := self._burnt(opened)) >= MOST_BURNT:
             self.state = f"halted: {burnt} rounds in a row were spent without a release"
         elif time.monotonic() >= self._not_before:

@@ -35,7 +35,7 @@ from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
 from homefire.server import operator_home
 from homefire.server.certificates import Certificates
 from homefire.server.control import Control
-from homefire.server.enrolment import Device, Request
+from homefire.server.enrolment import Device, Enrolment, Request
 from homefire.server.operator_home import OperatorHome
 from homefire.server.supervisor import Child
 
@@ -252,14 +252,8 @@ clip_norm = 1.0
 
 def enrol_at(home: OperatorHome, count: int) -> list[Device]:
     """Devices more, where no SuperLink runs; their nodes have the numbers that come next."""
-    made, known = [], len(home.enrolment.devices())
-    for number in range(known + 1, known + count + 1):
-        identity, node_key = device_key(number), f"node key {number}"
-        secret = home.enrolment.issue(valid_seconds=60)
-        signed = sign(identity, ENROLMENT, *signed_parts(secret, node_key)).hex()
-        request = Request(secret, public_key(identity), node_key, signed)
-        made.append(home.enrolment.redeem(request, lambda _, number=number: number))
-    return made
+    known = len(home.enrolment.ever())
+    return [enrol_made_up(home.enrolment, known + number) for number in range(1, count + 1)]
 
 
 @contextmanager
@@ -326,3 +320,12 @@ def until(done: Callable[[], object], what: Callable[[], str], seconds: float = 
     while not done():
         assert time.monotonic() < deadline, what()
         time.sleep(0.1)
+
+
+def enrol_made_up(enrolment: Enrolment, number: int) -> Device:
+    """Enrol a device of this number that there is not; Flower is not told."""
+    key, secret = device_key(number), enrolment.issue(valid_seconds=60)
+    node_key = f"-----BEGIN PUBLIC KEY-----\n{number:04d}\n-----END PUBLIC KEY-----\n"
+    signature = sign(key, ENROLMENT, *signed_parts(secret, node_key)).hex()
+    request = Request(secret, public_key(key), node_key, signature)
+    return enrolment.redeem(request, lambda _: number)

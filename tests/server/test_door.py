@@ -231,6 +231,21 @@ def test_bounded_how_many_are_under_way(door: Door) -> None:
     assert Asking(PULL).at(door).status == 200  # they are let in again
 
 
+def test_bounded_who_waits_for_a_plan_takes_no_place_from_others(door: Door) -> None:
+    async def ask(held: int) -> list[int]:
+        assert isinstance(door.app, Flower)
+        door.app.hold = asyncio.Event()
+        door.held = lambda: held
+        asked = [Asking(PULL) for _ in range(4)]
+        tasks = [asyncio.create_task(door(a.scope, a.receive, a.send)) for a in asked]
+        await asyncio.sleep(0.05)
+        door.app.hold.set()
+        await asyncio.gather(*tasks)
+        return [a.status for a in asked]
+
+    assert asyncio.run(ask(held=1)) == 4 * [200]
+
+
 def test_bounded_of_a_stranger_less_is_read(door: Door) -> None:
     made_up = {"flwr-public-key": b64encode(b"made up").decode()}
     asked = Asking(PULL, *[b"x" * 1024] * 17, headers=made_up).at(door)
@@ -277,6 +292,15 @@ def test_not_twice(door: Door) -> None:
     assert (asked.status, asked.error) == (401, "seen before")
     clock[0] += 400
     assert Asking(PULL, signed_at=signed_at).at(door).status == 200  # Flower refuses it
+
+
+@pytest.mark.parametrize("path", sorted(OPEN))
+def test_removed_is_out(door: Door, path: str) -> None:
+    door.removed = lambda shown: True
+    asked = Asking(path).at(door)
+    assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
+    assert dict(door.refused) == {"removed": 1}
+    assert door.served == 0
 
 
 def test_clock_first(door: Door) -> None:

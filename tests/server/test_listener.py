@@ -1,8 +1,10 @@
 """Connections of strangers, before and after there is a request; by TCP on this machine."""
 
 import asyncio
+import resource
 import socket
 import time
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from homefire.server.listener import LARGEST_HEAD, bounded_protocol
+from homefire.server.listener import LARGEST_HEAD, OTHER_FILES, bounded_protocol, make_room
 
 CONNECTIONS, SECONDS = 3, 0.4
 HEAD = b"POST / HTTP/1.1\r\nhost: here\r\n"
@@ -19,11 +21,13 @@ ANSWER = 32 << 20  # more than the system's buffers hold
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Takes a body; answers with its length, or with much at /much."""
+    """Takes a body; answers with its length, or with much at /much, or late at /late."""
     taken, more = 0, True
     while more:
         event = await receive()
         taken, more = taken + len(event.get("body", b"")), event.get("more_body", False)
+    if scope["path"] == "/late":
+        await asyncio.sleep(3 * SECONDS)
     body = bytes(ANSWER) if scope["path"] == "/much" else str(taken).encode()
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": 200, "headers": [length]})
@@ -104,6 +108,13 @@ def test_no_waiting_for_ever_for_one_who_does_not_read(port: int) -> None:
         assert len(rest(far)) < ANSWER
 
 
+def test_who_waits_for_an_answer_may_wait(port: int) -> None:
+    """A device whose plan is not there yet has sent all that it has to send."""
+    with connect(port) as far:
+        far.sendall(b"POST /late HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n")
+        assert rest(far).startswith(b"HTTP/1.1 200")
+
+
 def test_who_reads_slowly_gets_all_of_it(port: int) -> None:
     taken = 0
     with connect(port) as far:
@@ -138,6 +149,27 @@ def test_bodies_are_no_heads(port: int, parts: int) -> None:
         answer = rest(far)
     assert answer.count(b"HTTP/1.1 200") == 2
     assert answer.endswith(b"300000")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "room", "raised"),
+    [
+        (1024, 65_536, 8192, [8192 + OTHER_FILES]),
+        (1024, resource.RLIM_INFINITY, 8192, [8192 + OTHER_FILES]),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 8192, []),
+        (1024, 4096, 4096 - OTHER_FILES, [4096]),
+        (64, 64, 1, []),
+    ],
+)
+def test_so_many_as_the_system_allows(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, room: int, raised: list[int]
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(SSLProtocol, "max_size", SSLProtocol.max_size)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    assert make_room(8192) == room
+    assert asked == [(each, hard) for each in raised]
 
 
 def test_so_many(port: int) -> None:

@@ -11,7 +11,7 @@ from tiny_operators import enrol_at, made_home, settings_of_run
 from tiny_runs import device_key
 
 from homefire.common.errors import ConfigError, FederationError
-from homefire.common.files import hold
+from homefire.common.files import hold, write_atomically
 from homefire.common.signatures import public_key
 from homefire.server import operator_home
 from homefire.server.operator_home import (
@@ -40,8 +40,8 @@ def change(home: OperatorHome, old: str, new: str) -> None:
 
 def test_the_server_knows_where_its_run_lies_and_who_is_enrolled(home: OperatorHome) -> None:
     config = home.federation()
-    assert config.output == home.folder / "run"
-    assert config.roster == home.folder / "roster.txt"
+    assert config.output == home.folder / "runs" / "0001"
+    assert config.roster == home.output / "roster.txt"
 
 
 @pytest.mark.parametrize("name", ["output", "roster"])
@@ -90,7 +90,7 @@ def test_without_its_file_there_is_no_server(tmp_path: Path) -> None:
 def test_a_server_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written last is what a server is known by."""
     written: list[str] = []
-    real = operator_home.write_atomically
+    real = write_atomically
 
     def noting(path: Path, data: bytes, *, mode: int | None = None) -> None:
         written.append(path.name)
@@ -108,7 +108,7 @@ def test_a_server_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
 def test_who_was_enrolled_first_takes_part_and_stands_in_the_roster(home: OperatorHome) -> None:
     enrol_at(home, 3)
     assert [device.node for device in home.participants()] == [1, 2]
-    roster = home.folder / "roster.txt"
+    roster = home.output / "roster.txt"
     assert roster.read_text().split() == [public_key(device_key(n)) for n in (1, 2)]
     assert roster.stat().st_mode & 0o777 == 0o600
 
@@ -116,7 +116,7 @@ def test_who_was_enrolled_first_takes_part_and_stands_in_the_roster(home: Operat
 def test_who_enrols_later_changes_nothing(home: OperatorHome) -> None:
     enrol_at(home, 2)
     home.participants()
-    roster = home.folder / "roster.txt"
+    roster = home.output / "roster.txt"
     before = roster.stat()
     enrol_at(home, 2)
     assert [device.node for device in home.participants()] == [1, 2]
@@ -127,7 +127,7 @@ def test_who_enrols_later_changes_nothing(home: OperatorHome) -> None:
 def test_a_roster_that_somebody_changed_is_written_anew(home: OperatorHome) -> None:
     enrol_at(home, 2)
     home.participants()
-    roster = home.folder / "roster.txt"
+    roster = home.output / "roster.txt"
     right = roster.read_bytes()
     roster.write_bytes(b"")
     home.participants()
@@ -138,7 +138,7 @@ def test_too_few_are_no_run(home: OperatorHome) -> None:
     enrol_at(home, 1)
     with pytest.raises(FederationError, match="1 devices are enrolled, and the run needs 2"):
         home.participants()
-    assert not (home.folder / "roster.txt").exists()
+    assert not (home.output / "roster.txt").exists()
 
 
 # Who serves

@@ -160,6 +160,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         output = self.home.output
+        self.home.participants()
         self.ledger = RunLedger.open(output / LEDGER, Keystore.beside(output))
         if not self.ledger.facts:
             self.ledger.start({"run": "0" * 32, "rounds": 100})
@@ -303,7 +304,7 @@ def test_only_when_all_are_there_a_run_starts(tmp_path: Path, clock: Clock) -> N
     enrol_at(home, USERS - 1)
     served = Served(Supervisor(home), FakeControl())
     served.supervisor.control = served.control  # type: ignore[assignment]
-    assert served.look() == f"waiting: 1 devices are enrolled, and the run needs {USERS}"
+    assert f"waiting: 1 devices are enrolled, and the run needs {USERS}" in served.look()
     assert not served.control.said
     enrol_at(home, 1)
     assert served.look() == "running"

@@ -1,0 +1,203 @@
+"""What devices ask of the SuperLink, without the detours: Flower's own checks and handlers.
+
+Flower sends each request through eight layers, of which six are for operators, licences and
+tracing; together they cost more than what is asked for. Here a request is read, and then one thread
+does all the rest: the node is authenticated by Flower's function, and answered by Flower's handler.
+
+A device that asks for a message where there is none is answered when there is one, or after a
+while. So it need not ask again and again, and gets a plan as soon as there is one.
+
+It uses inner parts of flwr 1.41, which is therefore pinned in `pyproject.toml`.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from fastapi import FastAPI
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
+from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.error.http import http_error_translator
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.protobuf.translation import (
+    PROTOBUF_REQUEST_TYPES,
+    ProtobufTranslationMiddleware,
+)
+from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from flwr.superlink.servicer.fleet import fleet_handlers
+from google.protobuf.message import Message
+from starlette.requests import Request
+from starlette.responses import Response
+
+from homefire.server.operator_home import LimitsConfig
+
+Handler = Callable[[Any, LinkState], Message]
+
+HOLD_SECONDS = 20.0
+"""How long a device waits for a message; Flower's SuperNode gives up after 30."""
+
+THREADS = 4
+"""SQLite lets one write at a time; more threads would wait for one another."""
+
+HANDLERS: dict[str, Handler] = {
+    "activate-node": fleet_handlers.activate_node,
+    "deactivate-node": fleet_handlers.deactivate_node,
+    "send-node-heartbeat": fleet_handlers.send_node_heartbeat,
+    "pull-messages": lambda asked, state: fleet_handlers.pull_messages(
+        asked, state, state.object_store
+    ),
+    "push-messages": fleet_handlers.push_messages,
+    "get-run": fleet_handlers.get_run,
+    "get-fab": fleet_handlers.get_fab,
+    "push-object": fleet_handlers.push_object,
+    "pull-object": fleet_handlers.pull_object,
+    "confirm-message-received": lambda asked, state: fleet_handlers.confirm_message_received(
+        asked, state, state.object_store
+    ),
+}
+FLEET = "/v1/fleet/"
+
+
+@dataclass(slots=True)
+class Bells:
+    """Wakes devices that wait for a message.
+
+    Guarantees:
+        One each: a node that asks a second time no longer waits by its first request.
+        So many: no more nodes wait than `most`; further ones are told at once that they shall not.
+
+    Attributes:
+        most: Nodes that wait at the same time.
+    """
+
+    most: int = LimitsConfig().waiting
+    _waiting: "dict[int, asyncio.Future[bool]]" = field(default_factory=dict)
+    _rung: "Counter[int]" = field(default_factory=Counter)
+    _over: bool = False
+
+    @contextmanager
+    def by(self, node: int) -> "Iterator[asyncio.Future[bool]]":
+        """What is true when the node is rung for, false when it shall wait no longer."""
+        bell: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if (earlier := self._waiting.pop(node, None)) is not None and not earlier.done():
+            earlier.set_result(False)
+        if self._over or len(self._waiting) >= self.most:
+            bell.set_result(False)
+        else:
+            self._waiting[node] = bell
+        try:
+            yield bell
+        finally:
+            if self._waiting.get(node) is bell:
+                del self._waiting[node]
+
+    def rung(self, node: int) -> int:
+        """How often a node was rung for, whether or not it waited."""
+        return self._rung[node]
+
+    def ring(self, nodes: Iterable[int]) -> None:
+        """Wake nodes."""
+        for node in nodes:
+            self._rung[node] += 1
+            bell = self._waiting.get(node)
+            if bell is not None and not bell.done():
+                bell.set_result(True)
+
+    def end(self) -> None:
+        """Let nobody wait any longer."""
+        self._over = True
+        for bell in self._waiting.values():
+            if not bell.done():
+                bell.set_result(False)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+
+@dataclass(slots=True)
+class Fleet:
+    """An ASGI app: the fleet API of Flower's.
+
+    Guarantees:
+        Authenticated: nothing is handled before Flower has authenticated the node, each time.
+        Never to nobody: a message is looked for only while the device is there to take it.
+
+    Attributes:
+        app: Flower's, whose state is used.
+        bells: Who waits.
+        hold: Seconds that a device waits at most.
+    """
+
+    app: FastAPI
+    bells: Bells = field(default_factory=Bells)
+    hold: float = HOLD_SECONDS
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="fleet")
+    )
+
+    async def __call__(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ) -> None:
+        """Answer a request."""
+        request: Request[Any] = Request({**scope, "app": self.app, "state": {}}, receive)
+        response = await http_error_translator(request, self._answer)
+        with suppress(OSError):  # the device has left
+            await response(scope, receive, send)
+
+    async def _answer(self, request: Any) -> Response:
+        path = request.url.path
+        ProtobufTranslationMiddleware._check_request_media_type(request)
+        asked = ProtobufTranslationMiddleware._parse_request(
+            await request.body(), PROTOBUF_REQUEST_TYPES["POST", path]
+        )
+        request.state.protobuf_request = asked
+        handle = HANDLERS[path.removeprefix(FLEET)]
+        if isinstance(asked, PullMessagesRequest):
+            found = await self._messages(request, asked, handle)
+        else:
+            found = await self._work(request, asked, handle)
+        return Response(found, media_type=PROTOBUF_MEDIA_TYPE)
+
+    async def _messages(self, request: Any, asked: PullMessagesRequest, handle: Handler) -> bytes:
+        node = asked.node.node_id
+        before = self.bells.rung(node)
+        found = await self._work(request, asked, handle)
+        if PullMessagesResponse.FromString(found).messages_list:
+            return found
+        # From here on the node is known to be the one that it says.
+        if self.bells.rung(node) == before and not await self._is_rung(node, request):
+            return found
+        return await self._work(request, asked, handle)
+
+    async def _is_rung(self, node: int, request: Any) -> bool:
+        """Wait until a node is rung for; not if it leaves, asks again, or waited long enough."""
+        with self.bells.by(node) as bell:
+            left = asyncio.ensure_future(_left(request))
+            try:
+                await asyncio.wait(
+                    (bell, left), timeout=self.hold, return_when=asyncio.FIRST_COMPLETED
+                )
+                return bell.done() and bell.result() and not left.done()
+            finally:
+                left.cancel()
+
+    async def _work(self, request: Any, asked: Message, handle: Handler) -> bytes:
+        def work() -> bytes:
+            authenticate_node(request)
+            state = cast(LinkState, self.app.state.linkstate_factory.state())
+            return bytes(handle(asked, state).SerializeToString())
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+async def _left(request: Any) -> None:
+    """Until the device has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,464 @@
+"""Devices' requests: handled by Flower's functions, held until there is a message."""
+
+import asyncio
+import json
+import shutil
+from base64 import b64encode
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from fastapi import FastAPI
+from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.constant import NOOP_FLWR_AID, TIMESTAMP_HEADER
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    PullMessagesRequest,
+    PullMessagesResponse,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    NOOP_FEDERATION_ID,
+    TaskType,
+)
+from flwr.supercore.date import now
+from flwr.supercore.error.http import http_error_translator
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.state.schema.linkstate_models import MessageRes
+from flwr.supercore.utils import uint64_to_int64
+from flwr.superlink.main import _get_middleware, create_app
+from flwr.superlink.routers.fleet.router import router
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from homefire.server.door import OPEN, Door
+from homefire.server.fleet import FLEET, HANDLERS, Bells, Fleet
+from homefire.server.line import ANSWERED_PATH, RING_PATH
+from homefire.server.operator_home import LimitsConfig
+from homefire.server.private import Private, answered, runtime_stack
+from homefire.server.superlink import calm
+from homefire.simulations.load.light import Keys
+
+Found = TypeVar("Found")
+SECRET = "f" * 64
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:No path_separator found:DeprecationWarning"  # Flower's call of alembic
+)
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FastAPI]:
+    """Flower's, with a database."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    made = create_app()
+    made.state.enable_supernode_auth = True
+    yield made
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with nothing in it; Flower needs seconds for one."""
+    path = tmp_path_factory.mktemp("empty") / "link.db"
+    made: Any = create_app()
+    factory = made.state.linkstate_factory
+    SqlLinkState(
+        str(path), factory.federation_manager, factory.objectstore_factory.store()
+    ).initialize()
+    return path
+
+
+@pytest.fixture
+def state(app: FastAPI, empty: Path, tmp_path: Path) -> SqlLinkState:
+    """Its database."""
+    found = SqlLinkState(
+        str(shutil.copy(empty, tmp_path / "link.db")),
+        app.state.linkstate_factory.federation_manager,
+        app.state.linkstate_factory.objectstore_factory.store(),
+    )
+    found.initialize()
+    app.state.linkstate_factory = SimpleNamespace(state=lambda: found)
+    return found
+
+
+class Device:
+    """An enrolled device, as far as a server sees it."""
+
+    def __init__(self, state: SqlLinkState, *, active: bool = True) -> None:
+        self.keys = Keys.draw()
+        pem = self.keys.node_pem.encode()
+        self.node = state.create_node(NOOP_FLWR_AID, "", pem, 60.0)
+        assert not active or state.activate_node(self.node, 60.0)
+        self.left = asyncio.Event()
+
+    async def ask(
+        self,
+        fleet: Fleet | Door,
+        name: str,
+        request: Any,
+        kind: Callable[[bytes], Found],
+        **changes: str,
+    ) -> tuple[int, Found | str]:
+        """One request; its status, and what came."""
+        stamp = now().isoformat()
+        signature = self.keys.node.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
+        headers = {
+            "content-type": "application/protobuf",
+            FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(self.keys.node_pem.encode()).decode(),
+            TIMESTAMP_HEADER: stamp,
+            FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
+            **changes,
+        }
+        body = request if isinstance(request, bytes) else request.SerializeToString()
+        parts = [{"type": "http.request", "body": body, "more_body": False}]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            if parts:
+                return parts.pop()
+            await self.left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(event: Any) -> None:
+            sent.append(event)
+
+        raw = [(key.encode(), value.encode()) for key, value in headers.items()]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": f"{FLEET}{name}",
+            "headers": raw,
+            "query_string": b"",
+            "server": ("127.0.0.1", 1),
+            "scheme": "https",
+        }
+        await fleet(scope, receive, send)
+        content = b"".join(event.get("body", b"") for event in sent)
+        status = int(sent[0]["status"])
+        return status, kind(content) if status == 200 else content.decode()
+
+    async def pull(self, fleet: Fleet | Door, **changes: str) -> tuple[int, Any]:
+        """Ask for messages."""
+        request = PullMessagesRequest(node=Node(node_id=self.node))
+        return await self.ask(
+            fleet, "pull-messages", request, PullMessagesResponse.FromString, **changes
+        )
+
+
+def leave_message(state: SqlLinkState, node: int) -> Message:
+    """What a ServerApp does for a device."""
+    number = state.create_run(
+        "a/b", "1", "0", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+    )
+    about = Metadata(
+        run_id=number,
+        message_id="",
+        src_node_id=1,
+        dst_node_id=node,
+        reply_to_message_id="",
+        group_id="1",
+        created_at=now().timestamp(),
+        ttl=100.0,
+        message_type="train.contribute",
+    )
+    message = make_message(about, RecordDict({"plan": ConfigRecord({"n": 1})}))
+    message.metadata.__dict__["_message_id"] = message.object_id
+    session = state.start_session(number)
+    stored, _ = state.store_message_and_object_tree(
+        remove_content_from_message(message), get_object_tree(message), session
+    )
+    assert stored
+    return message
+
+
+def run(work: Awaitable[Found]) -> Found:
+    async def within() -> Found:
+        return await asyncio.wait_for(work, 30)
+
+    return asyncio.run(within())
+
+
+# The same as Flower's
+
+
+def test_each_path_that_is_open_has_a_handler_and_flower_knows_no_other_way() -> None:
+    """Where Flower's own route gives a handler more or less, this fails."""
+    assert {f"{FLEET}{name}" for name in HANDLERS} == OPEN
+    routes = {getattr(route, "path", "") for route in router.routes}
+    assert routes >= OPEN
+
+
+def test_flowers_layers_are_those_that_were_looked_through() -> None:
+    """What is left out for devices and for Flower's programs is for operators and tracing."""
+    named = [each.cls.__name__ for each in _get_middleware()]  # type: ignore[attr-defined]
+    assert named == [
+        "ControlSensitiveResponseMiddleware",
+        "BaseHTTPMiddleware",
+        "ControlAuthenticationMiddleware",
+        "ControlLicenseMiddleware",
+        "ProtobufTranslationMiddleware",
+        "RuntimeTracingMiddleware",
+        "ControlEventLogMiddleware",
+        "NodeAuthMiddleware",
+        "FleetEventLogMiddleware",
+    ]
+    assert _get_middleware()[1].kwargs["dispatch"] is http_error_translator
+
+
+def test_programs_requests_go_through_two_layers_and_all_others_through_all(app: FastAPI) -> None:
+    before = list(app.user_middleware)
+    stack: Any = runtime_stack(app)
+    seen = []
+    while hasattr(stack, "app"):
+        seen.append(type(stack))
+        stack = stack.app
+    assert app.user_middleware == before
+    assert BaseHTTPMiddleware in seen
+    assert ProtobufTranslationMiddleware in seen
+    assert len([each for each in seen if issubclass(each, BaseHTTPMiddleware)]) == 2
+
+
+# Authenticated
+
+
+def test_authenticated_a_node_that_is_who_it_says_is_answered(
+    app: FastAPI, state: SqlLinkState
+) -> None:
+    device = Device(state, active=False)
+    request = ActivateNodeRequest(public_key=device.keys.node_pem.encode(), heartbeat_interval=30)
+    status, found = run(
+        device.ask(Fleet(app), "activate-node", request, ActivateNodeResponse.FromString)
+    )
+    assert status == 200
+    assert getattr(found, "node_id", None) == device.node
+
+
+@pytest.mark.parametrize("header", [FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER])
+def test_authenticated_nothing_is_handled_for_anybody_else(
+    app: FastAPI, state: SqlLinkState, header: str
+) -> None:
+    device = Device(state)
+    leave_message(state, device.node)
+    wrong = {header: b64encode(b"wrong").decode()}
+    status, said = run(device.pull(Fleet(app, hold=0.1), **wrong))
+    assert status == 401
+    assert "authentication" in said
+    status, found = run(device.pull(Fleet(app, hold=0.1)))
+    assert len(found.messages_list) == 1  # it is still there
+
+
+def test_authenticated_one_node_gets_nothing_of_anothers(app: FastAPI, state: SqlLinkState) -> None:
+    one, other = Device(state), Device(state)
+    leave_message(state, one.node)
+    other.node = one.node
+    status, _ = run(other.pull(Fleet(app, hold=0.1)))
+    assert status == 401
+
+
+def test_what_cannot_be_read_is_refused_as_flower_refuses_it(
+    app: FastAPI, state: SqlLinkState
+) -> None:
+    device, fleet = Device(state), Fleet(app)
+    status, said = run(device.ask(fleet, "get-run", b"\xff\xff", bytes))
+    assert status in (400, 415, 422)
+    status, _ = run(device.ask(fleet, "get-run", b"", bytes, **{"content-type": "text/plain"}))
+    assert status == 415
+    assert "Traceback" not in str(said)
+
+
+# Held
+
+
+def test_a_message_that_is_there_is_given_at_once(app: FastAPI, state: SqlLinkState) -> None:
+    device = Device(state)
+    asked = leave_message(state, device.node)
+    _, found = run(device.pull(Fleet(app, hold=60)))
+    assert found.messages_list[0].metadata.message_id == asked.metadata.message_id
+
+
+def test_a_device_waits_for_its_message_and_no_longer(app: FastAPI, state: SqlLinkState) -> None:
+    device, other, fleet = Device(state), Device(state), Fleet(app, hold=60)
+
+    async def meanwhile() -> tuple[Any, Any]:
+        waiting = asyncio.create_task(device.pull(fleet))
+        beside = asyncio.create_task(other.pull(fleet))
+        while len(fleet.bells) < 2:
+            await asyncio.sleep(0.01)
+        leave_message(state, device.node)
+        fleet.bells.ring([device.node])
+        _, found = await waiting
+        assert not beside.done()
+        fleet.bells.end()
+        return found, (await beside)[1]
+
+    found, nothing = run(meanwhile())
+    assert len(found.messages_list) == 1
+    assert not nothing.messages_list
+
+
+def test_a_device_is_told_after_a_while_that_there_is_nothing(
+    app: FastAPI, state: SqlLinkState
+) -> None:
+    status, found = run(Device(state).pull(Fleet(app, hold=0.05)))
+    assert (status, len(found.messages_list)) == (200, 0)
+
+
+def test_a_ring_between_the_look_and_the_wait_is_not_lost(
+    app: FastAPI, state: SqlLinkState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, fleet = Device(state), Fleet(app, hold=60)
+    pull = HANDLERS["pull-messages"]
+    looks = []
+
+    def handle(asked: Any, known: Any) -> Any:
+        found = pull(asked, known)
+        looks.append(found)
+        if len(looks) == 1:
+            leave_message(state, device.node)
+            fleet.bells.ring([device.node])
+        return found
+
+    monkeypatch.setitem(HANDLERS, "pull-messages", handle)
+    _, found = run(device.pull(fleet))
+    assert len(found.messages_list) == 1
+
+
+def test_never_to_nobody_a_message_stays_for_a_device_that_has_left(
+    app: FastAPI, state: SqlLinkState
+) -> None:
+    device, fleet = Device(state), Fleet(app, hold=60)
+
+    async def meanwhile() -> None:
+        waiting = asyncio.create_task(device.pull(fleet))
+        while not len(fleet.bells):
+            await asyncio.sleep(0.01)
+        device.left.set()
+        await waiting
+        leave_message(state, device.node)
+        fleet.bells.ring([device.node])
+
+    run(meanwhile())
+    device.left = asyncio.Event()
+    _, found = run(device.pull(Fleet(app, hold=0.1)))
+    assert len(found.messages_list) == 1
+
+
+def test_one_each_who_asks_again_no_longer_waits_by_the_first_request() -> None:
+    async def twice() -> tuple[bool, bool]:
+        bells = Bells()
+        with bells.by(7) as first, bells.by(7) as second:
+            bells.ring([7, 8])
+            return await first, await second
+
+    assert run(twice()) == (False, True)
+
+
+def test_so_many_whoever_comes_later_is_answered_at_once() -> None:
+    async def three() -> tuple[list[bool], int]:
+        bells = Bells(most=2)
+        with bells.by(1) as first, bells.by(2) as second, bells.by(3) as third:
+            assert await third is False
+            with bells.by(2) as again:  # it has a place
+                assert await second is False
+                count = len(bells)
+                bells.ring([1, 2, 3])
+                return [await first, await again], count
+
+    assert run(three()) == ([True, True], 2)
+
+
+def test_so_many_none_of_them_shuts_others_out(app: FastAPI, state: SqlLinkState) -> None:
+    """Both bounds by the door: devices that wait, and requests under way besides those."""
+    fleet, devices = Fleet(app, Bells(most=2), hold=60), [Device(state) for _ in range(4)]
+    limits = LimitsConfig(connections=1, waiting=2)
+    door = Door(fleet, {"here"}, dict, limits, lambda _: True, held=fleet.bells.__len__)
+
+    async def meanwhile() -> list[int]:
+        waiting = []
+        for device in devices[:2]:
+            waiting.append(asyncio.create_task(device.pull(door, host="here")))
+            while len(fleet.bells) < len(waiting):
+                await asyncio.sleep(0.01)
+        statuses = [(await device.pull(door, host="here"))[0] for device in devices[2:]]
+        assert not any(task.done() for task in waiting)
+        fleet.bells.end()
+        return statuses + [(await task)[0] for task in waiting]
+
+    assert run(meanwhile()) == 4 * [200]
+
+
+# The private listener
+
+
+def private(app: FastAPI, state: SqlLinkState, bells: Bells) -> Private:
+    door: Any = SimpleNamespace(served=3, refused={"too often": 1})
+    return Private(app, door, bells, SECRET)
+
+
+def ask(listener: Private, path: str, body: bytes = b"", secret: str | None = None) -> Any:
+    sent: list[Any] = []
+    headers = [] if secret is None else [(b"authorization", f"Bearer {secret}".encode())]
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(event: Any) -> None:
+        sent.append(event)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    asyncio.run(listener({**scope, "query_string": b""}, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+@pytest.mark.parametrize("path", [RING_PATH, ANSWERED_PATH])
+@pytest.mark.parametrize("secret", [None, "", "0" * 64])
+def test_with_the_secret_alone(
+    app: FastAPI, state: SqlLinkState, path: str, secret: str | None
+) -> None:
+    bells = Bells()
+    assert ask(private(app, state, bells), path, b'{"nodes": [7]}', secret)[0] == 401
+    assert bells.rung(7) == 0
+    assert ask(private(app, state, bells), path, b'{"nodes": [7]}', SECRET)[0] == 200
+
+
+def test_devices_are_rung_for(app: FastAPI, state: SqlLinkState) -> None:
+    bells = Bells()
+    ask(private(app, state, bells), RING_PATH, b'{"nodes": [7, 18446744073709551615]}', SECRET)
+    assert [bells.rung(node) for node in (7, 2**64 - 1, 8)] == [1, 1, 0]
+
+
+def test_messages_are_answered_until_their_answers_are_fetched(
+    app: FastAPI, state: SqlLinkState
+) -> None:
+    device = Device(state)
+    asked = leave_message(state, device.node)
+    assert answered(state) == []
+    row = {name: "" for name in ("group_id", "message_type", "delivered_at")}
+    numbers: dict[str, float] = {"src_node_id": 1, "dst_node_id": 1, "ttl": 1.0, "created_at": 1.0}
+    numbers["run_id"] = uint64_to_int64(asked.metadata.run_id)
+    known = {column.name for column in MessageRes.__table__.columns}
+    given = {"message_id": "m", "reply_to_message_id": asked.metadata.message_id, **row, **numbers}
+    with state.session() as session:
+        session.add(MessageRes(**{name: given[name] for name in given if name in known}))
+    assert answered(state) == [asked.metadata.message_id]
+    status, found = ask(private(app, state, Bells()), ANSWERED_PATH, secret=SECRET)
+    assert (status, found) == (200, {"answered": [asked.metadata.message_id]})
+
+
+def test_flower_looks_for_dead_programs_once_a_second(state: SqlLinkState) -> None:
+    looks, at = [], [0.0]
+    state._cleanup_expired_task_tokens = lambda: looks.append(at[0])  # type: ignore[method-assign]
+    calm(state, clock=lambda: at[0])
+    for moment in (0.0, 0.5, 0.9, 1.0, 1.5, 2.5):
+        at[0] = moment
+        state.get_run_status(set())
+    assert looks == [0.0, 1.0, 2.5]
