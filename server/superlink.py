@@ -32,8 +32,10 @@ from flwr.superlink.cli.flower_superlink import (
 )
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.control.control_handlers import register_node
+from sqlalchemy.exc import SQLAlchemyError
 
-from homefire.common.errors import EnrolmentError
+from homefire.common.errors import EnrolmentError, FederationError
+from homefire.common.files import DISK_HINT
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
 from homefire.server.door import Door
@@ -183,6 +185,8 @@ def _register(app: FastAPI, node_key: str) -> int:
     account: Any = NoOpControlAuthnPlugin().validate_tokens_in_metadata([])[1]
     try:
         made = register_node(RegisterNodeRequest(public_key=node_key.encode()), account, state)
+    except SQLAlchemyError as error:
+        raise FederationError("Flower's database does not take a node", hint=DISK_HINT) from error
     except Exception as error:
         raise EnrolmentError(
             "the node's key is not one that Flower takes", hint="NIST P-256, P-384 or P-521, PEM."
