@@ -167,7 +167,8 @@ def _status(home: Any) -> dict[str, Any]:
     from homefire.server.status import look
 
     try:
-        answer = httpx.get(f"http://127.0.0.1:{home.config.operator}/status.json", timeout=30)
+        url = f"http://127.0.0.1:{home.config.operator}/status.json"
+        answer = httpx.get(url, timeout=30, trust_env=False)
         found: dict[str, Any] = answer.raise_for_status().json()
     except (httpx.HTTPError, ValueError):
         return asdict(look(home))

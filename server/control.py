@@ -129,6 +129,7 @@ class Control:
                 f"https://{self._address}/homefire/v1/door",
                 verify=ssl.create_default_context(cafile=self.home.certificates.authority),
                 timeout=5,
+                trust_env=False,  # no proxy stands before this machine
             )
             found: dict[str, Any] = json.loads(answer.raise_for_status().content)
         except (httpx.HTTPError, ValueError) as error:
