@@ -90,11 +90,13 @@ def run(home: ServerFolder = HOME) -> None:
     """
     _need()
     from homefire.server.logs import begin
+    from homefire.server.ports import check_ports
     from homefire.server.supervisor import Supervisor
 
     server = _home(home)
     begin(server.log("server"), "server", alone=False)
     with server.alone() as inherited:
+        check_ports(server.config)
         if server.undo_drain():
             typer.echo("It was being stopped when it ended; now it opens rounds again.")
         supervisor = Supervisor(server, inherited)

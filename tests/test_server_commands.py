@@ -2,13 +2,14 @@
 
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
 from tiny_flower import free_port
-from tiny_operators import enrol_made_up
+from tiny_operators import enrol_made_up, made_home
 from typer.testing import CliRunner
 
 from homefire.common.config import load_config
@@ -240,6 +241,15 @@ def test_stop_and_undo(home: Path) -> None:
         assert not operated.is_draining()
         assert "a server runs here already" in str(refused("run"))
     run("stop", "--undo")
+
+
+def test_run_starts_nothing_where_a_port_is_in_use(tmp_path: Path) -> None:
+    folder = made_home(tmp_path / "server").folder
+    port = OperatorHome(folder).config.operator
+    with socket.create_server(("127.0.0.1", port)):
+        error = refused("run", "--home", str(folder))
+    assert f"port {port} is in use" in str(error)
+    assert not list((folder / "flower").iterdir())
 
 
 @pytest.mark.parametrize(
