@@ -149,7 +149,7 @@ class Control:
         return f"{LOOPBACK}:{self.home.config.private}"
 
     def _call(self, name: str, request: Any) -> Any:
-        secret = self.home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
+        secret = self.home.read_secret(OPERATOR_SECRET)
         client = ControlHttpClient.from_server_address(
             self._address,
             insecure=False,

@@ -20,7 +20,9 @@
 
 import ipaddress
 import os
+import re
 import secrets
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -54,6 +56,8 @@ QUORUM = 0.5
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 EXECUTOR_SECRET, OPERATOR_SECRET = "executor", "operator"
+SECRET_BYTES = 32
+_SECRET = re.compile("[0-9a-f]{64}")
 
 
 class LimitsConfig(Frozen):
@@ -153,6 +157,22 @@ class OperatorHome:
     def secret(self, name: str) -> Path:
         """The file of a secret."""
         return self.folder / "secrets" / name
+
+    def read_secret(self, name: str) -> str:
+        """A secret, 64 hex digits; space around it is none of it.
+
+        Raises:
+            ConfigError: It is missing or none: an empty one would let everybody in.
+        """
+        path = self.secret(name)
+        try:
+            found = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", "not text")
+            raise ConfigError(f"{path}: cannot be read ({reason})", hint=_again(path)) from error
+        if not _SECRET.fullmatch(found):
+            raise ConfigError(f"{path}: not a secret of 64 hex digits", hint=_again(path))
+        return found
 
     def log(self, process: str) -> Path:
         """The file that a process logs into."""
@@ -354,7 +374,7 @@ def init(folder: Path, *, names: Sequence[str], settings: dict[str, Any]) -> Ope
         (folder / part).mkdir(mode=0o700)
     home.certificates.make([*config.names, *(n for n in LOOPBACK_NAMES if n not in config.names)])
     for name in (EXECUTOR_SECRET, OPERATOR_SECRET):
-        write_atomically(home.secret(name), secrets.token_hex(32).encode(), mode=0o600)
+        write_atomically(home.secret(name), secrets.token_hex(SECRET_BYTES).encode(), mode=0o600)
     key = public_key(keystore(folder).signing_key(SIGNING_KEY))  # drawn here, and once
     make_run(folder)
     write_atomically(folder / FEDERATION, FEDERATION_TEMPLATE.encode(), mode=0o600)
@@ -362,6 +382,13 @@ def init(folder: Path, *, names: Sequence[str], settings: dict[str, Any]) -> Ope
     # Last: whoever finds this file finds all of it.
     write_atomically(folder / SERVER, _server_toml(config).encode(), mode=0o600)
     return home
+
+
+def _again(path: Path) -> str:
+    return (
+        f"Make another: (umask 077; openssl rand -hex {SECRET_BYTES} > {shlex.quote(str(path))}). "
+        "It stays on this machine; devices need not be told."
+    )
 
 
 def _server_toml(config: ServerConfig) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from homefire.common.errors import FederationError, HomefireError
+from homefire.common.errors import HomefireError
 from homefire.common.loopback import past_proxies
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
@@ -181,7 +181,7 @@ class Supervisor:
         }
         try:
             online, door = self.control.nodes().get("online", 0), self.control.door()
-        except FederationError:
+        except HomefireError:
             online, door = None, {}
         down = [
             f"{child.name} does not run: see logs/{child.name}.log"
