@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typer.testing import CliRunner
 from homefire.common.config import load_config
 from homefire.common.errors import ConfigError, EnrolmentError, FederationError, HomefireError
 from homefire.common.policy import DevicePolicy
+from homefire.common.privacy.mechanism import participation_charge
 from homefire.common.ticket import Ticket
 from homefire.server.operator_home import OperatorHome
+from homefire.server.planning import plan_privacy
 from homefire.server_commands import server_app
 
 KEY = re.compile("[0-9a-f]{64}")
@@ -82,6 +85,65 @@ def test_init_says_what_to_do_next(tmp_path: Path) -> None:
     assert KEY.fullmatch(told["server_key"])
     assert told["home"] == str(tmp_path / "b")
     assert run("key", "--home", str(tmp_path / "b")).strip() == told["server_key"]
+
+
+def test_commands_that_init_prints_can_be_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "my server"
+    said = run("init", "--host", "x", "--home", str(odd))
+    command = next(line for line in said.splitlines() if "homefire server enroll" in line)
+    _, _, *arguments = shlex.split(command)
+    assert Ticket.read(run(*arguments).strip())
+    monkeypatch.chdir(tmp_path)
+    assert "  homefire server enroll\n" in run("init", "--host", "x")
+    assert (tmp_path / "homefire-server").is_dir()
+    monkeypatch.setenv("HOMEFIRE_SERVER_HOME", str(tmp_path / "named"))
+    assert "  homefire server enroll\n" in run("init", "--host", "x")
+
+
+@pytest.mark.parametrize("users", [1, 2, 7, 19, 20, 21, 39, 200, 1500, 3_000_000])
+def test_init_proposes_a_run_for_as_many_as_are_asked_for(tmp_path: Path, users: int) -> None:
+    run("init", "--host", "x", "--home", str(tmp_path / "a"), "--users", str(users))
+    home = OperatorHome(tmp_path / "a")
+    config = home.federation()
+    plan = plan_privacy(config)
+    assert config.users == users
+    assert plan.statement.epsilon_release == pytest.approx(8.0, rel=1e-3)
+    policy = load_config(DevicePolicy, home.folder / "device-policy.toml")
+    header = (config.federation.cohort, policy.smallest_cohort)
+    text = (home.folder / "federation.toml").read_text()
+    assert (f"smallest_cohort = {config.federation.cohort}" in text) == (header[0] < header[1])
+    mu = participation_charge(plan.mechanism) ** 0.5
+    assert 1 / mu >= policy.smallest_noise_multiplier
+
+
+def test_init_refuses_no_users(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    assert server("init", "--host", "x", "--home", str(folder), "--users", "0").exit_code == 2
+    assert not folder.exists()
+
+
+def test_init_says_why_a_folder_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/zz")):
+        error = refused("init", "--host", "x", "--home", str(folder))
+        assert f"{folder}: no server can be made there" in str(error)
+        assert "--home" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--fleet", "99999", "fleet: give ADDRESS:PORT, such as 0.0.0.0:9092, not '99999'"),
+        ("--registry", "x:1", "registry: give ADDRESS:PORT, such as 0.0.0.0:9093, not 'x:1'"),
+        ("--fleet", "0.0.0.0:http", "http is no port: 1 to 65535"),
+        ("--fleet", "0.0.0.0:99999", "99999 is no port: 1 to 65535"),
+    ],
+)
+def test_init_says_what_an_address_is(tmp_path: Path, option: str, value: str, said: str) -> None:
+    folder = str(tmp_path / "a")
+    assert said in str(refused("init", "--host", "x", "--home", folder, option, value))
 
 
 def test_init_leaves_a_folder_alone_that_is_not_empty(home: Path, tmp_path: Path) -> None:
