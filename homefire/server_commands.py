@@ -172,18 +172,23 @@ def status(
 
 
 def _status(home: Any) -> dict[str, Any]:
-    """From the server that runs, or else from its files."""
+    """From the server that runs here, or else from its files.
+
+    Who answers at its port may be another server.
+    """
     import httpx
 
+    from homefire.common.errors import ConfigError
     from homefire.server.status import look
 
     try:
         url = f"http://127.0.0.1:{home.config.operator}/status.json"
         answer = httpx.get(url, timeout=30, trust_env=False)
         found: dict[str, Any] = answer.raise_for_status().json()
-    except (httpx.HTTPError, ValueError):
-        return asdict(look(home))
-    return found
+        is_ours = found["server_key"] == home.server_key
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, ConfigError):
+        is_ours = False
+    return found if is_ours else asdict(look(home))
 
 
 def _lines(found: dict[str, Any]) -> dict[str, str]:

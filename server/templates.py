@@ -77,5 +77,6 @@ participations = {turns}
 separation = {separation}
 """
 
-SMALL = """# Devices take no cohort below {floor} unless policy.toml says smallest_cohort = {cohort}.
+SMALL = """\
+# Devices refuse cohorts below {floor}, but for smallest_cohort = {cohort} in their policy.toml.
 """

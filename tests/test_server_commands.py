@@ -4,13 +4,18 @@ import json
 import re
 import shlex
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 from tiny_flower import free_port
 from tiny_operators import enrol_made_up, made_home
+from tiny_vaults import served_on_a_port
 from typer.testing import CliRunner
 
 from homefire.common.config import load_config
@@ -19,7 +24,9 @@ from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.mechanism import participation_charge
 from homefire.common.ticket import Ticket
 from homefire.server.operator_home import OperatorHome
+from homefire.server.operator_page import make_app
 from homefire.server.planning import plan_privacy
+from homefire.server.status import look
 from homefire.server_commands import server_app
 
 KEY = re.compile("[0-9a-f]{64}")
@@ -217,6 +224,43 @@ def test_status_of_a_server_that_does_not_run(home: Path) -> None:
     assert told["budget"]["epsilon_end"] == pytest.approx(8.0, rel=1e-3)
     (home / "federation.toml").write_text("users = 0\n")
     assert "trouble" in run("status")
+
+
+@pytest.mark.parametrize("told", ["another server", "no key", "a list", "no JSON"])
+def test_status_is_of_this_server_where_another_answers(home: Path, told: str) -> None:
+    """Two folders with the same ports."""
+    ours, theirs = OperatorHome(home), made_home(home.with_name("theirs"))
+    other = replace(look(theirs), state="running", enrolled=77, names=("theirs.example",))
+    answers: dict[str, Any] = {
+        "no key": {"state": "running"},
+        "a list": ["running"],
+        "no JSON": "<html>",
+    }
+    app = make_app(lambda: other)
+    if told in answers:
+        app = Starlette(routes=[Route("/status.json", lambda _: JSONResponse(answers[told]))])
+    with served_on_a_port(app) as url:
+        point_at(ours, url)
+        found = json.loads(run("status", "--json"))
+        assert (found["state"], found["enrolled"]) == ("stopped", 0)
+        assert found["server_key"] == ours.server_key
+        mine = replace(look(ours), state="running", enrolled=5)
+    with served_on_a_port(make_app(lambda: mine)) as url:
+        point_at(ours, url)
+        assert json.loads(run("status", "--json"))["enrolled"] == 5
+
+
+def point_at(home: OperatorHome, url: str) -> None:
+    """Let a folder's settings name the port where something is served."""
+    path, port = home.folder / "server.toml", url.rpartition(":")[2].strip("/")
+    path.write_text(re.sub(r"(?m)^operator = .*$", f"operator = {port}", path.read_text()))
+
+
+def test_status_of_a_server_whose_key_is_gone(home: Path) -> None:
+    (home / "keys" / "server-signing").unlink()
+    found = json.loads(run("status", "--json"))
+    assert found["server_key"] == ""
+    assert any("there is no signing key" in said for said in found["trouble"])
 
 
 def test_status_checks_whether_all_processes_run(

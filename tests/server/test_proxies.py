@@ -73,7 +73,7 @@ def test_the_round_loop_has_its_line(home: OperatorHome) -> None:
 
 
 def test_status_is_that_of_the_server_that_runs(home: OperatorHome) -> None:
-    page = serve(home.config.operator, {"state": "running"})
+    page = serve(home.config.operator, {"state": "running", "server_key": home.server_key})
     try:
         assert _status(home)["state"] == "running"
     finally:
