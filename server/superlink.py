@@ -80,9 +80,15 @@ class OperatorOnly(NoOpControlAuthnPlugin):
 
 
 def make_app(home: OperatorHome) -> FastAPI:
-    """Flower's app, as this server runs it."""
+    """Flower's app, as this server runs it.
+
+    Raises:
+        ConfigError: A secret is missing or none.
+    """
     config = home.config
     tls = home.certificates
+    home.read_secret(EXECUTOR_SECRET)  # Flower would take any file for one
+    secret = home.read_secret(OPERATOR_SECRET)
     # Flower reads its settings from the command line and nowhere else.
     options = {
         "--host": LOOPBACK,
@@ -98,7 +104,6 @@ def make_app(home: OperatorHome) -> FastAPI:
     flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
     with _arguments(["flower-superlink", *given, *flags]):
         parsed = _parse_superlink_lifespan_config()
-    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
     app = create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
     calm(_state(app))
     return app
@@ -212,7 +217,7 @@ async def serve(home: OperatorHome) -> None:
     fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
     waiting = fleet.bells.__len__
     door = Door(fleet, names, enroller(home, enrolment, app), limits, known, removed, waiting)
-    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
+    secret = home.read_secret(OPERATOR_SECRET)
     private = Private(app, door, fleet.bells, secret)
     common: dict[str, Any] = {
         "ssl_certfile": str(tls.server),
