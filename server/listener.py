@@ -24,7 +24,7 @@ def make_room(connections: int) -> int:
     Returns:
         How many it may have: fewer where the system allows it fewer files.
     """
-    SSLProtocol.max_size = TLS_BUFFER  # type: ignore[misc,attr-defined]
+    SSLProtocol.max_size = TLS_BUFFER
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OTHER_FILES
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -71,6 +71,9 @@ class _BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Begin, unless there are too many."""
         super().connection_made(transport)
+        if transport.get_extra_info("sslcontext") is not None:
+            transport.set_read_buffer_limits(high=TLS_BUFFER)
+            transport.set_write_buffer_limits(high=TLS_BUFFER)
         if len(self.connections) > self.most:
             transport.abort()
             return

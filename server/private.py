@@ -100,5 +100,6 @@ def runtime_stack(app: FastAPI) -> App:
 
 
 def _is_for_runtime(layer: Middleware) -> bool:
-    translates = layer.cls is ProtobufTranslationMiddleware
+    cls: Any = layer.cls
+    translates = cls is ProtobufTranslationMiddleware
     return translates or layer.kwargs.get("dispatch") is http_error_translator
