@@ -9,7 +9,7 @@ from homefire.simulations.load.rig import RigError
 
 def test_a_round_lasts_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     now, told = [0.0], []
-    monkeypatch.setattr(deployment.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     ends = Ends(4, lambda: told.append(now[0]))
     for now[0], count, over in [(9, 0, False), (10, 1, False), (11, 1, False), (12, 2, False)]:
         assert ends.seen(count) is over
