@@ -270,7 +270,7 @@ class Membership:
     def _listen(self, stop: Event) -> Trouble | None:
         """Take part until that has to end; returns what went wrong, if anything did."""
         self.on_change(Change("connecting"))
-        folder, adapter = self.vault.folder, self._adapter()
+        folder, adapter = self.vault.folder.absolute(), self._adapter()  # they work elsewhere
         opening = {"home": str(folder), "passphrase": self.passphrase, "adapter": adapter}
         with running(folder, self.link.options, opening) as processes:
             while not stop.is_set():

@@ -47,6 +47,11 @@ class HomefireError(Exception):
         super().__init__(message)
         self.hint = hint
 
+    @property
+    def in_full(self) -> str:
+        """What is wrong and what to do about it, for a place that has one line."""
+        return f"{self}. {self.hint}" if self.hint else str(self)
+
 
 class ConfigError(HomefireError):
     """An experiment, federation or device file is wrong."""

@@ -20,9 +20,9 @@ from homefire.options import AsJson, need
 server_app = typer.Typer(
     help="""A server that many devices take part at.
 
-    Everything lies in one folder (--home, or HOMEFIRE_SERVER_HOME), and beside
-    it its keys (<home>/run.keys). Back up both, and never put an older one
-    back: docs/OPERATING.md says why.
+    Everything lies in one folder (--home, or HOMEFIRE_SERVER_HOME), keys and
+    all. Back it up, and never put an older copy back: docs/OPERATING.md says
+    why, and what to do.
     """,
     no_args_is_help=True,
 )
@@ -138,17 +138,26 @@ async def _keep(supervisor: Any) -> None:
 
 
 @server_app.command()
-def status(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
+def status(
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 unless all its processes run.")
+    ] = False,
+    home: ServerFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
     """How the server is: rounds, devices, what was refused, what was spent."""
     _need()
     found = _status(_home(home))
     if as_json:
         typer.echo(json.dumps(found))
-        return
-    table = Table(box=None, show_header=False)
-    for name, value in _lines(found).items():
-        table.add_row(name, escape(value))
-    Console().print(table)
+    else:
+        table = Table(box=None, show_header=False)
+        for name, value in _lines(found).items():
+            table.add_row(name, escape(value))
+        Console().print(table)
+    processes = found["processes"].values()
+    if check and not (processes and all(each["runs"] for each in processes)):
+        raise typer.Exit(1)
 
 
 def _status(home: Any) -> dict[str, Any]:
@@ -177,7 +186,8 @@ def _lines(found: dict[str, Any]) -> dict[str, str]:
         "devices": f"{found['enrolled']} enrolled, {found['needed'] or '?'} needed, "
         f"{'?' if found['online'] is None else found['online']} here, "
         f"{found['tickets']} tickets open",
-        "rounds": f"{max(found['releases'], default=0)} of {found['planned_rounds'] or '?'}",
+        "rounds": f"{max(found['releases'], default=0)} of {found['planned_rounds'] or '?'}"
+        f"{'' if found['run'] == 1 else ', run ' + str(found['run'])}",
     }
     if (budget := found["budget"]) is not None:
         lines["ε"] = (
@@ -218,15 +228,15 @@ def releases(
     export: Annotated[
         Path | None, typer.Option(help="Write one as a PEFT folder with a model card.")
     ] = None,
-    round_number: Annotated[
-        int | None, typer.Option("--round", min=0, help="Which; by default the newest.")
+    number: Annotated[
+        int | None, typer.Option(min=1, help="Which, by the list; by default the newest.")
     ] = None,
     home: ServerFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
     """What was published; export a release.
 
-    What is exported is one of the run, whether it was published or not.
+    Numbers go on from one run to the next.
 
     Example:
       homefire server releases --export shared-adapter
@@ -236,7 +246,7 @@ def releases(
 
     server = _home(home)
     if export is not None:
-        _export(server, export, round_number)
+        _export(server, export, number)
         _show(as_json, {"folder": str(export)}, f"{export}: load it with PEFT; see its README.md.")
         return
     found = [each.statement for each in open_home(server.folder).releases]
@@ -256,16 +266,64 @@ def releases(
     Console().print(table)
 
 
-def _export(server: Any, folder: Path, round_number: int | None) -> None:
+def _export(server: Any, folder: Path, number: int | None) -> None:
     from homefire.common.base_model import load_base_model
+    from homefire.common.errors import ConfigError
     from homefire.common.peft_adapter import resolve_spec
-    from homefire.server.releases import ReleaseStore
+    from homefire.server.registry import open_home
 
-    config = server.federation()
-    base = load_base_model(config.base_model.name, fetch=False)
-    spec = resolve_spec(config.shared, base.model.config)
-    store = ReleaseStore(server.output / "releases")
-    store.export(spec, folder, base_model=config.base_model.name, round_number=round_number)
+    published = open_home(server.folder).releases
+    if not published or (number or 0) > len(published):
+        raise ConfigError(
+            f"there is no release {number or 1}", hint=f"{len(published)} are published."
+        )
+    chosen = published[(number or len(published)) - 1]
+    name = server.federation().base_model.name
+    base = load_base_model(name, fetch=False)
+    if base.fingerprint != chosen.statement.base_model:
+        raise ConfigError(
+            f"release {chosen.statement.number} is of another base model than {name}",
+            hint="Name its own in federation.toml.",
+        )
+    spec = resolve_spec(chosen.statement.adapter, base.model.config)
+    chosen.release().export(spec, folder, base_model=name)
+
+
+@server_app.command("next")
+def next_run(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
+    """Make another run, after one that is over.
+
+    It has the settings that federation.toml then holds, and takes those who
+    are enrolled when it begins. It starts from the newest release, if that is
+    of the same base model and adapter. What it costs comes on top of what the
+    runs before did: each device's own ledger adds that up.
+    """
+    _need()
+    number = _home(home).begin_next()
+    _show(as_json, {"run": number}, f"Run {number} begins as soon as a server runs here.")
+
+
+@server_app.command()
+def devices(
+    remove: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Let this one in no more.")
+    ] = None,
+    home: ServerFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Who is enrolled, by public key; remove a device.
+
+    A removed device is out at once and for good, also where its keys were
+    stolen. A run that it began with counts it as one that does not answer.
+    """
+    _need()
+    enrolment = _home(home).enrolment
+    if remove is not None:
+        gone = enrolment.remove(remove).identity
+        _show(as_json, {"removed": gone}, f"{gone} is removed.")
+        return
+    keys = [each.identity for each in enrolment.devices()]
+    _show(as_json, {"devices": keys}, "\n".join(keys) or "None is enrolled.")
 
 
 @server_app.command()

@@ -22,6 +22,7 @@ from homefire.server.registry import open_home
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.roster import read_roster
 from homefire.server.run_state import Federation
+from homefire.server.runs import start_of
 
 app = ServerApp()
 
@@ -58,7 +59,7 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
     try:
         _run_operated(grid, home)
     except (HomefireError, OSError) as error:
-        home.keep_trouble(f"{error} {getattr(error, 'hint', '')}".strip())
+        home.keep_trouble(error.in_full if isinstance(error, HomefireError) else str(error))
         raise
 
 
@@ -70,6 +71,7 @@ def _run_operated(grid: Grid, home: OperatorHome) -> None:
         secret=home.secret(OPERATOR_SECRET).read_text(encoding="ascii"),
     )
     federation = replace(open_federation(home.federation()), enrolled=nodes, line=line)
+    federation = replace(federation, start=start_of(home.folder, federation, home.server_key))
     registry = open_home(home.folder)
 
     def publish(_: int = 0) -> None:

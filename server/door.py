@@ -61,7 +61,7 @@ REASONS = frozenset(
         *("no such path", "no such method", "another host", "another version", "too many at once"),
         *("no key", "another time", "too often", "seen before", "header twice", "two lengths"),
         *("no length", "too large", "too slow", "gone", "no request", "no enrolment"),
-        "enrolment failed",
+        *("enrolment failed", "removed"),
     )
 )
 """Why a request is not let in."""
@@ -71,6 +71,9 @@ SIGNED_SECONDS = 330.0
 
 OTHER_TIME = {"code": 1 << 16, "detail": CLOCK_SIGN}
 """In the form of Flower's errors, which its SuperNode writes into its log."""
+
+NOT_REGISTERED = {"code": 2001, "detail": "the operator has removed this device"}
+"""Likewise."""
 
 LARGEST_OF_STRANGERS = 16_384  # bytes of a body: one that redeems a ticket, or shows no known key
 MOST_RATES = 65_536  # keys and addresses whose rates are remembered
@@ -99,6 +102,7 @@ class Door:
         Not twice: Flower's devices sign the time alone. A time that a device has signed is let in
             once, with whatever signature.
         One version: a device that states another version of the protocol is told so.
+        Removed is out: of a device that the operator has removed nothing is let in.
         Clock first: a device whose clock is too far off is told so, and not merely refused.
         Counted only: what is kept of refusals is how many there were, by reason.
 
@@ -112,6 +116,7 @@ class Door:
         enrol: Redeems a ticket.
         limits: How much is let in.
         known: Whether a key, as the header shows it, is that of an enrolled device.
+        removed: Whether it is that of one which the operator has removed.
         held: How many requests of authenticated devices wait for a message; they have a bound of
             their own, and take no place from others.
         clock: Tells the time in seconds.
@@ -125,6 +130,7 @@ class Door:
     enrol: Enrol
     limits: LimitsConfig
     known: Callable[[bytes], bool]
+    removed: Callable[[bytes], bool] = lambda shown: False
     held: Callable[[], int] = lambda: 0
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
@@ -176,6 +182,8 @@ class Door:
         if self._under_way - self.held() >= self.limits.connections:
             raise _RefusedError(503, "too many at once")
         shown = _key(headers) if fleet else b""
+        if fleet and self.removed(shown):
+            raise _RefusedError(401, "removed", NOT_REGISTERED)
         known = fleet and self.known(shown)
         largest = self.limits.body_bytes if known else LARGEST_OF_STRANGERS
         self._check_length(headers, largest)

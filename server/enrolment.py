@@ -104,6 +104,7 @@ class Enrolment:
             may ask again and gets the same answer.
         Nothing to steal: the file holds digests of secrets.
         One person one device: an identity, or a node key, that is enrolled is not enrolled again.
+        Removed for good: a device that was removed is not enrolled again with the same keys.
 
     Attributes:
         folder: Where the file is.
@@ -143,6 +144,8 @@ class Enrolment:
             if (known := book.redeemed.get(ticket)) is not None:
                 if (known.identity, known.node_key) != (request.identity, request.node_key):
                     raise EnrolmentError("this ticket was used by another device", hint=_ASK)
+                if known.identity in book.removed:
+                    raise EnrolmentError("the operator has removed this device", hint=_ASK_WHY)
                 return known
             if (expires := book.issued.get(ticket)) is None:
                 raise EnrolmentError("there is no such ticket", hint=_ASK)
@@ -156,12 +159,41 @@ class Enrolment:
             self._append({"event": "redeemed", "ticket": ticket, **entry})
         return device
 
+    def remove(self, identity: str) -> Device:
+        """Let a device in no more.
+
+        Args:
+            identity: Its key, or the first digits of it.
+
+        Raises:
+            EnrolmentError: No enrolled device, or several, have a key that begins so.
+            OSError: It could not be written.
+        """
+        with locked(self.folder / LOCK):
+            found = [each for each in self._book().devices if each.identity.startswith(identity)]
+            if len(found) != 1:
+                raise EnrolmentError(
+                    f"{len(found) or 'no'} enrolled devices have a key that begins with {identity}",
+                    hint="homefire server devices lists them.",
+                )
+            self._append({"event": "removed", "identity": found[0].identity})
+        return found[0]
+
     def devices(self) -> list[Device]:
-        """All enrolled ones, in the order of enrolment.
+        """The enrolled ones that were not removed, in the order of enrolment.
 
         Raises:
             LedgerError: The file is damaged.
         """
+        return self._book().devices
+
+    def removed(self) -> list[Device]:
+        """Those that were removed, likewise."""
+        book = self._book()
+        return [each for each in book.redeemed.values() if each.identity in book.removed]
+
+    def ever(self) -> list[Device]:
+        """All that were ever enrolled, likewise."""
         return list(self._book().redeemed.values())
 
     def open_tickets(self) -> int:
@@ -181,6 +213,8 @@ class Enrolment:
             try:
                 if entry["event"] == "issued":
                     book.issued[str(entry["ticket"])] = float(entry["expires"])
+                elif entry["event"] == "removed":
+                    book.removed.add(str(entry["identity"]))
                 else:
                     device = Device(int(entry["node"]), str(entry["identity"]), str(entry["key"]))
                     book.redeemed[str(entry["ticket"])] = device
@@ -206,10 +240,39 @@ class Enrolment:
 
 
 @dataclass(slots=True)
+class Removed:
+    """The node keys of removed devices, read again whenever the file changed.
+
+    Attributes:
+        enrolment: Whose.
+    """
+
+    enrolment: Enrolment
+    _keys: frozenset[bytes] = frozenset()
+    _as_of: tuple[int, int] = (0, 0)
+
+    def __contains__(self, node_key: bytes) -> bool:
+        try:
+            found = (self.enrolment.folder / FILE).stat()
+        except FileNotFoundError:
+            return False
+        if (as_of := (found.st_mtime_ns, found.st_size)) != self._as_of:
+            keys = (each.node_key.encode("ascii") for each in self.enrolment.removed())
+            self._keys, self._as_of = frozenset(keys), as_of
+        return node_key in self._keys
+
+
+@dataclass(slots=True)
 class _Book:
     issued: dict[str, float] = field(default_factory=dict)
     redeemed: dict[str, Device] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
+
+    @property
+    def devices(self) -> list[Device]:
+        return [each for each in self.redeemed.values() if each.identity not in self.removed]
 
 
 _ASK = "Ask the operator for another ticket."
+_ASK_WHY = "Ask the operator; it takes another vault to enrol again."
 _RESTORE = "Put the newest copy of the file in place."

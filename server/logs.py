@@ -138,7 +138,7 @@ def _foreign(record: logging.LogRecord) -> dict[str, Any]:
 def _error(error: BaseException) -> dict[str, Any]:
     said: dict[str, Any] = {"error": type(error).__name__}
     if isinstance(error, OWN_WORDS):
-        said["words"] = f"{error} {error.hint}".strip()
+        said["words"] = error.in_full
     if frames := traceback.extract_tb(error.__traceback__):
         said["at"] = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
     return said

@@ -9,13 +9,13 @@
         tls/                    the authority and the server's certificate
         enrolment.jsonl         tickets and devices
         secrets/                of the executor and of the operator's own commands
-        run/                    ledger, releases, checkpoints; see `homefire.server.run_state`
+        keys/                   signing key, anchor of the registry
+        runs/                   ledgers, releases, checkpoints; see `homefire.server.runs`
         registry/               published releases
         flower/                 Flower's state: what is in flight
         logs/                   one file a process
         trouble                 what the run last failed of, in words
         *.lock                  held by what runs here
-    HOME/run.keys/              signing key, run key, anchor of the ledger
 """
 
 import ipaddress
@@ -38,17 +38,20 @@ from homefire.common.config import (
 )
 from homefire.common.errors import ConfigError, FederationError
 from homefire.common.files import hold, is_held, make_folder, write_atomically
-from homefire.common.keystore import Keystore
 from homefire.common.signatures import public_key
 from homefire.common.ticket import Ticket
 from homefire.server.certificates import Certificates, check_names
 from homefire.server.enrolment import Device, Enrolment
 from homefire.server.run_state import SIGNING_KEY
+from homefire.server.runs import RUNS, all_runs, follow, has_begun, keystore, make_run
 
 SERVER, FEDERATION, POLICY = "server.toml", "federation.toml", "device-policy.toml"
 ROSTER, DRAIN, TROUBLE = "roster.txt", "drain", "trouble"
 SERVER_LOCK, PROCESSES_LOCK, APP_LOCK = "server.lock", "processes.lock", "serverapp.lock"
 LONGEST_TROUBLE = 4096  # bytes
+QUORUM = 0.5
+"""Of devices that are waited for, where the settings name none: real devices get lost."""
+
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 EXECUTOR_SECRET, OPERATOR_SECRET = "executor", "operator"
 
@@ -129,13 +132,23 @@ class OperatorHome:
 
     @property
     def output(self) -> Path:
-        """Of the run."""
-        return self.folder / "run"
+        """Of the newest run."""
+        return all_runs(self.folder)[-1]
 
     @property
     def server_key(self) -> str:
-        """The public key that plans and releases are signed by, 64 hex digits."""
-        return public_key(Keystore.beside(self.output).signing_key(SIGNING_KEY))
+        """The public key that plans and releases are signed by, 64 hex digits.
+
+        Raises:
+            ConfigError: It is gone; another one would be none that devices trust.
+        """
+        keys = keystore(self.folder)
+        if keys.get(SIGNING_KEY) is None:
+            raise ConfigError(
+                f"{keys.place}: there is no signing key",
+                hint="Put its copy in place: devices take nothing that another one signs.",
+            )
+        return public_key(keys.signing_key(SIGNING_KEY))
 
     def secret(self, name: str) -> Path:
         """The file of a secret."""
@@ -146,7 +159,7 @@ class OperatorHome:
         return self.folder / "logs" / f"{process}.log"
 
     def federation(self) -> FederationConfig:
-        """The run's settings.
+        """The run's settings; where they name no quorum, half of the devices are waited for.
 
         Raises:
             ConfigError: `federation.toml` is missing or wrong.
@@ -159,15 +172,21 @@ class OperatorHome:
                     f"{path}: {name} is not set here",
                     hint="Take it out: the server knows who is enrolled and where its run lies.",
                 )
-        own = {"output": self.output, "roster": self.folder / ROSTER}
+        if isinstance(rounds := tables.get("federation"), dict):
+            tables["federation"] = {"quorum": QUORUM, **rounds}
+        own = {"output": self.output, "roster": self.output / ROSTER}
         return validate(FederationConfig, {**tables, **own}, where=str(path))
 
     def participants(self) -> list[Device]:
-        """Who takes part in the run: those who were enrolled first, from its start to its end.
+        """Who takes part in the newest run: those who were enrolled first when it began.
 
         Raises:
             FederationError: Fewer are enrolled than `users` says.
+            ConfigError: The run has begun, and its roster is gone.
         """
+        path = self.output / ROSTER
+        if has_begun(self.output):
+            return self._began_with(path)
         users, devices = self.federation().users, self.enrolment.devices()
         if len(devices) < users:
             raise FederationError(
@@ -176,10 +195,32 @@ class OperatorHome:
             )
         chosen = devices[:users]
         keys = "".join(f"{device.identity}\n" for device in chosen)
-        path = self.folder / ROSTER
         if not path.exists() or path.read_text(encoding="ascii") != keys:
             write_atomically(path, keys.encode(), mode=0o600)
         return chosen
+
+    def _began_with(self, path: Path) -> list[Device]:
+        try:
+            keys = set(path.read_text(encoding="ascii").split())
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error})", hint="Put its copy in place."
+            ) from error
+        return [device for device in self.enrolment.ever() if device.identity in keys]
+
+    def begin_next(self) -> str:
+        """Make another run, after the newest one is over; `homefire server run` begins it.
+
+        Returns:
+            Its number.
+
+        Raises:
+            ConfigError: `federation.toml` is wrong, or the signing key is gone.
+            FederationError: The newest run is not over, or has not begun.
+            LedgerError: Its ledger is damaged, rolled back or in use.
+        """
+        self.federation()
+        return follow(self.folder).name
 
     def is_draining(self) -> bool:
         """Whether no further round is to be opened."""
@@ -210,6 +251,14 @@ class OperatorHome:
     def is_at_work(self) -> bool:
         """Whether a ServerApp runs in this folder."""
         return is_held(self.folder / APP_LOCK)
+
+    @property
+    def last_start(self) -> int:
+        """When a ServerApp was started last, in nanoseconds since 1970; 0 before the first."""
+        try:
+            return (self.folder / APP_LOCK).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     @contextmanager
     def alone(self, *, wait: float = 30.0) -> Iterator[int]:
@@ -301,12 +350,13 @@ def init(folder: Path, *, names: Sequence[str], settings: dict[str, Any]) -> Ope
     make_folder(folder.parent)
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
-    for part in ("tls", "secrets", "flower", "logs", "registry"):
+    for part in ("tls", "secrets", "flower", "logs", "registry", RUNS):
         (folder / part).mkdir(mode=0o700)
     home.certificates.make([*config.names, *(n for n in LOOPBACK_NAMES if n not in config.names)])
     for name in (EXECUTOR_SECRET, OPERATOR_SECRET):
         write_atomically(home.secret(name), secrets.token_hex(32).encode(), mode=0o600)
-    key = home.server_key
+    key = public_key(keystore(folder).signing_key(SIGNING_KEY))  # drawn here, and once
+    make_run(folder)
     write_atomically(folder / FEDERATION, FEDERATION_TEMPLATE.encode(), mode=0o600)
     write_atomically(folder / POLICY, POLICY_TEMPLATE.format(key=key).encode(), mode=0o600)
     # Last: whoever finds this file finds all of it.

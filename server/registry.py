@@ -18,9 +18,9 @@ from homefire.common.parent import end_with
 from homefire.server.admission import Limits
 from homefire.server.logs import begin
 from homefire.server.registry_folder import RegistryFolder
-from homefire.server.releases import SIGNING_KEY
+from homefire.server.releases import SERVER_KEYS, SIGNING_KEY
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("homefire.server.registry")  # also where it runs as a program
 
 
 def open_home(home: Path) -> RegistryFolder:
@@ -31,12 +31,12 @@ def open_home(home: Path) -> RegistryFolder:
         RegistryError: As `RegistryFolder.open`.
         LedgerError: As there.
     """
-    keystore = Keystore.beside(home / "run")
-    if keystore.get(SIGNING_KEY) is None:
+    keys = Keystore(home / SERVER_KEYS)
+    if keys.get(SIGNING_KEY) is None:
         raise ConfigError(
-            f"{keystore.place}: there is no signing key", hint="Name the server's folder by --home."
+            f"{keys.place}: there is no signing key", hint="Name the server's folder by --home."
         )
-    return RegistryFolder.open(home / "registry", keystore.signing_key(SIGNING_KEY), keystore)
+    return RegistryFolder.open(home / "registry", keys.signing_key(SIGNING_KEY), keys)
 
 
 def main(arguments: list[str]) -> int:
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         asyncio.run(serve(open_home(given.home), given.listen, tls, Limits()))
     except HomefireError as error:
         LOG.error("it does not start: %s", error)
-        print(f"Error: {error} {error.hint}".rstrip(), file=sys.stderr)
+        print(f"Error: {error.in_full}", file=sys.stderr)
         return 1
     return 0
 

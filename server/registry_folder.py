@@ -36,6 +36,7 @@ from homefire.common.release_statement import (
 )
 from homefire.common.secret_store import SecretStore
 from homefire.common.signatures import public_key
+from homefire.common.vector_file import read_vector
 from homefire.server.releases import Release, ReleaseStore
 
 ANCHOR = "registry"
@@ -61,6 +62,15 @@ class Published:
     statement: ReleaseStatement
     signed: Signed
     file: Path
+
+    def release(self) -> Release:
+        """Its vector, and what the run said of it.
+
+        Raises:
+            AdapterError: The file is damaged.
+        """
+        vector, about = read_vector(self.file, kind="release")
+        return Release(about["round"], vector, about)
 
 
 @dataclass(slots=True)

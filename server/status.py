@@ -21,6 +21,7 @@ from homefire.common.protocol import STATISTICS, RefusalReason
 from homefire.server.door import REASONS
 from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import PrivacyPlan, plan_privacy
+from homefire.server.releases import Release, ReleaseStore
 
 SHOWN_ROUNDS = 500
 NUMBER_BYTES = 4
@@ -80,7 +81,8 @@ class Status:
         tickets: That can still be redeemed.
         online: Devices that are here; None where the SuperLink does not answer.
         rounds: The newest rounds, oldest first; see `RoundLog`.
-        planned_rounds: Of the run.
+        run: Number of the newest run.
+        planned_rounds: Of the newest run.
         dropped: Contributions that are in no sum, by reason.
         refused: Devices' refusals, by reason.
         bytes_up: Of all contributions that are in a sum.
@@ -99,6 +101,7 @@ class Status:
     tickets: int = 0
     online: int | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    run: int = 1
     planned_rounds: int | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
@@ -152,10 +155,11 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     federation, budget, size = None, None, 0
     try:
         federation = home.federation()
-        budget = budget_of(federation, released=max(releases, default=0))
-        size = _vector_size(home)
+        newest = _newest(home)
+        budget = budget_of(federation, released=max(releases, default=0), stated=newest)
+        size = 0 if newest is None else len(newest.vector)
     except HomefireError as error:
-        trouble.append(str(error))
+        trouble.append(error.in_full)
     trouble += _signs(home)
     dropped, refused = Counter[str](), Counter[str]()
     for each in rounds:
@@ -168,6 +172,7 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         needed=None if federation is None else federation.users,
         tickets=enrolment.open_tickets(),
         rounds=rounds[-SHOWN_ROUNDS:],
+        run=int(home.output.name),
         planned_rounds=None if federation is None else federation.federation.rounds,
         dropped=dict(dropped),
         refused=dict(refused),
@@ -198,13 +203,22 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
-def budget_of(config: FederationConfig, *, released: int) -> Budget:
+def budget_of(config: FederationConfig, *, released: int, stated: Release | None = None) -> Budget:
     """What a run's releases cost after so many rounds.
+
+    Args:
+        config: The run's settings.
+        released: Rounds that have a release.
+        stated: The newest release: where it states more than the settings do, devices refused
+            because they took part before, and nothing is amplified any more.
 
     Raises:
         PrivacyError: The settings cannot be stated.
     """
     plan = _plan(config)
+    claim = None if stated is None else stated.about["privacy"]["epsilon_release"]
+    if unamplified := stated is not None and claim != plan.statement.epsilon_release:
+        plan = plan.without_amplification()
     mechanism, rounds, delta = plan.mechanism, config.federation.rounds, config.privacy.delta
     named = plan.statement.mechanism
     if isinstance(mechanism, NoPrivacy) or delta is None:
@@ -212,8 +226,8 @@ def budget_of(config: FederationConfig, *, released: int) -> Budget:
     now: float | None = 0.0
     known: float | None = 0.0
     if released:
-        now = epsilon_release(mechanism, rounds=released, delta=delta)
         known = epsilon_known_cohort(mechanism, rounds=released, delta=delta)
+        now = known if unamplified else epsilon_release(mechanism, rounds=released, delta=delta)
     return Budget(
         mechanism=named,
         delta=delta,
@@ -234,10 +248,7 @@ def _plan(config: FederationConfig) -> PrivacyPlan:
     return _planned(config.model_dump_json())
 
 
-def _vector_size(home: OperatorHome) -> int:
-    """Parameters of the shared adapter; 0 before the first release."""
-    from homefire.server.releases import ReleaseStore
-
+def _newest(home: OperatorHome) -> Release | None:
+    """The newest release of the newest run; None before the first."""
     store = ReleaseStore(home.output / "releases")
-    numbers = store.rounds()
-    return len(store.read(numbers[0]).vector) if numbers else 0
+    return store.latest() if store.rounds() else None

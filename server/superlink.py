@@ -38,7 +38,7 @@ from homefire.common.errors import EnrolmentError
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
 from homefire.server.door import Door
-from homefire.server.enrolment import Device, Request
+from homefire.server.enrolment import Device, Removed, Request
 from homefire.server.fleet import Bells, Fleet
 from homefire.server.listener import bounded_protocol, make_room
 from homefire.server.logs import begin
@@ -198,13 +198,18 @@ async def serve(home: OperatorHome) -> None:
     def known(shown: bytes) -> bool:
         return shown in enrolled or _is_known(app, shown, enrolled)
 
+    out = Removed(home.enrolment)
+
+    def removed(shown: bytes) -> bool:
+        return _decoded(shown) in out
+
     names = {*config.names, *LOOPBACK_NAMES}
     limits = config.limits
     # Some connections are kept between two requests.
     room = make_room(2 * limits.connections + limits.waiting)
     fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
     waiting = fleet.bells.__len__
-    door = Door(fleet, names, enroller(home, app), limits, known, waiting)
+    door = Door(fleet, names, enroller(home, app), limits, known, removed, waiting)
     secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
     private = Private(app, door, fleet.bells, secret)
     common: dict[str, Any] = {
@@ -248,10 +253,16 @@ class _Second(uvicorn.Server):
         yield
 
 
-def _is_known(app: FastAPI, shown: bytes, enrolled: set[bytes]) -> bool:
+def _decoded(shown: bytes) -> bytes:
+    """The key of a header; nothing where it is none."""
     try:
-        key = b64decode(shown, validate=True)
+        return b64decode(shown, validate=True)
     except (Base64Error, ValueError):
+        return b""
+
+
+def _is_known(app: FastAPI, shown: bytes, enrolled: set[bytes]) -> bool:
+    if not (key := _decoded(shown)):
         return False
     if _state(app).get_node_id_by_public_key(key) is None:
         return False

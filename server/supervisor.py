@@ -126,6 +126,8 @@ class Supervisor:
         No burning on: after so many rounds in a row that were spent without a release, nothing more
             is spent until somebody starts the server again.
         Only when all are there: no run starts before as many devices are enrolled as it needs.
+        Stops when asked: a server that is being stopped ends as soon as no round is under way,
+            whatever else it waits for.
 
     Attributes:
         home: Of the server.
@@ -141,7 +143,7 @@ class Supervisor:
     children: list[Child] = field(init=False)
     state: str = "starting"
     _run: int | None = None
-    _worked: bool = False
+    _last_start: int = 0
     _gone_since: float | None = None
     _not_before: float = 0.0
     _pause: float = FIRST_PAUSE
@@ -208,14 +210,16 @@ class Supervisor:
 
     def _tend_run(self) -> None:
         try:
-            if not self.control.is_up():
+            if self._run is None and self.home.is_draining() and not self.home.is_at_work():
+                self.state = DRAINED
+            elif not self.control.is_up():
                 self.state = "waiting for the SuperLink"
             elif self._run is None:
                 self._begin()
             else:
                 self._follow(self._run)
         except HomefireError as error:
-            self.state = f"waiting: {error}"
+            self.state = f"waiting: {error.in_full}"
 
     def _begin(self) -> None:
         """Start a run as soon as one may be started."""
@@ -227,13 +231,12 @@ class Supervisor:
         opened, over = rounds_spent(self.home.output)
         if over:
             self.state = ENDED
-        elif self.home.is_draining():
-            self.state = DRAINED
         elif (burnt := self._burnt(opened)) >= MOST_BURNT:
             self.state = f"halted: {burnt} rounds in a row were spent without a release"
         elif time.monotonic() >= self._not_before:
             self.home.participants()
-            self._run, self._worked, self._gone_since = self.control.start(), False, None
+            self._last_start, self._gone_since = self.home.last_start, None
+            self._run = self.control.start()
             self.state = "running"
 
     def _burnt(self, opened: int) -> int:
@@ -259,9 +262,9 @@ class Supervisor:
 
     def _is_gone(self) -> bool:
         """Whether the run's ServerApp was there, and is not any more."""
-        if self.home.is_at_work():
-            self._worked, self._gone_since = True, None
-        elif self._worked and self._gone_since is None:
+        if self.home.is_at_work() or self.home.last_start == self._last_start:
+            self._gone_since = None
+        elif self._gone_since is None:
             self._gone_since = time.monotonic()
         gone = self._gone_since
         return gone is not None and time.monotonic() - gone >= GONE_SECONDS

@@ -16,6 +16,7 @@ from homefire.server.operator_home import OperatorHome
 from homefire.server.registry import open_home
 from homefire.server.run_ledger import RunLedger
 from homefire.server.run_state import LEDGER
+from homefire.server.status import read_rounds
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 170
@@ -78,6 +79,10 @@ def test_the_readmes_federation_runs_from_nothing_to_a_verified_release(
     assert "ε = 4.00 at δ = 1e-06" in said
 
     home = OperatorHome(demo / "server")
+    rounds = read_rounds(home.output / "rounds.jsonl")
+    assert [(each["accepted"], each["dropped"], each["refused"]) for each in rounds] == [
+        (1, {}, {})
+    ] * 3, logs
     ledger = RunLedger.open(home.output / LEDGER, Keystore.beside(home.output))
     ledger.ledger.close()
     assert (ledger.opened, ledger.burnt, ledger.ended) == (3, [], True)

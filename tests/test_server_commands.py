@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from click.testing import Result
 from tiny_flower import free_port
+from tiny_operators import enrol_made_up
 from typer.testing import CliRunner
 
 from homefire.common.config import load_config
-from homefire.common.errors import ConfigError, FederationError
+from homefire.common.errors import ConfigError, EnrolmentError, FederationError, HomefireError
 from homefire.common.policy import DevicePolicy
 from homefire.common.ticket import Ticket
 from homefire.server.operator_home import OperatorHome
@@ -40,9 +41,9 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def refused(*arguments: str) -> Exception:
+def refused(*arguments: str) -> HomefireError:
     done = server(*arguments)
-    assert isinstance(done.exception, ConfigError | FederationError), done.output
+    assert isinstance(done.exception, ConfigError | EnrolmentError | FederationError), done.output
     return done.exception
 
 
@@ -52,10 +53,10 @@ def test_everything_of_init_is_the_owners_alone(home: Path) -> None:
     for path in found:
         mode = path.stat().st_mode & 0o777
         assert mode == (0o700 if path.is_dir() else 0o600), f"{path} {mode:o}"
-    assert (home / "run.keys").is_dir()
+    assert (home / "keys").is_dir()
     assert {path.name for path in home.iterdir()} == {
-        *("device-policy.toml", "federation.toml", "flower", "logs", "registry", "run.keys"),
-        *("secrets", "server.toml", "tls"),
+        *("device-policy.toml", "federation.toml", "flower", "keys", "logs", "registry"),
+        *("runs", "secrets", "server.toml", "tls"),
     }
 
 
@@ -155,9 +156,64 @@ def test_status_of_a_server_that_does_not_run(home: Path) -> None:
     assert "trouble" in run("status")
 
 
+def test_status_checks_whether_all_processes_run(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server("status", "--check").exit_code == 1
+    assert server("status").exit_code == 0
+    found = json.loads(run("status", "--json"))
+    names, down = ("superlink", "registry", "executor"), {"runs": False, "starts": 3}
+    runs = {name: {"runs": True, "starts": 1} for name in names}
+    for processes, code in ((runs, 0), (runs | {"registry": down}, 1)):
+        told = {**found, "processes": processes}
+        monkeypatch.setattr("homefire.server_commands._status", lambda _, told=told: told)
+        for more in ([], ["--json"]):
+            assert server("status", "--check", *more).exit_code == code
+
+
+def test_status_says_what_to_do_where_a_setting_is_wrong(home: Path) -> None:
+    path = home / "federation.toml"
+    path.write_text(path.read_text().replace("[optimizer]", "[optimiser]"))
+    (said,) = json.loads(run("status", "--json"))["trouble"]
+    assert "Add a table [optimizer]" in said
+
+
+def test_no_other_key_is_drawn_where_the_servers_is_gone(home: Path) -> None:
+    key = home / "keys" / "server-signing"
+    kept = key.read_bytes()
+    key.unlink()
+    for verb in ("key", "enroll"):
+        error = refused(verb)
+        assert "there is no signing key" in str(error)
+        assert isinstance(error, ConfigError)
+        assert "Put its copy in place" in error.hint
+    assert not key.exists()
+    key.write_bytes(kept)
+    key.chmod(0o600)
+    assert KEY.fullmatch(run("key").strip())
+
+
 def test_releases_before_the_first(home: Path) -> None:
     assert json.loads(run("releases", "--json")) == []
     assert "number" in run("releases")
+
+
+def test_next_says_why_there_is_none_yet(home: Path) -> None:
+    said = refused("next")
+    assert "run 0001 has not begun yet" in str(said)
+    assert isinstance(said, FederationError)
+    assert "federation.toml" in said.hint
+
+
+def test_devices_are_listed_and_removed(home: Path) -> None:
+    assert "None is enrolled." in run("devices")
+    enrolment = OperatorHome(home).enrolment
+    keys = [enrol_made_up(enrolment, number).identity for number in (1, 2)]
+    assert run("devices").split() == keys
+    assert f"{keys[0]} is removed." in run("devices", "--remove", keys[0][:16])
+    assert json.loads(run("devices", "--json")) == {"devices": keys[1:]}
+    assert "no enrolled devices" in str(refused("devices", "--remove", keys[0]))
+    assert "1 enrolled" in run("status")
 
 
 def test_renew_keeps_the_authority(home: Path) -> None:
@@ -186,7 +242,12 @@ def test_stop_and_undo(home: Path) -> None:
     run("stop", "--undo")
 
 
-@pytest.mark.parametrize("verb", ["enroll", "run", "status", "stop", "releases", "renew", "key"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *("enroll", "run", "status", "stop", "releases", "next", "devices", "renew", "key"),
+    ],
+)
 def test_verbs_need_a_server(verb: str, tmp_path: Path) -> None:
     error = refused(verb, "--home", str(tmp_path / "none"))
     assert "there is no server here" in str(error)

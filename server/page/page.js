@@ -124,7 +124,8 @@ function show(status) {
   }));
   large("rounds", whole.format(newest), planned ? `of ${whole.format(planned)}` : "");
   meter("progress", planned ? 100 * newest / planned : 0);
-  $("rounds-left").textContent = budget ? `${whole.format(budget.rounds_left)} left` : "";
+  const run = status.run > 1 ? `run ${whole.format(status.run)}; ` : "";
+  $("rounds-left").textContent = budget ? `${run}${whole.format(budget.rounds_left)} left` : run;
   privacy(budget);
   large("online", status.online === null ? "–" : whole.format(status.online), `of ${whole.format(status.enrolled)}`);
   const needed = status.needed === null ? "" : `the run takes ${whole.format(status.needed)}; `;

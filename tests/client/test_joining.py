@@ -412,6 +412,26 @@ def test_the_executor_is_told_of_another_adapter_after_a_round(
     assert at_work.told == [{"adapter": plan.header.adapter.model_dump(mode="json")}]
 
 
+def test_the_processes_find_a_vault_whose_folder_was_named_from_here(
+    me: Personalizer, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me.vault.close()
+    monkeypatch.chdir(tmp_path)
+    started: list[Path] = []
+
+    def running(folder: Path, _: Any, opening: dict[str, Any]) -> nullcontext[Working]:
+        started.extend((folder, Path(opening["home"])))
+        stop.set()
+        return nullcontext(Working())
+
+    monkeypatch.setattr("homefire.client.joining.running", running)
+    stop = Event()
+    with Personalizer.open("home", passphrase=PASSPHRASE) as opened:
+        trust(opened, "a" * 64)
+        Membership(opened.vault, NOWHERE, PASSPHRASE).run(stop)
+    assert started == [tmp_path / "home"] * 2
+
+
 # The release that a plan brings
 
 

@@ -306,6 +306,15 @@ def test_not_twice(door: Door) -> None:
     assert Asking(PULL, signed_at=signed_at).at(door).status == 200  # Flower refuses it
 
 
+@pytest.mark.parametrize("path", sorted(OPEN))
+def test_removed_is_out(door: Door, path: str) -> None:
+    door.removed = lambda shown: True
+    asked = Asking(path).at(door)
+    assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
+    assert dict(door.refused) == {"removed": 1}
+    assert door.served == 0
+
+
 def test_clock_first(door: Door) -> None:
     for signed_at in ("2001-01-01T00:00:00+00:00", "2999-01-01T00:00:00+00:00"):
         asked = Asking(PULL, signed_at=signed_at).at(door)

@@ -391,7 +391,7 @@ def test_so_many_none_of_them_shuts_others_out(app: FastAPI, state: SqlLinkState
     """Both bounds by the door: devices that wait, and requests under way besides those."""
     fleet, devices = Fleet(app, Bells(most=2), hold=60), [Device(state) for _ in range(4)]
     limits = LimitsConfig(connections=1, waiting=2)
-    door = Door(fleet, {"here"}, dict, limits, lambda _: True, fleet.bells.__len__)
+    door = Door(fleet, {"here"}, dict, limits, lambda _: True, held=fleet.bells.__len__)
 
     async def meanwhile() -> list[int]:
         waiting = []

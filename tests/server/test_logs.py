@@ -85,7 +85,7 @@ def test_allow_list_of_errors_the_words_of_our_own_files_alone(
         lines.emit(record("homefire.server.x", "trouble: %s", raised(error), line=number))
         lines.emit(record("homefire.server.x", "ended", error=raised(error), line=10 + number))
     found = read(tmp_path / "one.log")
-    assert [line.get("words") for line in found] == ["too few Wait."] * 2 + [None] * 4
+    assert [line.get("words") for line in found] == ["too few. Wait."] * 2 + [None] * 4
     assert {line["error"] for line in found} == {"FederationError", "EnrolmentError", "KeyError"}
     assert all(line["at"].startswith("test_logs.py:") for line in found)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -50,6 +51,7 @@ from homefire.common.registry_calls import (
 )
 from homefire.common.release_statement import ReleaseStatement, read_statement
 from homefire.server.admission import Admission, Limits
+from homefire.server.operator_home import init
 from homefire.server.registry_service import RegistryServer, Service, Tls
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -380,6 +382,22 @@ def test_a_program_without_a_key_says_so(tmp_path: Path, tls: tuple[Path, Tls]) 
     assert done.returncode == 1 and "no signing key" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "none").exists() and not (tmp_path / "none.keys").exists()
+
+
+def test_a_supervised_program_says_in_its_log_why_it_does_not_start(tmp_path: Path) -> None:
+    home = init(tmp_path / "server", names=["127.0.0.1"], settings={}).folder
+    registry, store = open_registry(home), run_of(home / "run", 2)
+    for number in store.rounds():
+        registry.publish(store, number, SPEC)
+    (home / "registry" / "000002.json").unlink()
+    command = [sys.executable, "-m", "homefire.server.registry", "--home", str(home)]
+    done = subprocess.run(  # noqa: S603 - our own command
+        [*command, "--listen", "127.0.0.1:0", "--parent", str(os.getpid())], cwd=ROOT
+    )
+    assert done.returncode == 1
+    line = json.loads((home / "logs" / "registry.log").read_text().splitlines()[-1])
+    assert line["event"] == "it does not start: %s"
+    assert "holds 1 releases, and held 2. It was put back from a backup" in line["words"]
 
 
 def test_the_program_needs_neither_torch_nor_transformers() -> None:
