@@ -8,7 +8,6 @@ import pytest
 from tiny_flower import free_port
 from tiny_operators import Operated, operated
 
-from homefire.server import line as line_module
 from homefire.server.certificates import Certificates
 from homefire.server.line import SWEEP_SECONDS, SWEEP_SHARE, Asking, HttpLine
 from homefire.server.operator_home import OPERATOR_SECRET

@@ -2,7 +2,6 @@
 
 import pytest
 
-from homefire.simulations.load import deployment
 from homefire.simulations.load.deployment import Ends, _check
 from homefire.simulations.load.rig import RigError
 
