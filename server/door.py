@@ -272,7 +272,7 @@ class _Body:
     Attributes:
         receive: Where it comes from.
         largest: Bytes.
-        seconds: For all of it.
+        seconds: For all of it, from when it is first asked for.
         refusal: Why no more is read. Flower catches it, as it does all errors.
     """
 
@@ -280,7 +280,7 @@ class _Body:
     largest: int
     seconds: float
     refusal: _RefusedError | None = None
-    _began: float = field(default_factory=time.monotonic)
+    _began: float | None = None
     _taken: int = 0
     _whole: bool = False
 
@@ -290,7 +290,9 @@ class _Body:
             raise self.refusal
         if self._whole:
             return await self.receive()
-        left = self._began + self.seconds - time.monotonic()
+        now = time.monotonic()
+        self._began = self._began or now
+        left = self._began + self.seconds - now
         try:
             event = await asyncio.wait_for(self.receive(), max(0.0, left))
         except TimeoutError:

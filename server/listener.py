@@ -27,7 +27,7 @@ def make_room(connections: int) -> int:
     Returns:
         How many it may have: fewer where the system allows it fewer files.
     """
-    setattr(SSLProtocol, "max_size", TLS_BUFFER)  # noqa: B010 - not in its stubs
+    SSLProtocol.max_size = TLS_BUFFER
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OTHER_FILES
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -73,6 +73,9 @@ class _BoundedProtocol(HttpToolsProtocol):
         """Begin."""
         super().connection_made(transport)
         self._visit.transport = transport
+        if transport.get_extra_info("sslcontext") is not None:
+            transport.set_read_buffer_limits(high=TLS_BUFFER)
+            transport.set_write_buffer_limits(high=TLS_BUFFER)
         self._awaited = self._later(min(self.patience, FIRST_HEAD_SECONDS), transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:

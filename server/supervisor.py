@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from homefire.common.errors import FederationError, HomefireError
+from homefire.common.errors import HomefireError
 from homefire.common.files import DISK_HINT
 from homefire.common.loopback import past_proxies
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control

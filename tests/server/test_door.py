@@ -197,6 +197,18 @@ def test_bounded_the_time_that_a_body_takes(door: Door) -> None:
     assert door.served == 0
 
 
+def test_bounded_the_time_of_a_body_begins_when_it_is_read(door: Door) -> None:
+    """Who waits for a place among those that send is not slow."""
+    flower = door.app
+
+    async def busy(*arguments: Any) -> None:
+        await asyncio.sleep(2 * LIMITS.seconds)
+        await flower(*arguments)
+
+    door.app = busy
+    assert Asking(PULL).at(door).status == 200
+
+
 def test_bounded_how_often_a_device_asks(door: Door) -> None:
     clock = [0.0]
     door.clock = lambda: clock[0]
