@@ -211,6 +211,7 @@ async def serve(home: OperatorHome) -> None:
     waiting = fleet.bells.__len__
     door = Door(fleet, names, enroller(home, app), limits, known, removed, waiting)
     secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
+    fleet.refused = door.refused
     private = Private(app, door, fleet.bells, secret)
     common: dict[str, Any] = {
         "ssl_certfile": str(tls.server),
