@@ -30,6 +30,7 @@ from homefire.common.protocol import VERSION
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.admission import network_of
 from homefire.server.doorstep import WELCOME
+from homefire.server.fleet import ANOTHERS, LATE
 from homefire.server.operator_home import LimitsConfig
 
 Scope = MutableMapping[str, Any]
@@ -62,7 +63,7 @@ REASONS = frozenset(
         *("no such path", "no such method", "another host", "another version", "too many at once"),
         *("no key", "another time", "too often", "seen before", "header twice", "two lengths"),
         *("no length", "too large", "too slow", "gone", "no request", "no enrolment"),
-        *("enrolment failed", "removed"),
+        *("enrolment failed", "removed", ANOTHERS, LATE),
     )
 )
 """Why a request is not let in."""

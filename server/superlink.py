@@ -217,6 +217,7 @@ async def serve(home: OperatorHome) -> None:
     fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
     waiting = fleet.bells.__len__
     door = Door(fleet, names, enroller(home, enrolment, app), limits, known, removed, waiting)
+    fleet.refused = door.refused
     secret = home.read_secret(OPERATOR_SECRET)
     private = Private(app, door, fleet.bells, secret)
     common: dict[str, Any] = {
