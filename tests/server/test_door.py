@@ -172,7 +172,6 @@ def test_fleet_only_whatever_the_path(path: str) -> None:
         ({"headers": {"content-length": "3", "transfer-encoding": "chunked"}}, 400, "two lengths"),
         ({"headers": {"homefire-version": "2"}}, 426, "another version"),
         ({"headers": {"homefire-version": ""}}, 426, "another version"),
-        ({"headers": {"flwr-public-key": "eHg=", "content-length": "20000"}}, 413, "too large"),
     ],
 )
 def test_a_strange_request_is_refused(
@@ -218,7 +217,7 @@ def test_bounded_how_often_a_device_asks(door: Door) -> None:
     # Keys that nobody has enrolled share the rate of the address that they come from.
     keys = [b64encode(f"made up {n}".encode()).decode() for n in range(6)]
     made_up = [Asking(PULL, headers={"flwr-public-key": key}).at(door).status for key in keys]
-    assert made_up == 5 * [200] + [429]
+    assert made_up == 5 * [401] + [429]
     # Who guesses there, redeems, or comes from elsewhere is another matter.
     guessed = [Asking(ENROL_PATH, b"{}").at(door).status for _ in range(6)]
     assert guessed == 5 * [403] + [429]
@@ -259,11 +258,14 @@ def test_bounded_who_waits_for_a_plan_takes_no_place_from_others(door: Door) -> 
     assert asyncio.run(ask(held=1)) == 4 * [200]
 
 
-def test_bounded_of_a_stranger_less_is_read(door: Door) -> None:
+@pytest.mark.parametrize("path", sorted(OPEN))
+def test_enrolled_alone_flower_hears_of_nobody_else(door: Door, path: str) -> None:
     made_up = {"flwr-public-key": b64encode(b"made up").decode()}
-    asked = Asking(PULL, *[b"x" * 1024] * 17, headers=made_up).at(door)
-    assert (asked.status, asked.error) == (413, "too large")
-    assert Asking(PULL, *[b"x" * 1024] * 16, headers=made_up).at(door).status == 200
+    asked = Asking(path, *[b"x" * 1024] * 17, headers=made_up).at(door)
+    assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
+    assert len(asked._parts) == 17  # not a byte of it was read
+    assert isinstance(door.app, Flower)
+    assert not door.app.bodies
 
 
 class Translating(Flower):
@@ -308,7 +310,7 @@ def test_not_twice(door: Door) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(OPEN))
-def test_removed_is_out(door: Door, path: str) -> None:
+def test_enrolled_alone_nobody_who_was_removed(door: Door, path: str) -> None:
     door.removed = lambda shown: True
     asked = Asking(path).at(door)
     assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
@@ -329,7 +331,8 @@ def test_not_twice_nothing_is_kept_of_strangers(door: Door) -> None:
     door.limits = LIMITS.model_copy(update={"burst": 50})
     for number in range(50):
         key = b64encode(f"key {number}".encode()).decode()
-        assert Asking(PULL, headers={"flwr-public-key": key}).at(door).status == 200
+        asked = Asking(PULL, headers={"flwr-public-key": key}).at(door)
+        assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
     assert not door._seen._known
     assert not door._rates
     assert len(door._strangers) == 1
