@@ -15,17 +15,21 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from tiny_flower import free_port
 from tiny_operators import enrol_made_up, made_home
+from tiny_registries import RUN, SPEC, about, vector
 from tiny_vaults import served_on_a_port
 from typer.testing import CliRunner
 
 from homefire.common.config import load_config
 from homefire.common.errors import ConfigError, EnrolmentError, FederationError, HomefireError
+from homefire.common.keystore import Keystore
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.mechanism import participation_charge
 from homefire.common.ticket import Ticket
 from homefire.server.operator_home import OperatorHome
 from homefire.server.operator_page import make_app
 from homefire.server.planning import plan_privacy
+from homefire.server.registry import open_home
+from homefire.server.releases import SERVER_KEYS, SIGNING_KEY, ReleaseStore
 from homefire.server.status import look
 from homefire.server_commands import server_app
 
@@ -254,6 +258,32 @@ def point_at(home: OperatorHome, url: str) -> None:
     """Let a folder's settings name the port where something is served."""
     path, port = home.folder / "server.toml", url.rpartition(":")[2].strip("/")
     path.write_text(re.sub(r"(?m)^operator = .*$", f"operator = {port}", path.read_text()))
+
+
+def test_status_lists_the_newest_releases_of_all_runs(home: Path) -> None:
+    publish(home, 3)
+    told = json.loads(run("status", "--json"))["published"]
+    assert [each["number"] for each in told] == [1, 2, 3]
+    newest = told[-1]
+    assert (newest["run"], newest["round"], newest["epsilon"]) == (RUN[:8], 3, 3.5)
+    assert newest["expires_at"] - newest["issued_at"] == 365 * 86_400
+    (home / "federation.toml").write_text("users = 0\n")
+    assert json.loads(run("status", "--json"))["published"] == told
+    (home / "registry" / "000003.json").write_text("{}\n")
+    found = json.loads(run("status", "--json"))
+    assert (found["published"], len(found["trouble"])) == ([], 2)
+
+
+def publish(home: Path, count: int) -> None:
+    """Publish so many releases, as a run would."""
+    keystore = Keystore(home / SERVER_KEYS)
+    key = keystore.signing_key(SIGNING_KEY)
+    store = ReleaseStore(home.with_name("elsewhere"))
+    for number in range(1, count + 1):
+        store.write(number, vector(number), about(), key)
+    registry = open_home(home)
+    for number in range(1, count + 1):
+        registry.publish(store, number, SPEC)
 
 
 def test_status_of_a_server_whose_key_is_gone(home: Path) -> None:
