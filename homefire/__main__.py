@@ -1,5 +1,6 @@
 """The command line: `homefire` or `python -m homefire`."""
 
+import errno
 import json
 import logging
 import os
@@ -335,6 +336,12 @@ def main() -> NoReturn:
         if error.hint:
             typer.echo(f"Hint: {error.hint}", err=True)
         sys.exit(exit_code(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        typer.echo(f"Error: {error.filename or 'a disk'}: {error.strerror}", err=True)
+        typer.echo("Hint: Make room on this disk; what was written before is whole.", err=True)
+        sys.exit(1)
     sys.exit(0)
 
 

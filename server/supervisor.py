@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from homefire.common.errors import HomefireError
+from homefire.common.files import DISK_HINT
 from homefire.common.loopback import past_proxies
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
@@ -81,7 +82,12 @@ class Child:
             self._pause = FIRST_PAUSE if steady else min(LONGEST_PAUSE, 2 * self._pause)
             self._process, self._not_before = None, now + self._pause
         if now >= self._not_before:
-            self._start(now)
+            try:
+                self._start(now)
+            except OSError as error:
+                LOG.warning("%s cannot be started: %s", self.name, error)
+                self._pause = min(LONGEST_PAUSE, 2 * self._pause)
+                self._not_before = now + self._pause
 
     def _start(self, now: float) -> None:
         home = self.folder / "flower" / self.name
@@ -221,6 +227,8 @@ class Supervisor:
                 self._follow(self._run)
         except HomefireError as error:
             self.state = f"waiting: {error.in_full}"
+        except OSError as error:
+            self.state = f"waiting: {error}. {DISK_HINT}"
 
     def _begin(self) -> None:
         """Start a run as soon as one may be started."""

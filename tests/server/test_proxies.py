@@ -69,7 +69,7 @@ def test_its_superlink_is_up(home: OperatorHome) -> None:
 
 def test_the_round_loop_has_its_line(home: OperatorHome) -> None:
     line = HttpLine(home.config.private, authority=home.certificates.authority, secret="a" * 64)
-    assert line.answered() == {"a"}
+    assert line.answered() == frozenset("a")
 
 
 def test_status_is_that_of_the_server_that_runs(home: OperatorHome) -> None:
