@@ -4,6 +4,7 @@ Nothing here is of one device: no key, address or number of a node, no time of a
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ from homefire.common.protocol import STATISTICS, RefusalReason
 from homefire.server.door import REASONS
 from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import PrivacyPlan, plan_privacy
+from homefire.server.registry import REGISTRY
+from homefire.server.registry_folder import newest_statements
 from homefire.server.releases import Release, ReleaseStore
 
-SHOWN_ROUNDS = 500
+SHOWN_ROUNDS, SHOWN_RELEASES = 500, 20
 NUMBER_BYTES = 4
 DROPPED = frozenset(
     (
@@ -90,7 +93,10 @@ class Status:
         bytes_down: Of the releases in all plans.
         budget: None where the settings cannot be read.
         door: Requests at the public listener: `served`, and `refused` by reason.
-        releases: Rounds that have one.
+        releases: Rounds of the newest run that have one.
+        published: The newest releases of all runs, oldest first: `number`, `run` (the first digits
+            of its id), `round`, `epsilon` (what its run promises; None without bound), and
+            `issued_at` and `expires_at` in seconds since 1970.
         trouble: What the operator should look at; nothing if all is well.
     """
 
@@ -112,6 +118,7 @@ class Status:
     budget: Budget | None = None
     door: dict[str, Any] = field(default_factory=dict)
     releases: list[int] = field(default_factory=list)
+    published: list[dict[str, Any]] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -125,6 +132,7 @@ class Status:
             refused = only(self.door.get("refused", {}), REASONS)
             put("door", {"served": int(self.door.get("served", 0)), "refused": refused})
         put("rounds", [_plain(each) for each in self.rounds])
+        put("published", [_of_release(each) for each in self.published])
 
 
 def only(counts: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
@@ -144,6 +152,15 @@ def _plain(each: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _of_release(each: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a published release."""
+    numbers = ("number", "round", "epsilon", "issued_at", "expires_at")
+    run = str(each.get("run"))
+    return {name: each.get(name) for name in numbers} | {
+        "run": run if re.fullmatch("[0-9a-f]{8}", run) else OTHER
+    }
+
+
 def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     """What the files of a server say.
 
@@ -154,9 +171,14 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     config, enrolment, trouble = home.config, home.enrolment, list[str]()
     rounds = read_rounds(home.output / "rounds.jsonl")
     releases = sorted(int(path.stem) for path in (home.output / "releases").glob("[0-9]*"))
-    federation, budget, size, server_key = None, None, 0, ""
+    federation, budget, size = None, None, 0
+    server_key, published = "", list[dict[str, Any]]()
     try:
         server_key = home.server_key
+        published = _published(home, server_key)
+    except HomefireError as error:
+        trouble.append(error.in_full)
+    try:
         federation = home.federation()
         newest = _newest(home)
         budget = budget_of(federation, released=max(releases, default=0), stated=newest)
@@ -184,8 +206,25 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         bytes_down=NUMBER_BYTES * size * sum(each["cohort"] for each in rounds),
         budget=budget,
         releases=releases,
+        published=published,
         trouble=trouble,
     )
+
+
+def _published(home: OperatorHome, server_key: str) -> list[dict[str, Any]]:
+    """What is told of the newest releases."""
+    found = newest_statements(home.folder / REGISTRY, server_key, most=SHOWN_RELEASES)
+    return [
+        {
+            "number": each.number,
+            "run": each.run[:8],
+            "round": each.round,
+            "epsilon": each.privacy.epsilon_release,
+            "issued_at": each.issued_at,
+            "expires_at": each.expires_at,
+        }
+        for each in found
+    ]
 
 
 def _signs(home: OperatorHome) -> list[str]:
