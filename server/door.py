@@ -29,6 +29,7 @@ from homefire.common.errors import EnrolmentError, HomefireError, SignatureError
 from homefire.common.protocol import VERSION
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.admission import network_of
+from homefire.server.doorstep import WELCOME
 from homefire.server.operator_home import LimitsConfig
 
 Scope = MutableMapping[str, Any]
@@ -76,7 +77,7 @@ NOT_REGISTERED = {"code": 2001, "detail": "the operator has removed this device"
 """Likewise."""
 
 LARGEST_OF_STRANGERS = 16_384  # bytes of a body: one that redeems a ticket, or shows no known key
-MOST_RATES = 65_536  # keys and addresses whose rates are remembered
+MOST_RATES = 65_536  # addresses whose rates are remembered
 KEY, SIGNED_AT = FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), TIMESTAMP_HEADER.encode()
 VERSION_NAME = VERSION_HEADER.encode()
 
@@ -100,7 +101,7 @@ class Door:
             device asks more often; what is under way at once is bounded too. Of a stranger no body
             is read that is longer than one which redeems a ticket.
         Not twice: Flower's devices sign the time alone. A time that a device has signed is let in
-            once, with whatever signature.
+            once, with whatever signature, and none that was signed before this was started.
         One version: a device that states another version of the protocol is told so.
         Removed is out: of a device that the operator has removed nothing is let in.
         Clock first: a device whose clock is too far off is told so, and not merely refused.
@@ -137,15 +138,20 @@ class Door:
     refused: Counter[str] = field(default_factory=Counter)
     served: int = 0
     _under_way: int = 0
-    _rates: "OrderedDict[bytes, _Bucket]" = field(default_factory=OrderedDict)
+    _rates: dict[bytes, "_Bucket"] = field(default_factory=dict)  # of devices
+    _strangers: "OrderedDict[bytes, _Bucket]" = field(default_factory=OrderedDict)
+    _began: float = field(init=False)
     _seen: "_Seen" = field(default_factory=lambda: _Seen(SIGNED_SECONDS))
+
+    def __post_init__(self) -> None:
+        self._began = self.now()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or refuse it."""
         if scope["type"] != "http":
             return  # no web sockets here: the server closes them
         try:
-            largest = self._check(scope, _headers(scope))
+            known, largest = self._check(scope, _headers(scope))
         except _RefusedError as refusal:
             await self._refuse(refusal, send)
             return
@@ -163,13 +169,15 @@ class Door:
             self._under_way -= 1
         if body.refusal is None:
             self.served += 1
+            if known and answer.status < 400:  # Flower has authenticated it
+                scope.get(WELCOME, _nothing)()
         elif answer.begun:
             self.refused[body.refusal.reason] += 1
         else:
             await self._refuse(body.refusal, send)
 
-    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> int:
-        """Refuse a request by its head, or say how long its body may be."""
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[bool, int]:
+        """Refuse a request by its head, or say if its key is known and how long its body may be."""
         path, fleet = scope["path"], scope["path"] in OPEN
         if not fleet and path != ENROL_PATH:
             raise _RefusedError(404, "no such path")
@@ -182,19 +190,36 @@ class Door:
         if self._under_way - self.held() >= self.limits.connections:
             raise _RefusedError(503, "too many at once")
         shown = _key(headers) if fleet else b""
-        if fleet and self.removed(shown):
-            raise _RefusedError(401, "removed", NOT_REGISTERED)
-        known = fleet and self.known(shown)
+        known = fleet and self._is_known(shown)
         largest = self.limits.body_bytes if known else LARGEST_OF_STRANGERS
         self._check_length(headers, largest)
         signed_at = headers.get(SIGNED_AT, b"")
-        if fleet and not _is_recent(signed_at, self.now()):
+        if fleet and not self._is_recent(signed_at):
             raise _RefusedError(400, "another time", OTHER_TIME)
-        if not self._within_rate(shown if known else _stranger(scope, fleet)):
+        if not self._within_rate(shown if known else _stranger(scope, fleet), known):
             raise _RefusedError(429, "too often")
-        if fleet and not self._seen.first(shown + b" " + signed_at, self.clock()):
+        # Of strangers nothing is kept: Flower refuses them.
+        if known and not self._seen.first(shown + b" " + signed_at, self.clock()):
             raise _RefusedError(401, "seen before")
-        return largest
+        return known, largest
+
+    def _is_known(self, shown: bytes) -> bool:
+        try:
+            if self.removed(shown):
+                raise _RefusedError(401, "removed", NOT_REGISTERED)
+            return self.known(shown)
+        except (HomefireError, OSError):  # who is enrolled cannot be read
+            raise _RefusedError(503, "enrolment failed") from None
+
+    def _is_recent(self, stamp: bytes) -> bool:
+        """Whether Flower takes a signed time, and it is none of before this was started."""
+        try:
+            signed_at = datetime.fromisoformat(stamp.decode("ascii")).timestamp()
+        except (ValueError, OverflowError):
+            return True  # what is none, Flower refuses itself
+        age = self.now() - signed_at
+        fresh = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+        return fresh and signed_at >= self._began
 
     def _check_length(self, headers: Mapping[bytes, bytes], largest: int) -> None:
         stated = headers.get(b"content-length")
@@ -207,12 +232,12 @@ class Door:
         if int(stated) > largest:
             raise _RefusedError(413, "too large")
 
-    def _within_rate(self, key: bytes) -> bool:
-        now = self.clock()
-        bucket = self._rates.pop(key, None) or _Bucket(float(self.limits.burst), now)
-        self._rates[key] = bucket
-        if len(self._rates) > MOST_RATES:
-            self._rates.popitem(last=False)
+    def _within_rate(self, key: bytes, known: bool) -> bool:
+        now, rates = self.clock(), self._rates if known else self._strangers
+        bucket = rates.pop(key, None) or _Bucket(float(self.limits.burst), now)
+        rates[key] = bucket
+        if len(self._strangers) > MOST_RATES:
+            self._strangers.popitem(last=False)
         return bucket.take(self.limits.requests, self.limits.burst, now)
 
     async def _redeem(self, receive: Receive, send: Send) -> None:
@@ -228,7 +253,7 @@ class Door:
         except (EnrolmentError, SignatureError) as error:
             self.refused["no enrolment"] += 1
             status, said = 403, {"error": str(error), "hint": error.hint}
-        except HomefireError:
+        except (HomefireError, OSError):
             self.refused["enrolment failed"] += 1
             status, said = 503, {"error": "the server cannot enrol now", "hint": "Try again later."}
         await send_json(send, status, said)
@@ -289,10 +314,11 @@ class _Answer:
     send: Send
     body: _Body
     begun: bool = False
+    status: int = 500
 
     async def __call__(self, event: Event) -> None:
         if self.body.refusal is None or self.begun:
-            self.begun = True
+            self.begun, self.status = True, event.get("status", self.status)
             await self.send(event)
 
 
@@ -361,13 +387,8 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
     return found
 
 
-def _is_recent(stamp: bytes, now: float) -> bool:
-    """Whether Flower takes a signed time stamp; what is none, it refuses itself."""
-    try:
-        age = now - datetime.fromisoformat(stamp.decode("ascii")).timestamp()
-    except (ValueError, OverflowError):
-        return True
-    return -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+def _nothing() -> None:
+    """Where nobody waits for it."""
 
 
 def _host(header: bytes) -> str:

@@ -42,6 +42,7 @@ from google.protobuf.message import Message
 from starlette.requests import Request
 from starlette.responses import Response
 
+from homefire.server.doorstep import WELCOME
 from homefire.server.operator_home import LimitsConfig
 
 Handler = Callable[[Any, LinkState], Message]
@@ -220,7 +221,8 @@ class Fleet:
         found = await self._work(request, asked, handle)
         if PullMessagesResponse.FromString(found).messages_list:
             return found
-        # From here on the node is known to be the one that it says.
+        # From here on the node is known to be the one that it says, and no stranger while it waits.
+        request.scope.get(WELCOME, _nothing)()
         if self.bells.rung(node) == before and not await self._is_rung(node, request):
             return found
         return await self._work(request, asked, handle)
@@ -244,6 +246,10 @@ class Fleet:
             return bytes(handle(asked, state).SerializeToString())
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _nothing() -> None:
+    """Where nobody waits for it."""
 
 
 async def _send(response: Response, send: Send) -> None:

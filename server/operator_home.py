@@ -63,6 +63,9 @@ class LimitsConfig(Frozen):
     requests: float = Field(20.0, gt=0, description="A second and device, on average.")
     burst: int = Field(200, ge=1, description="Requests of a device at once.")
     connections: int = Field(2048, ge=1, description="Requests under way; more get 503.")
+    strangers: int = Field(
+        256, ge=1, description="Connections of one address on which no device was answered yet."
+    )
     waiting: int = Field(4096, ge=0, description="Devices that wait for a plan, besides those.")
     seconds: float = Field(60.0, gt=0, description="That a request's body may take.")
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH
 from homefire.server.door import OPEN, Door
+from homefire.server.doorstep import WELCOME
 from homefire.server.enrolment import FORMS, Request
 from homefire.server.operator_home import LimitsConfig
 
@@ -313,6 +314,62 @@ def test_removed_is_out(door: Door, path: str) -> None:
     assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
     assert dict(door.refused) == {"removed": 1}
     assert door.served == 0
+
+
+def test_not_twice_also_when_it_was_started_again(door: Door) -> None:
+    """What was seen is not kept; what was signed before the start is as good as seen."""
+    before = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+    again = Door(door.app, door.names, door.enrol, door.limits, door.known)
+    asked = Asking(PULL, signed_at=before).at(again)
+    assert (asked.status, json.loads(asked.body)["detail"]) == (400, CLOCK_SIGN)
+    assert Asking(PULL).at(again).status == 200
+
+
+def test_not_twice_nothing_is_kept_of_strangers(door: Door) -> None:
+    door.limits = LIMITS.model_copy(update={"burst": 50})
+    for number in range(50):
+        key = b64encode(f"key {number}".encode()).decode()
+        assert Asking(PULL, headers={"flwr-public-key": key}).at(door).status == 200
+    assert not door._seen._known
+    assert not door._rates
+    assert len(door._strangers) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "status", "welcome"),
+    [
+        (PULL, KEY.decode(), 200, True),
+        (PULL, KEY.decode(), 401, False),
+        (PULL, b64encode(b"another").decode(), 200, False),
+        (ENROL_PATH, KEY.decode(), 200, False),
+    ],
+)
+def test_welcome_is_whom_flower_knows(
+    door: Door, path: str, key: str, status: int, welcome: bool
+) -> None:
+    async def flower(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    door.app = flower
+    asked, welcomed = Asking(path, b'{"secret": "good"}', headers={"flwr-public-key": key}), []
+    asked.scope[WELCOME] = lambda: welcomed.append(True)
+    asked.at(door)
+    assert bool(welcomed) == welcome
+
+
+@pytest.mark.parametrize("error", [LedgerError("damaged"), OSError(28, "no space")])
+def test_who_is_enrolled_cannot_be_read(door: Door, error: Exception) -> None:
+    def broken(_: object) -> Any:
+        raise error
+
+    door.known = broken
+    asked = Asking(PULL).at(door)
+    assert (asked.status, asked.error) == (503, "enrolment failed")
+    door.enrol = broken
+    asked = Asking(ENROL_PATH, b"{}").at(door)
+    assert (asked.status, asked.error) == (503, "the server cannot enrol now")
+    assert dict(door.refused) == {"enrolment failed": 2}
 
 
 def test_clock_first(door: Door) -> None:
