@@ -48,6 +48,7 @@ from google.protobuf.message import Message
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from homefire.server.doorstep import WELCOME
 from homefire.server.operator_home import LimitsConfig
 
 Handler = Callable[[Any, LinkState], Message]
@@ -237,7 +238,8 @@ class Fleet:
         found = await self._work(request, asked, handle)
         if PullMessagesResponse.FromString(found).messages_list:
             return found
-        # From here on the node is known to be the one that it says.
+        # From here on the node is known to be the one that it says, and no stranger while it waits.
+        request.scope.get(WELCOME, _nothing)()
         if self.bells.rung(node) == before and not await self._is_rung(node, request):
             return found
         return await self._work(request, asked, handle)
@@ -280,6 +282,10 @@ def _are_late(asked: PushMessagesRequest, state: SqlLinkState) -> bool:
     """Whether nothing waits for these answers."""
     questions = [each.metadata.reply_to_message_id for each in asked.messages_list]
     return all(state.get_valid_message_ins(each) is None for each in questions)
+
+
+def _nothing() -> None:
+    """Where nobody waits for it."""
 
 
 async def _send(response: Response, send: Send) -> None:

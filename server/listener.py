@@ -72,10 +72,10 @@ class _BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Begin."""
         super().connection_made(transport)
-        self._visit.transport = transport
         if transport.get_extra_info("sslcontext") is not None:
             transport.set_read_buffer_limits(high=TLS_BUFFER)
             transport.set_write_buffer_limits(high=TLS_BUFFER)
+        self._visit.transport = transport
         self._awaited = self._later(min(self.patience, FIRST_HEAD_SECONDS), transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:

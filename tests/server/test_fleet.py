@@ -42,7 +42,8 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from homefire.server.door import OPEN, Door
+from homefire.server.door import OPEN, App, Door
+from homefire.server.doorstep import WELCOME
 from homefire.server.fleet import (
     FLEET,
     HANDLERS,
@@ -113,7 +114,7 @@ class Device:
 
     async def ask(
         self,
-        fleet: Fleet | Door,
+        fleet: App,
         name: str,
         request: Any,
         kind: Callable[[bytes], Found],
@@ -157,7 +158,7 @@ class Device:
         status = int(sent[0]["status"])
         return status, kind(content) if status == 200 else content.decode()
 
-    async def pull(self, fleet: Fleet | Door, **changes: str) -> tuple[int, Any]:
+    async def pull(self, fleet: App, **changes: str) -> tuple[int, Any]:
         """Ask for messages."""
         request = PullMessagesRequest(node=Node(node_id=self.node))
         return await self.ask(
@@ -371,6 +372,27 @@ def test_one_each_who_asks_again_no_longer_waits_by_the_first_request() -> None:
             return await first, await second
 
     assert run(twice()) == (False, True)
+
+
+def test_a_device_that_waits_is_no_stranger(app: FastAPI, state: SqlLinkState) -> None:
+    """Its connection is not among those that make room, nor among the few of one address."""
+    device, fleet, welcomed = Device(state), Fleet(app, hold=60), []
+
+    async def known(scope: Any, receive: Any, send: Any) -> None:
+        await fleet({**scope, WELCOME: lambda: welcomed.append(len(fleet.bells))}, receive, send)
+
+    async def meanwhile() -> None:
+        wrong = {FLEET_HTTP_SIGNATURE_HEADER: b64encode(b"wrong").decode()}
+        await device.pull(known, **wrong)
+        assert not welcomed
+        waiting = asyncio.create_task(device.pull(known))
+        while not len(fleet.bells):
+            await asyncio.sleep(0.01)
+        assert welcomed == [0]
+        fleet.bells.end()
+        await waiting
+
+    run(meanwhile())
 
 
 def test_so_many_whoever_comes_later_is_answered_at_once() -> None:
