@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
@@ -20,8 +20,11 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullTaskInputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -136,8 +139,10 @@ class Hand:
         )
         return reply, said
 
-    def upload(self, reply: Message, said: Any) -> list[bool]:
-        """Upload what was wanted; whether each part was stored."""
+    def upload(self, reply: Message, said: Any, parts: slice = slice(None)) -> list[bool]:
+        """Upload what was wanted, the contribution itself first; whether each part was stored."""
+        wanted = set(said.objects_to_push)
+        every = [each for each in get_all_nested_objects(reply).items() if each[0] in wanted]
         return [
             self.call(
                 "PushObject",
@@ -149,8 +154,7 @@ class Hand:
                     session_id=said.session_id,
                 ),
             ).stored
-            for identifier, item in get_all_nested_objects(reply).items()
-            if identifier in set(said.objects_to_push)
+            for identifier, item in every[parts]
         ]
 
     def answer(self, asked: Asked, content: RecordDict) -> bool:
@@ -191,16 +195,15 @@ def grid_of(place: Place, token: str) -> Iterator[HttpGrid]:
         token=token,
     )
     client = grid._runtime_client
-    beating = HeartbeatSender(make_task_heartbeat_fn_http(client))
-    beating.start()
+    grid._retry_invoker.max_tries = 3
     try:
         given = client.PullTaskInput(PullTaskInputRequest())
         TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
         TaskIdentity.node_id = given.context.node_id
         grid.set_run(run_from_proto(given.run))
+        client.SendTaskHeartbeat(SendTaskHeartbeatRequest())  # good for a minute, as tests are
         yield grid
     finally:
-        beating.stop()
         grid.close()
 
 
@@ -242,10 +245,14 @@ class Looping:
         except Exception as error:  # noqa: BLE001 - told to the test
             self.error = error
 
-    def end(self) -> list[RoundLog]:
+    def wait(self) -> None:
         """Wait for its end."""
         self._thread.join(90)
         assert not self._thread.is_alive()
+
+    def end(self) -> list[RoundLog]:
+        """Wait for its good end."""
+        self.wait()
         assert self.error is None, self.error
         return self.logs
 
@@ -257,7 +264,7 @@ def looping(
     output: Path,
     *,
     rounds: int = 1,
-    deadline: float = 60.0,
+    deadline: float = 20.0,
 ) -> Iterator[Looping]:
     """A run whose round loop is here: all devices are asked in each round; without noise."""
     settings = RoundsConfig(rounds=rounds, cohort=len(devices), deadline=deadline)
@@ -270,5 +277,9 @@ def looping(
     nodes = ascending(each.member.node for each in devices)
     roster = frozenset(public_key(each.member.identity) for each in devices)
     federation = replace(small, enrolled=nodes, roster=roster, line=line)
-    with line._client, grid_of_a_run(server) as grid:
-        yield Looping(federation, grid)
+    with ExitStack() as undo:
+        undo.enter_context(line._client)
+        with grid_of_a_run(server) as grid:
+            loop = Looping(federation, grid)
+            undo.callback(loop.wait)  # it ends with its run
+            yield loop

@@ -17,7 +17,7 @@ from flwr.cli.build import build_fab_from_files
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 from tiny_hands import Hand, grid_of, hands, looping, token_of_a_task
-from tiny_operators import Member, Operated, Place, ask, flowers_own, operated, pem
+from tiny_operators import Member, Operated, Place, ask, flowers_own, operated, pem, until
 from tiny_runs import device_key
 
 from homefire.server.control import BUNDLE
@@ -158,3 +158,33 @@ def test_the_last_look_finds_what_came_before_the_deadline(
         assert device.answer(asked, device.contribution(asked.plan, UPDATE))
         (log,) = loop.end()
     assert (log.accepted, log.dropped) == (1, {})
+
+
+# What is in flight
+
+
+def in_flight(server: Operated) -> dict[str, bytes]:
+    """All that Flower keeps, by the file's name."""
+    folder = server.home.folder / "flower"
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_contribution_is_nowhere_once_it_is_in_a_sum(server: Operated, tmp_path: Path) -> None:
+    """While it was on its way it lay there, for the operator's account alone."""
+    first, second = devices = hands(server, 2)
+    folder = server.home.folder / "flower"
+    with looping(server, devices, tmp_path / "run") as loop:
+        begun, asked = first.asked(), second.asked()
+        content = first.contribution(begun.plan, (0.31, -0.17, 0.23, 0.07))
+        canary = bytes(content["contribution"]["payload"])  # type: ignore[index]
+        # It waits for its last part, and the round for the other device.
+        reply, said = first.announce(begun, content)
+        assert first.upload(reply, said, slice(1)) == [True]
+        assert any(canary in content for content in in_flight(server).values())
+        for path in (folder, *folder.rglob("*")):
+            assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+        assert first.upload(reply, said, slice(1, 2)) == [True]
+        assert second.answer(asked, second.contribution(asked.plan, UPDATE))
+        (log,) = loop.end()
+        assert log.accepted == 2
+        until(lambda: not any(canary in each for each in in_flight(server).values()), str, 20)
