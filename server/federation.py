@@ -267,8 +267,7 @@ def _collect(
     inbox = Inbox(grid, largest=4 * federation.vector_size + LARGEST_ENVELOPE)
     for answer in _replies(inbox, waiting, deadline, federation.line):
         accept(current, answer)
-    late = _withdraw(federation.line, waiting)
-    if late:
+    if late := inbox.abandon() + _withdraw(federation.line, waiting):
         current.dropped["late"] += late
     if missing := unsent + len(waiting) - late:
         current.dropped["no answer"] += missing
