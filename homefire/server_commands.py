@@ -327,7 +327,13 @@ def _export(server: Any, folder: Path, number: int | None) -> None:
 
 
 @server_app.command("next")
-def next_run(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
+def next_run(
+    give_up: Annotated[
+        bool, typer.Option("--give-up", help="Leave a run for good that is not over.")
+    ] = False,
+    home: ServerFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
     """Make another run, after one that is over.
 
     It has the settings that federation.toml then holds, and takes those who
@@ -336,7 +342,7 @@ def next_run(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
     runs before did: each device's own ledger adds that up.
     """
     _need()
-    number = _home(home).begin_next()
+    number = _home(home).begin_next(give_up=give_up)
     _show(as_json, {"run": number}, f"Run {number} begins as soon as a server runs here.")
 
 

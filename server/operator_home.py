@@ -144,8 +144,16 @@ class OperatorHome:
 
     @property
     def output(self) -> Path:
-        """Of the newest run."""
-        return all_runs(self.folder)[-1]
+        """Of the newest run.
+
+        Raises:
+            ConfigError: There is none, as after a lost disk.
+        """
+        if not (runs := all_runs(self.folder)):
+            raise ConfigError(
+                f"{self.folder}: there is no run here", hint="Begin one: homefire server next"
+            )
+        return runs[-1]
 
     @property
     def server_key(self) -> str:
@@ -236,8 +244,11 @@ class OperatorHome:
             ) from error
         return [device for device in self.enrolment.ever() if device.identity in keys]
 
-    def begin_next(self) -> str:
+    def begin_next(self, *, give_up: bool = False) -> str:
         """Make another run, after the newest one is over; `homefire server run` begins it.
+
+        Args:
+            give_up: Leave the newest run for good, also where it is not over; no server may run.
 
         Returns:
             Its number.
@@ -247,7 +258,11 @@ class OperatorHome:
             FederationError: The newest run is not over, or has not begun.
             LedgerError: Its ledger is damaged, rolled back or in use.
         """
-        self.federation()
+        if give_up:
+            with self.alone():
+                return follow(self.folder, give_up=True).name
+        if all_runs(self.folder):
+            self.federation()
         return follow(self.folder).name
 
     def is_draining(self) -> bool:

@@ -107,7 +107,8 @@ def make_app(home: OperatorHome) -> FastAPI:
     given = [part for option in options.items() for part in option]
     flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
     # Contributions are on the disk only until they are in a sum; see `wipe`.
-    sql_mixin.SQLITE_PRAGMAS = (*SQLITE_PRAGMAS, ("secure_delete", "ON"))  # type: ignore[attr-defined]
+    inner: Any = sql_mixin
+    inner.SQLITE_PRAGMAS = (*SQLITE_PRAGMAS, ("secure_delete", "ON"))
     with _arguments(["flower-superlink", *given, *flags]):
         parsed = _parse_superlink_lifespan_config()
     app = create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)

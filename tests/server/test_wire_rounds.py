@@ -176,7 +176,8 @@ def test_a_contribution_is_nowhere_once_it_is_in_a_sum(server: Operated, tmp_pat
     with looping(server, devices, tmp_path / "run") as loop:
         begun, asked = first.asked(), second.asked()
         content = first.contribution(begun.plan, (0.31, -0.17, 0.23, 0.07))
-        canary = bytes(content["contribution"]["payload"])  # type: ignore[index]
+        record: Any = content["contribution"]
+        canary = bytes(record["payload"])
         # It waits for its last part, and the round for the other device.
         reply, said = first.announce(begun, content)
         assert first.upload(reply, said, slice(1)) == [True]
