@@ -25,6 +25,8 @@ from fastapi import FastAPI
 from flwr.common.constant import ACCESS_TOKEN_KEY
 from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.server.superlink.linkstate import LinkState, sql_linkstate
+from flwr.supercore import sql_mixin
+from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import (
     SuperLinkLifespan,
@@ -53,6 +55,8 @@ from homefire.server.private import Private
 DATABASE = "superlink.db"
 LOOPBACK = "127.0.0.1"
 LOOK_SECONDS = 1.0
+LOCK_SECONDS = 20.0
+"""How long a request waits for the database; after Flower's own five a contribution is lost."""
 
 
 class OperatorOnly(NoOpControlAuthnPlugin):
@@ -94,12 +98,19 @@ def make_app(home: OperatorHome) -> FastAPI:
     }
     given = [part for option in options.items() for part in option]
     flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+    be_patient()
     with _arguments(["flower-superlink", *given, *flags]):
         parsed = _parse_superlink_lifespan_config()
     secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
     app = create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
     calm(_state(app))
     return app
+
+
+def be_patient() -> None:
+    """Let Flower wait longer where its database is in use."""
+    pragmas = {**dict(SQLITE_PRAGMAS), "busy_timeout": str(int(1000 * LOCK_SECONDS))}
+    sql_mixin.SQLITE_PRAGMAS = tuple(pragmas.items())  # type: ignore[attr-defined]
 
 
 def calm(state: LinkState, *, clock: Callable[[], float] = time.monotonic) -> None:
