@@ -58,7 +58,7 @@ Found = TypeVar("Found")
 HOLD_SECONDS = 20.0
 """How long a device waits for a message; Flower's SuperNode gives up after 30."""
 
-THREADS = 4
+THREADS = 2
 """SQLite lets one write at a time; more threads would wait for one another."""
 
 LARGE = 1 << 16  # bytes of a body; of a smaller one nothing is gained by waiting

@@ -59,6 +59,8 @@ DATABASE = "superlink.db"
 LOOPBACK = "127.0.0.1"
 LOOK_SECONDS = 1.0
 WIPE_SECONDS = 5.0
+LOCK_SECONDS = 20.0
+"""How long a request waits for the database; after Flower's own five a contribution is lost."""
 
 
 class OperatorOnly(NoOpControlAuthnPlugin):
@@ -106,14 +108,19 @@ def make_app(home: OperatorHome) -> FastAPI:
     }
     given = [part for option in options.items() for part in option]
     flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-    # Contributions are on the disk only until they are in a sum; see `wipe`.
-    inner: Any = sql_mixin
-    inner.SQLITE_PRAGMAS = (*SQLITE_PRAGMAS, ("secure_delete", "ON"))
+    set_pragmas()
     with _arguments(["flower-superlink", *given, *flags]):
         parsed = _parse_superlink_lifespan_config()
     app = create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
     calm(_state(app))
     return app
+
+
+def set_pragmas() -> None:
+    """Let Flower wait longer where its database is in use, and overwrite what it deletes there."""
+    own = {"busy_timeout": str(int(1000 * LOCK_SECONDS)), "secure_delete": "ON"}  # see `wipe`
+    inner: Any = sql_mixin
+    inner.SQLITE_PRAGMAS = tuple({**dict(SQLITE_PRAGMAS), **own}.items())
 
 
 def calm(state: LinkState, *, clock: Callable[[], float] = time.monotonic) -> None:

@@ -256,7 +256,10 @@ class LightDevice:
                     object_content=item.deflate(),
                     session_id=answer.session_id,
                 )
-                await self._call("push-object", part, PushObjectResponse)
+                if not (await self._call("push-object", part, PushObjectResponse)).stored:
+                    # A SuperNode gives up such a reply, too.
+                    self.tally.refused["push-object not stored"] += 1
+                    raise RefusedError("push-object", 200)
 
     async def _call(self, name: str, request: Protobuf, kind: type[Found]) -> Found:
         stamp = now().isoformat()

@@ -137,7 +137,7 @@ class Rig:
             for _ in making.stdout or ():
                 advance()
         if making.returncode:
-            raise RigError(f"no real devices; see {self.folder / 'devices.log'}")
+            raise RigError(f"no real devices: {last_words(self.folder / 'devices.log')}")
         for number in range(count):
             place = ["--home", str(self.folder / f"device{number}")]
             command = ["-m", "homefire", "device", "join", "--yes", *place]
@@ -150,9 +150,11 @@ class Rig:
         Raises:
             RigError: The server or the fleet has ended.
         """
-        for process, name in ((self.server, "server"), (self.fleet, "light devices")):
+        for process, name in ((self.server, "server"), (self.fleet, "fleet")):
             if process is not None and (code := process.poll()) is not None:
-                raise RigError(f"{name} ended with {code}; see {self.folder}")
+                raise RigError(
+                    f"{name} ended with {code}: {last_words(self.folder / (name + '.log'))}"
+                )
         return read_rounds(self.home.output / "rounds.jsonl")
 
     def costs(self) -> dict[str, Cost]:
@@ -215,7 +217,8 @@ def wait_for(
     while (found := look()) is None:
         rig.rounds()
         if time.monotonic() > deadline:
-            raise RigError(f"{what} did not come within {seconds:g} s; see {rig.folder}")
+            said = last_words(rig.folder / "server.log")
+            raise RigError(f"{what} did not come within {seconds:g} s; the server: {said}")
         time.sleep(every)
     return found
 
@@ -255,6 +258,11 @@ def _tell(process: "subprocess.Popen[bytes]", *lines: str) -> None:
     if process.stdin is not None:
         process.stdin.write("".join(f"{line}\n" for line in lines).encode())
         process.stdin.close()
+
+
+def last_words(log: Path) -> str:
+    """The end of what a process said; its folder is gone soon."""
+    return log.read_text(encoding="utf-8", errors="replace")[-1000:] if log.exists() else ""
 
 
 def scripts() -> Path:

@@ -24,6 +24,7 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore import sql_mixin
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
@@ -38,6 +39,7 @@ from flwr.supercore.state.schema.linkstate_models import MessageRes
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.main import _get_middleware, create_app
 from flwr.superlink.routers.fleet.router import router
+from sqlalchemy import text
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -57,7 +59,7 @@ from homefire.server.fleet import (
 from homefire.server.line import ANSWERED_PATH, RING_PATH
 from homefire.server.operator_home import LimitsConfig
 from homefire.server.private import Private, answered, runtime_stack
-from homefire.server.superlink import calm
+from homefire.server.superlink import calm, set_pragmas
 from homefire.simulations.load.keys import Keys
 
 Found = TypeVar("Found")
@@ -565,6 +567,25 @@ def test_messages_are_answered_until_their_answers_are_fetched(
     assert answered(state) == [asked.metadata.message_id]
     status, found = ask(private(app, state, Bells()), ANSWERED_PATH, secret=SECRET)
     assert (status, found) == (200, {"answered": [asked.metadata.message_id]})
+
+
+def test_a_database_in_use_is_waited_for(app: FastAPI, tmp_path: Path) -> None:
+    """After Flower's five seconds a contribution would be lost; a SuperNode gives up after 30."""
+    kept = sql_mixin.SQLITE_PRAGMAS  # type: ignore[attr-defined]
+    try:
+        set_pragmas()
+        factory: Any = app.state.linkstate_factory
+        state = SqlLinkState(
+            str(tmp_path / "other.db"),
+            factory.federation_manager,
+            factory.objectstore_factory.store(),
+        )
+        state.initialize()
+        with state.session() as session:
+            assert session.execute(text("PRAGMA busy_timeout")).scalar() == 20_000
+            assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+    finally:
+        sql_mixin.SQLITE_PRAGMAS = kept  # type: ignore[attr-defined]
 
 
 def test_flower_looks_for_dead_programs_once_a_second(state: SqlLinkState) -> None:
