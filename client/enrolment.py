@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from homefire.client.joining import Link
 from homefire.client.trust import trust
+from homefire.client.tunnel import connection_to
 from homefire.client.vault import Vault
 from homefire.client.vault_files import POLICY
 from homefire.common.errors import ConfigError, EnrolmentError
@@ -68,7 +69,8 @@ def enroll(vault: Vault, text: str) -> Enrolled:
         Nothing lost: where a ticket is refused, the enrolment before stays.
 
     Raises:
-        ConfigError: No ticket, or the policy file has keys already and is left alone.
+        ConfigError: No ticket, no proxy that can be used, or the policy file has keys already and
+            is left alone.
         EnrolmentError: The server refuses it, cannot be reached, or is another one.
     """
     ticket = Ticket.read(text)
@@ -135,8 +137,8 @@ def _node_key(vault: Vault, server_key: str) -> str:
 def _ask(ticket: Ticket, wanted: dict[str, str | int]) -> dict[str, Any]:
     host, _, port = ticket.superlink.rpartition(":")
     context = ssl.create_default_context(cadata=ticket.authority)
-    connection = http.client.HTTPSConnection(
-        host.strip("[]"), int(port), timeout=TIMEOUT_SECONDS, context=context
+    connection = connection_to(
+        host.strip("[]"), int(port), context=context, seconds=TIMEOUT_SECONDS
     )
     try:
         body = json.dumps(wanted)

@@ -47,7 +47,7 @@ _HINTS = {
     Trouble.OTHER_NAME: "Use the host's name as it stands in the certificate.",
     Trouble.KEY_NEEDED: "Let the operator register a key, and give it with --node-key.",
     Trouble.NOT_ADMITTED: "After two minutes it is the former: let the operator register its key.",
-    Trouble.FORGOTTEN: "If it goes on, let the operator register its key again.",
+    Trouble.FORGOTTEN: "If it goes on, ask the operator: it may have been removed.",
     Trouble.CLOCK: "Set this device's clock; it may be 5 s ahead, or 5 minutes behind, at most.",
     Trouble.NO_KEY: "It takes an elliptic-curve key of OpenSSH: ssh-keygen -t ecdsa.",
     Trouble.OTHER_VERSION: "Ask the operator which version of homefire fits.",

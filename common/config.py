@@ -168,7 +168,10 @@ class RoundsConfig(Frozen):
         3600.0, gt=0, allow_inf_nan=False, description="Seconds that a round may take."
     )
     quorum: float = Field(
-        1.0, gt=0, le=1, description="Share of the enrolled devices to wait for before a round."
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the enrolled devices to wait for before a round; a server's: 0.5.",
     )
 
 

@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from homefire.options import AsJson, need, write_page
+
+if TYPE_CHECKING:
+    from homefire.client.progress import Reporter
 
 bench_app = typer.Typer(help="Measurements against peers, in one run.", no_args_is_help=True)
 Quick = Annotated[bool, typer.Option("--quick", help="About a minute on two cores, a tiny model.")]
@@ -195,12 +198,81 @@ def bench_overhead(
     show(measure_overhead(users=users, rounds=rounds), as_json=as_json)
 
 
+@bench_app.command()
+def load(
+    quick: Quick = False,
+    light: Annotated[int, typer.Option(min=0, help="Devices without a model.")] = 1000,
+    real: Annotated[int, typer.Option(min=0, help="`homefire device join` processes.")] = 12,
+    cohort: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Of a server; repeatable, 50 and 400 if absent."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each; one before is a warm-up.")] = 3,
+    soak: Annotated[
+        float, typer.Option(min=0, help="Minutes for which the last server goes on.")
+    ] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """What a server costs: rounds, CPU, memory, requests; with many devices.
+
+    On this machine, by TLS. Light devices speak Flower's fleet API as a
+    SuperNode does and answer each plan with a random vector of 100,800
+    parameters; real ones train a tiny model. For each cohort there is a server
+    of its own. A soak says whether memory grows. A real device takes about
+    0.6 GB.
+
+    Example:
+      homefire bench load --light 300 --real 2 --soak 30
+    """
+    need("simulation", "plotly", "scipy", "dp_accounting")
+    from homefire.simulations.benchmarks.show import load_table
+    from homefire.simulations.load import bench as benchmark
+
+    cohorts = tuple(cohort or benchmark.COHORTS)
+    if quick:
+        light, real, rounds, cohorts = min(light, 40), min(real, 1), min(rounds, 2), (8, 32)
+    asked = benchmark.Load(light, real, cohorts, rounds, soak)
+    if max(cohorts) > asked.users:
+        raise typer.BadParameter(f"a cohort of {max(cohorts)} among {asked.users} devices")
+    found = benchmark.measure(asked, _reporter(as_json))
+    _show(found, as_json, load_table(found))
+
+
+@bench_app.command()
+def deployment(
+    devices: Annotated[int, typer.Option(min=2, help="All of them in every round.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="After one that is a warm-up.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """A round's overhead on real devices, against Flower's programs.
+
+    homefire server and homefire device join, and then flower-superlink,
+    flower-supernode and flwr run in their default modes: the same ServerApp,
+    ClientApp, tiny model, number of devices and rounds.
+    """
+    need("simulation", "plotly", "scipy", "dp_accounting", "tomli_w")
+    from dataclasses import asdict
+
+    from homefire.simulations.benchmarks.show import deployment_table
+    from homefire.simulations.load import deployment as benchmark
+
+    found = asdict(benchmark.measure(devices=devices, rounds=rounds, reporter=_reporter(as_json)))
+    _show(found, as_json, deployment_table(found))
+
+
 def _teller(as_json: bool) -> Callable[[str], None]:
     """Says what begins; on stderr, so that stdout holds nothing but the result."""
     if as_json:
         return lambda step: None
     console = Console(stderr=True)
     return lambda step: console.print(f"{escape(step)} …")
+
+
+def _reporter(as_json: bool) -> "Reporter":
+    """Shows how far it is; on stderr, likewise."""
+    from homefire.client.progress import Reporter
+
+    return Reporter(Console(stderr=True, quiet=as_json))
 
 
 def _show(

@@ -12,15 +12,18 @@ from flwr.serverapp import Grid, ServerApp
 from homefire.common.base_model import load_base_model
 from homefire.common.config import FederationConfig, load_config
 from homefire.common.errors import ConfigError, HomefireError
+from homefire.common.files import DISK_HINT
 from homefire.common.peft_adapter import resolve_spec
 from homefire.server.federation import run_federation
+from homefire.server.line import HttpLine
 from homefire.server.nodes import ascending
-from homefire.server.operator_home import OperatorHome
+from homefire.server.operator_home import OPERATOR_SECRET, OperatorHome
 from homefire.server.planning import plan_privacy
 from homefire.server.registry import open_home
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.roster import read_roster
 from homefire.server.run_state import Federation
+from homefire.server.runs import start_of
 
 app = ServerApp()
 
@@ -56,14 +59,23 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
     """
     try:
         _run_operated(grid, home)
-    except (HomefireError, OSError) as error:
-        home.keep_trouble(error.in_full if isinstance(error, HomefireError) else str(error))
+    except HomefireError as error:
+        home.keep_trouble(error.in_full)
+        raise
+    except OSError as error:
+        home.keep_trouble(f"{error}. {DISK_HINT}")
         raise
 
 
 def _run_operated(grid: Grid, home: OperatorHome) -> None:
     nodes = ascending(device.node for device in home.participants())
-    federation = replace(open_federation(home.federation()), enrolled=nodes)
+    line = HttpLine(
+        home.config.private,
+        authority=home.certificates.authority,
+        secret=home.read_secret(OPERATOR_SECRET),
+    )
+    federation = replace(open_federation(home.federation()), enrolled=nodes, line=line)
+    federation = replace(federation, start=start_of(home.folder, federation, home.server_key))
     registry = open_home(home.folder)
 
     def publish(_: int = 0) -> None:

@@ -35,7 +35,7 @@ class OneServerApp:
     Guarantees:
         One kind: tasks that are no ServerApp's are refused.
         One at a time: a lock is held as long as a ServerApp runs, in whatever way it ends, and no
-            other is started meanwhile.
+            other is started meanwhile. The time of the lock's file is that of the newest start.
 
     Attributes:
         lock: The lock's file, in the server's folder.
@@ -64,6 +64,7 @@ class OneServerApp:
             return LaunchResult.failed("this server runs ServerApp tasks alone")
         if (descriptor := hold(self.lock, wait=PATIENCE)) is None:
             return LaunchResult.failed("another ServerApp still runs")
+        os.utime(descriptor)  # also one that is gone before anybody looks was there
         command = [sys.executable, "-m", "homefire.server.serverapp"]
         command += ["--runtime", spec.runtime_api_address, "--parent", str(os.getpid())]
         command += ["--log", str(self.lock.parent / "logs" / "serverapp.log")]

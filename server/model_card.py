@@ -35,7 +35,9 @@ def model_card(about: Mapping[str, Any], adapter: AdapterConfig, *, base_model: 
             hint="It was made by another version; export it with that one.",
         ) from error
     parts = [_front_matter(base_model), _introduction(about, adapter, base_model), _use(base_model)]
-    parts.append(_section("Privacy", [*in_words(claim), _limits(claim)]) + _numbers(claim))
+    parts.append(
+        _section("Privacy", [*in_words(claim), *_start(about), _limits(claim)]) + _numbers(claim)
+    )
     if large:
         parts.append(_section("Deployment", deployment_in_words(large)) + _numbers(large))
     parts.append(_provenance(about))
@@ -105,6 +107,15 @@ def _numbers(claim: PrivacyClaim) -> str:
     }
     lines = "".join(f"| {name} | {_plain(value)} |\n" for name, value in rows.items())
     return f"\n| | |\n| --- | --- |\n{lines}"
+
+
+def _start(about: Mapping[str, Any]) -> list[str]:
+    if (start := about.get("start")) is None:
+        return []
+    return [
+        f"It starts from round {start['round']} of the earlier run {start['run']}. The numbers "
+        "here are of this run alone: what that one cost those who took part in it comes on top."
+    ]
 
 
 def _provenance(about: Mapping[str, Any]) -> str:

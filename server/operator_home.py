@@ -9,25 +9,27 @@
         tls/                    the authority and the server's certificate
         enrolment.jsonl         tickets and devices
         secrets/                of the executor and of the operator's own commands
-        run/                    ledger, releases, checkpoints; see `homefire.server.run_state`
+        keys/                   signing key, anchor of the registry
+        runs/                   ledgers, releases, checkpoints; see `homefire.server.runs`
         registry/               published releases
         flower/                 Flower's state: what is in flight
         logs/                   one file a process
         trouble                 what the run last failed of, in words
         *.lock                  held by what runs here
-    HOME/run.keys/              signing key, run key, anchor of the ledger
 """
 
 import ipaddress
 import os
+import re
 import secrets
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from homefire.common.config import (
     FederationConfig,
@@ -38,19 +40,25 @@ from homefire.common.config import (
 )
 from homefire.common.errors import ConfigError, FederationError
 from homefire.common.files import hold, is_held, make_folder, write_atomically
-from homefire.common.keystore import Keystore
 from homefire.common.signatures import public_key
 from homefire.common.ticket import Ticket
 from homefire.server.certificates import Certificates, check_names
 from homefire.server.enrolment import Device, Enrolment
 from homefire.server.run_state import SIGNING_KEY
+from homefire.server.runs import RUNS, all_runs, follow, has_begun, keystore, make_run
+from homefire.server.templates import USERS, federation_toml, policy_toml
 
 SERVER, FEDERATION, POLICY = "server.toml", "federation.toml", "device-policy.toml"
 ROSTER, DRAIN, TROUBLE = "roster.txt", "drain", "trouble"
 SERVER_LOCK, PROCESSES_LOCK, APP_LOCK = "server.lock", "processes.lock", "serverapp.lock"
 LONGEST_TROUBLE = 4096  # bytes
+QUORUM = 0.5
+"""Of devices that are waited for, where the settings name none: real devices get lost."""
+
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 EXECUTOR_SECRET, OPERATOR_SECRET = "executor", "operator"
+SECRET_BYTES = 32
+_SECRET = re.compile("[0-9a-f]{64}")
 
 
 class LimitsConfig(Frozen):
@@ -60,6 +68,10 @@ class LimitsConfig(Frozen):
     requests: float = Field(20.0, gt=0, description="A second and device, on average.")
     burst: int = Field(200, ge=1, description="Requests of a device at once.")
     connections: int = Field(2048, ge=1, description="Requests under way; more get 503.")
+    strangers: int = Field(
+        256, ge=1, description="Connections of one address on which no device was answered yet."
+    )
+    waiting: int = Field(4096, ge=0, description="Devices that wait for a plan, besides those.")
     seconds: float = Field(60.0, gt=0, description="That a request's body may take.")
 
 
@@ -67,8 +79,8 @@ class ServerConfig(Frozen):
     """Where a server listens, and under which names."""
 
     names: tuple[str, ...] = Field(min_length=1, description="Names and addresses for devices.")
-    fleet: str = Field("0.0.0.0:9092", pattern=r"^\S+:[0-9]{1,5}$", description="For devices.")
-    registry: str = Field("0.0.0.0:9093", pattern=r"^\S+:[0-9]{1,5}$", description="Of releases.")
+    fleet: str = Field("0.0.0.0:9092", description="For devices.")
+    registry: str = Field("0.0.0.0:9093", description="Of releases.")
     private: int = Field(9095, ge=1, le=65535, description="Flower's APIs; this machine alone.")
     operator: int = Field(9096, ge=1, le=65535, description="Page and metrics; likewise.")
     ticket_hours: float = Field(168.0, gt=0, description="How long a ticket can be redeemed.")
@@ -76,11 +88,15 @@ class ServerConfig(Frozen):
 
     @field_validator("fleet", "registry")
     @classmethod
-    def _listens(cls, value: str) -> str:
+    def _listens(cls, value: str, info: ValidationInfo) -> str:
         host, _, port = value.rpartition(":")
-        if not 1 <= int(port) <= 65535:
+        try:
+            ipaddress.ip_address(host.strip("[]"))  # of this machine: names could be others'
+        except ValueError as error:
+            example = cls.model_fields[str(info.field_name)].default
+            raise ValueError(f"give ADDRESS:PORT, such as {example}, not {value!r}") from error
+        if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
             raise ValueError(f"{port} is no port: 1 to 65535")
-        ipaddress.ip_address(host.strip("[]"))  # of this machine: names could be others'
         return value
 
     @model_validator(mode="after")
@@ -128,8 +144,16 @@ class OperatorHome:
 
     @property
     def output(self) -> Path:
-        """Of the run."""
-        return self.folder / "run"
+        """Of the newest run.
+
+        Raises:
+            ConfigError: There is none, as after a lost disk.
+        """
+        if not (runs := all_runs(self.folder)):
+            raise ConfigError(
+                f"{self.folder}: there is no run here", hint="Begin one: homefire server next"
+            )
+        return runs[-1]
 
     @property
     def server_key(self) -> str:
@@ -138,24 +162,40 @@ class OperatorHome:
         Raises:
             ConfigError: It is gone; another one would be none that devices trust.
         """
-        keystore = Keystore.beside(self.output)
-        if keystore.get(SIGNING_KEY) is None:
+        keys = keystore(self.folder)
+        if keys.get(SIGNING_KEY) is None:
             raise ConfigError(
-                f"{keystore.place}: there is no signing key",
+                f"{keys.place}: there is no signing key",
                 hint="Put its copy in place: devices take nothing that another one signs.",
             )
-        return public_key(keystore.signing_key(SIGNING_KEY))
+        return public_key(keys.signing_key(SIGNING_KEY))
 
     def secret(self, name: str) -> Path:
         """The file of a secret."""
         return self.folder / "secrets" / name
+
+    def read_secret(self, name: str) -> str:
+        """A secret, 64 hex digits; space around it is none of it.
+
+        Raises:
+            ConfigError: It is missing or none: an empty one would let everybody in.
+        """
+        path = self.secret(name)
+        try:
+            found = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", "not text")
+            raise ConfigError(f"{path}: cannot be read ({reason})", hint=_again(path)) from error
+        if not _SECRET.fullmatch(found):
+            raise ConfigError(f"{path}: not a secret of 64 hex digits", hint=_again(path))
+        return found
 
     def log(self, process: str) -> Path:
         """The file that a process logs into."""
         return self.folder / "logs" / f"{process}.log"
 
     def federation(self) -> FederationConfig:
-        """The run's settings.
+        """The run's settings; where they name no quorum, half of the devices are waited for.
 
         Raises:
             ConfigError: `federation.toml` is missing or wrong.
@@ -168,15 +208,21 @@ class OperatorHome:
                     f"{path}: {name} is not set here",
                     hint="Take it out: the server knows who is enrolled and where its run lies.",
                 )
-        own = {"output": self.output, "roster": self.folder / ROSTER}
+        if isinstance(rounds := tables.get("federation"), dict):
+            tables["federation"] = {"quorum": QUORUM, **rounds}
+        own = {"output": self.output, "roster": self.output / ROSTER}
         return validate(FederationConfig, {**tables, **own}, where=str(path))
 
     def participants(self) -> list[Device]:
-        """Who takes part in the run: those who were enrolled first, from its start to its end.
+        """Who takes part in the newest run: those who were enrolled first when it began.
 
         Raises:
             FederationError: Fewer are enrolled than `users` says.
+            ConfigError: The run has begun, and its roster is gone.
         """
+        path = self.output / ROSTER
+        if has_begun(self.output):
+            return self._began_with(path)
         users, devices = self.federation().users, self.enrolment.devices()
         if len(devices) < users:
             raise FederationError(
@@ -185,10 +231,39 @@ class OperatorHome:
             )
         chosen = devices[:users]
         keys = "".join(f"{device.identity}\n" for device in chosen)
-        path = self.folder / ROSTER
         if not path.exists() or path.read_text(encoding="ascii") != keys:
             write_atomically(path, keys.encode(), mode=0o600)
         return chosen
+
+    def _began_with(self, path: Path) -> list[Device]:
+        try:
+            keys = set(path.read_text(encoding="ascii").split())
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error})", hint="Put its copy in place."
+            ) from error
+        return [device for device in self.enrolment.ever() if device.identity in keys]
+
+    def begin_next(self, *, give_up: bool = False) -> str:
+        """Make another run, after the newest one is over; `homefire server run` begins it.
+
+        Args:
+            give_up: Leave the newest run for good, also where it is not over; no server may run.
+
+        Returns:
+            Its number.
+
+        Raises:
+            ConfigError: `federation.toml` is wrong, or the signing key is gone.
+            FederationError: The newest run is not over, or has not begun.
+            LedgerError: Its ledger is damaged, rolled back or in use.
+        """
+        if give_up:
+            with self.alone():
+                return follow(self.folder, give_up=True).name
+        if all_runs(self.folder):
+            self.federation()
+        return follow(self.folder).name
 
     def is_draining(self) -> bool:
         """Whether no further round is to be opened."""
@@ -219,6 +294,14 @@ class OperatorHome:
     def is_at_work(self) -> bool:
         """Whether a ServerApp runs in this folder."""
         return is_held(self.folder / APP_LOCK)
+
+    @property
+    def last_start(self) -> int:
+        """When a ServerApp was started last, in nanoseconds since 1970; 0 before the first."""
+        try:
+            return (self.folder / APP_LOCK).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     @contextmanager
     def alone(self, *, wait: float = 30.0) -> Iterator[int]:
@@ -290,37 +373,59 @@ class OperatorHome:
         ]
 
 
-def init(folder: Path, *, names: Sequence[str], settings: dict[str, Any]) -> OperatorHome:
+def init(
+    folder: Path, *, names: Sequence[str], settings: dict[str, Any], users: int = USERS
+) -> OperatorHome:
     """Make a server's folder.
 
     Args:
         folder: Empty, or not there yet.
         names: Host names and addresses that devices connect to; the first stands in tickets.
         settings: The rest of `server.toml`.
+        users: Of the run that `federation.toml` proposes.
 
     Raises:
-        ConfigError: There is something in the folder, or a name or setting is wrong.
+        ConfigError: There is something in the folder, or none can be made there, or a name or
+            setting is wrong.
     """
     home = OperatorHome(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty", hint="Name another folder.")
     wanted = {"names": list(names), **settings}
     config = validate(ServerConfig, wanted, where="homefire server init")
     check_names(config.names)  # before anything is written
-    make_folder(folder.parent)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    folder.chmod(0o700)
-    for part in ("tls", "secrets", "flower", "logs", "registry"):
-        (folder / part).mkdir(mode=0o700)
+    try:
+        _make_folders(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: no server can be made there ({error.strerror})",
+            hint="Give --home a folder that is empty, or not there yet, where you may write.",
+        ) from error
     home.certificates.make([*config.names, *(n for n in LOOPBACK_NAMES if n not in config.names)])
     for name in (EXECUTOR_SECRET, OPERATOR_SECRET):
-        write_atomically(home.secret(name), secrets.token_hex(32).encode(), mode=0o600)
-    key = public_key(Keystore.beside(home.output).signing_key(SIGNING_KEY))  # drawn here, and once
-    write_atomically(folder / FEDERATION, FEDERATION_TEMPLATE.encode(), mode=0o600)
-    write_atomically(folder / POLICY, POLICY_TEMPLATE.format(key=key).encode(), mode=0o600)
+        write_atomically(home.secret(name), secrets.token_hex(SECRET_BYTES).encode(), mode=0o600)
+    key = public_key(keystore(folder).signing_key(SIGNING_KEY))  # drawn here, and once
+    make_run(folder)
+    write_atomically(folder / FEDERATION, federation_toml(users).encode(), mode=0o600)
+    write_atomically(folder / POLICY, policy_toml(key).encode(), mode=0o600)
     # Last: whoever finds this file finds all of it.
     write_atomically(folder / SERVER, _server_toml(config).encode(), mode=0o600)
     return home
+
+
+def _make_folders(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty", hint="Name another folder.")
+    make_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.chmod(0o700)
+    for part in ("tls", "secrets", "flower", "logs", "registry", RUNS):
+        (folder / part).mkdir(mode=0o700)
+
+
+def _again(path: Path) -> str:
+    return (
+        f"Make another: (umask 077; openssl rand -hex {SECRET_BYTES} > {shlex.quote(str(path))}). "
+        "It stays on this machine; devices need not be told."
+    )
 
 
 def _server_toml(config: ServerConfig) -> str:
@@ -332,49 +437,4 @@ registry = "{config.registry}"
 private = {config.private}
 operator = {config.operator}
 ticket_hours = {config.ticket_hours:g}
-"""
-
-
-FEDERATION_TEMPLATE = """# The run. It starts when so many devices are enrolled, and takes those.
-name = "federation"
-users = 1500
-
-[base_model]
-name = "smollm2-135m"
-
-[shared]
-method = "ffa"
-rank = 4
-alpha = 8
-targets = ["q_proj", "v_proj"]
-
-[local]
-steps = 4
-batch_size = 4
-max_tokens = 96
-learning_rate = 0.01
-
-[federation]
-rounds = 40
-cohort = 75
-deadline = 3600.0
-quorum = 0.5
-
-[optimizer]
-name = "momentum"
-learning_rate = 1.0
-momentum = 0.9
-
-# `homefire privacy plan` says what these cost before anything is run.
-[privacy]
-mechanism = "banded-sqrt"
-clip_norm = 1.0
-epsilon = 8.0
-delta = 1e-6
-participations = 2
-separation = 20
-"""
-
-POLICY_TEMPLATE = """# What a device accepts from this server: for policy.toml in a vault.
-server_keys = ["{key}"]
 """

@@ -18,8 +18,9 @@ from homefire.common.parent import end_with
 from homefire.server.admission import Limits
 from homefire.server.logs import begin
 from homefire.server.registry_folder import RegistryFolder
-from homefire.server.releases import SIGNING_KEY
+from homefire.server.releases import SERVER_KEYS, SIGNING_KEY
 
+REGISTRY = "registry"
 LOG = logging.getLogger("homefire.server.registry")  # also where it runs as a program
 
 
@@ -31,12 +32,12 @@ def open_home(home: Path) -> RegistryFolder:
         RegistryError: As `RegistryFolder.open`.
         LedgerError: As there.
     """
-    keystore = Keystore.beside(home / "run")
-    if keystore.get(SIGNING_KEY) is None:
+    keys = Keystore(home / SERVER_KEYS)
+    if keys.get(SIGNING_KEY) is None:
         raise ConfigError(
-            f"{keystore.place}: there is no signing key", hint="Name the server's folder by --home."
+            f"{keys.place}: there is no signing key", hint="Name the server's folder by --home."
         )
-    return RegistryFolder.open(home / "registry", keystore.signing_key(SIGNING_KEY), keystore)
+    return RegistryFolder.open(home / REGISTRY, keys.signing_key(SIGNING_KEY), keys)
 
 
 def main(arguments: list[str]) -> int:

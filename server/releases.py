@@ -18,6 +18,9 @@ LABEL = "homefire/signed-release/v1"
 SIGNING_KEY = "server-signing"
 """The name, in a server's keystore, of the key that signs all that it says."""
 
+SERVER_KEYS = "keys"
+"""The folder, in a server's, of the keystore that outlasts its runs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Release:
@@ -58,6 +61,24 @@ class Release:
         except (KeyError, TypeError, ValueError) as error:
             raise SignatureError(f"release {self.round} is not signed") from error
         verify(server_key, signature, LABEL, text)
+
+    def export(self, spec: AdapterSpec, folder: Path, *, base_model: str) -> None:
+        """Write it as a PEFT folder, with a card that says what its privacy is.
+
+        Args:
+            spec: Of the shared adapter.
+            folder: Made where it is absent.
+            base_model: The base model's name.
+
+        Raises:
+            AdapterError: It is of another adapter, or does not state its privacy.
+        """
+        from homefire.common.peft_adapter import export_adapter  # brings torch
+        from homefire.server.model_card import model_card
+
+        card = model_card(self.about, spec.config, base_model=base_model)
+        export_adapter(spec, self.vector, folder, base_model=base_model)
+        write_atomically(folder / "README.md", card.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +143,7 @@ class ReleaseStore:
     def export(
         self, spec: AdapterSpec, folder: Path, *, base_model: str, round_number: int | None = None
     ) -> None:
-        """Write a release as a PEFT folder, with a card that says what its privacy is.
+        """Write a release as a PEFT folder; see `Release.export`.
 
         Args:
             spec: Of the shared adapter.
@@ -133,13 +154,8 @@ class ReleaseStore:
         Raises:
             AdapterError: There is no such release, or it is of another adapter.
         """
-        from homefire.common.peft_adapter import export_adapter  # brings torch
-        from homefire.server.model_card import model_card
-
         release = self.latest() if round_number is None else self.read(round_number)
-        card = model_card(release.about, spec.config, base_model=base_model)
-        export_adapter(spec, release.vector, folder, base_model=base_model)
-        write_atomically(folder / "README.md", card.encode())
+        release.export(spec, folder, base_model=base_model)
 
     def path(self, round_number: int) -> Path:
         """Where the release of a round lies."""

@@ -24,6 +24,7 @@ from homefire.common.config import FederationConfig
 from homefire.common.encoding import digest_list
 from homefire.common.errors import FederationError, LedgerError, SignatureError
 from homefire.common.keystore import Keystore
+from homefire.common.plan import release_digest
 from homefire.common.privacy.ledger import Anchor, Ledger
 from homefire.common.privacy.mechanism import Mechanism, NoPrivacy, Past, advance
 from homefire.common.privacy.randomness import derive_key, new_key
@@ -37,6 +38,7 @@ from homefire.server.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from homefire.server.line import Line
 from homefire.server.nodes import Nodes, read_nodes, write_nodes
 from homefire.server.optimizers import OptimizerState
 from homefire.server.planning import PrivacyPlan
@@ -51,6 +53,25 @@ LEDGER = "ledger.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """The release of an earlier run that a run starts from.
+
+    Attributes:
+        vector: float32, shape (adapter parameters,).
+        run: The earlier run's id.
+        round: Of that release.
+    """
+
+    vector: Vector
+    run: str
+    round: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What ledger and releases say of it."""
+        return {"run": self.run, "round": self.round, "digest": release_digest(self.vector)}
+
+
+@dataclass(frozen=True, slots=True)
 class Federation:
     """What a run is about.
 
@@ -62,6 +83,7 @@ class Federation:
         roster: Public keys of the enrolled devices.
         enrolled: Their nodes, in ascending order, here or not; None takes all that are here, who
             must then be as many as there are users.
+        start: The release that it starts from; None: at what has no effect on the base model.
     """
 
     config: FederationConfig
@@ -70,11 +92,23 @@ class Federation:
     privacy: PrivacyPlan
     roster: Collection[str]
     enrolled: "Nodes | None" = None
+    start: Start | None = None
+    line: Line | None = None
+
+    @staticmethod
+    def store_of(output: Path) -> ReleaseStore:
+        """Where the releases of a run's folder lie."""
+        return ReleaseStore(output / "releases")
 
     @property
     def store(self) -> ReleaseStore:
         """Where the releases go."""
-        return ReleaseStore(self.config.output / "releases")
+        return self.store_of(self.config.output)
+
+    @property
+    def initial(self) -> Vector:
+        """What round 1 starts from, shape (adapter parameters,)."""
+        return self.spec.initial() if self.start is None else self.start.vector
 
     @property
     def keystore(self) -> Keystore:
@@ -178,7 +212,7 @@ def begin(federation: Federation, ledger: RunLedger, nodes: Nodes, run: str) -> 
         keystore.signing_key(SIGNING_KEY),
         RunSecrets(ledger, run_key),
         nodes,
-        federation.spec.initial(),
+        federation.initial,
         optimizers.init(federation.spec.size),
         config.privacy.clip_norm,
     )
@@ -222,7 +256,7 @@ def resume(federation: Federation, ledger: RunLedger, nodes: Nodes) -> RunState:
         # Killed before the first release: round 0 releases nothing of anybody.
         if ledger.opened:
             raise LedgerError(f"{federation.store.folder}: the releases of this run are gone")
-        release, optimizer = federation.spec.initial(), optimizers.init(federation.spec.size)
+        release, optimizer = federation.initial, optimizers.init(federation.spec.size)
         clip_norm = config.privacy.clip_norm
     else:
         newest = federation.store.latest()
@@ -257,6 +291,7 @@ def commit(federation: Federation, state: RunState, number: int) -> None:
         "run": state.run,
         "base_model": federation.base_model,
         "adapter_digest": federation.spec.digest,
+        "start": federation.start and federation.start.to_json(),
         **privacy.to_json(),
         "ledger": {"length": state.ledger.anchor.length, "head": state.ledger.anchor.head},
     }
@@ -325,6 +360,7 @@ def _facts(federation: Federation, nodes: Nodes) -> dict[str, Any]:
         "adaptive_clip": config.privacy.model_dump(mode="json")["adaptive_clip"],
         "base_model": federation.base_model,
         "adapter_digest": federation.spec.digest,
+        "start": federation.start and federation.start.to_json(),
         "nodes": digest_list("homefire/nodes/v1", nodes),
         "roster": roster_digest(federation.roster),
     }

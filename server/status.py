@@ -4,6 +4,7 @@ Nothing here is of one device: no key, address or number of a node, no time of a
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +22,11 @@ from homefire.common.protocol import STATISTICS, RefusalReason
 from homefire.server.door import REASONS
 from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import PrivacyPlan, plan_privacy
+from homefire.server.registry import REGISTRY
+from homefire.server.registry_folder import newest_statements
+from homefire.server.releases import Release, ReleaseStore
 
-SHOWN_ROUNDS = 500
+SHOWN_ROUNDS, SHOWN_RELEASES = 500, 20
 NUMBER_BYTES = 4
 DROPPED = frozenset(
     (
@@ -36,6 +40,11 @@ DROPPED = frozenset(
 REFUSED = frozenset(get_args(RefusalReason))
 PROCESSES = frozenset(("superlink", "registry", "executor"))
 OTHER = "other"
+HIDDEN = "…"
+LONGEST = 1000  # letters of a sentence
+NUMBERS = re.compile(r"(?<![0-9A-Za-z])(?:[0-9]{13,}|[0-9a-fA-F]{16,}|[0-9A-Za-z]{40,})")
+"""Numbers of nodes, and keys."""
+
 LEAST_FREE = 256 << 20  # bytes
 WARN_DAYS = 30
 
@@ -70,35 +79,43 @@ class Status:
     Guarantees:
         Fixed names: whatever is counted by name is counted by one of a fixed set; what is not in it
             is `other`.
+        Nobody's number: no node's and no key is in words, whatever error they are of.
 
     Attributes:
         state: What is going on, in words.
         names: Of the server.
+        server_key: That plans and releases are signed with; by it one server is told from another.
         processes: Whether each runs, and how often it was started.
         enrolled: Devices.
         needed: Devices that the run starts with.
         tickets: That can still be redeemed.
         online: Devices that are here; None where the SuperLink does not answer.
         rounds: The newest rounds, oldest first; see `RoundLog`.
-        planned_rounds: Of the run.
+        run: Number of the newest run.
+        planned_rounds: Of the newest run.
         dropped: Contributions that are in no sum, by reason.
         refused: Devices' refusals, by reason.
         bytes_up: Of all contributions that are in a sum.
         bytes_down: Of the releases in all plans.
         budget: None where the settings cannot be read.
         door: Requests at the public listener: `served`, and `refused` by reason.
-        releases: Rounds that have one.
+        releases: Rounds of the newest run that have one.
+        published: The newest releases of all runs, oldest first: `number`, `run` (the first digits
+            of its id), `round`, `epsilon` (what its run promises; None without bound), and
+            `issued_at` and `expires_at` in seconds since 1970.
         trouble: What the operator should look at; nothing if all is well.
     """
 
     state: str
     names: tuple[str, ...]
+    server_key: str = ""
     processes: dict[str, dict[str, Any]] = field(default_factory=dict)
     enrolled: int = 0
     needed: int | None = None
     tickets: int = 0
     online: int | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    run: int = 1
     planned_rounds: int | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
@@ -107,12 +124,15 @@ class Status:
     budget: Budget | None = None
     door: dict[str, Any] = field(default_factory=dict)
     releases: list[int] = field(default_factory=list)
+    published: list[dict[str, Any]] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
+        put("state", plain(self.state))
+        put("trouble", [plain(each) for each in self.trouble])
         put("dropped", only(self.dropped, DROPPED))
         put("refused", only(self.refused, REFUSED))
         put("processes", {n: each for n, each in self.processes.items() if n in PROCESSES})
@@ -120,6 +140,14 @@ class Status:
             refused = only(self.door.get("refused", {}), REASONS)
             put("door", {"served": int(self.door.get("served", 0)), "refused": refused})
         put("rounds", [_plain(each) for each in self.rounds])
+        put("published", [_of_release(each) for each in self.published])
+
+
+def plain(words: str) -> str:
+    """Words for people, without numbers that could be somebody's, nor what a terminal acts on."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in words)
+    shown = NUMBERS.sub(HIDDEN, shown)
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}{HIDDEN}"
 
 
 def only(counts: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
@@ -139,6 +167,15 @@ def _plain(each: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _of_release(each: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a published release."""
+    numbers = ("number", "round", "epsilon", "issued_at", "expires_at")
+    run = str(each.get("run"))
+    return {name: each.get(name) for name in numbers} | {
+        "run": run if re.fullmatch("[0-9a-f]{8}", run) else OTHER
+    }
+
+
 def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     """What the files of a server say.
 
@@ -150,10 +187,17 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     rounds = read_rounds(home.output / "rounds.jsonl")
     releases = sorted(int(path.stem) for path in (home.output / "releases").glob("[0-9]*"))
     federation, budget, size = None, None, 0
+    server_key, published = "", list[dict[str, Any]]()
+    try:
+        server_key = home.server_key
+        published = _published(home, server_key)
+    except HomefireError as error:
+        trouble.append(error.in_full)
     try:
         federation = home.federation()
-        budget = budget_of(federation, released=max(releases, default=0))
-        size = _vector_size(home)
+        newest = _newest(home)
+        budget = budget_of(federation, released=max(releases, default=0), stated=newest)
+        size = 0 if newest is None else len(newest.vector)
     except HomefireError as error:
         trouble.append(error.in_full)
     trouble += _signs(home)
@@ -164,10 +208,12 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     return Status(
         state=state,
         names=config.names,
+        server_key=server_key,
         enrolled=len(enrolment.devices()),
         needed=None if federation is None else federation.users,
         tickets=enrolment.open_tickets(),
         rounds=rounds[-SHOWN_ROUNDS:],
+        run=int(home.output.name),
         planned_rounds=None if federation is None else federation.federation.rounds,
         dropped=dict(dropped),
         refused=dict(refused),
@@ -175,8 +221,25 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         bytes_down=NUMBER_BYTES * size * sum(each["cohort"] for each in rounds),
         budget=budget,
         releases=releases,
+        published=published,
         trouble=trouble,
     )
+
+
+def _published(home: OperatorHome, server_key: str) -> list[dict[str, Any]]:
+    """What is told of the newest releases."""
+    found = newest_statements(home.folder / REGISTRY, server_key, most=SHOWN_RELEASES)
+    return [
+        {
+            "number": each.number,
+            "run": each.run[:8],
+            "round": each.round,
+            "epsilon": each.privacy.epsilon_release,
+            "issued_at": each.issued_at,
+            "expires_at": each.expires_at,
+        }
+        for each in found
+    ]
 
 
 def _signs(home: OperatorHome) -> list[str]:
@@ -198,13 +261,22 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
-def budget_of(config: FederationConfig, *, released: int) -> Budget:
+def budget_of(config: FederationConfig, *, released: int, stated: Release | None = None) -> Budget:
     """What a run's releases cost after so many rounds.
+
+    Args:
+        config: The run's settings.
+        released: Rounds that have a release.
+        stated: The newest release: where it states more than the settings do, devices refused
+            because they took part before, and nothing is amplified any more.
 
     Raises:
         PrivacyError: The settings cannot be stated.
     """
     plan = _plan(config)
+    claim = None if stated is None else stated.about["privacy"]["epsilon_release"]
+    if unamplified := stated is not None and claim != plan.statement.epsilon_release:
+        plan = plan.without_amplification()
     mechanism, rounds, delta = plan.mechanism, config.federation.rounds, config.privacy.delta
     named = plan.statement.mechanism
     if isinstance(mechanism, NoPrivacy) or delta is None:
@@ -212,8 +284,8 @@ def budget_of(config: FederationConfig, *, released: int) -> Budget:
     now: float | None = 0.0
     known: float | None = 0.0
     if released:
-        now = epsilon_release(mechanism, rounds=released, delta=delta)
         known = epsilon_known_cohort(mechanism, rounds=released, delta=delta)
+        now = known if unamplified else epsilon_release(mechanism, rounds=released, delta=delta)
     return Budget(
         mechanism=named,
         delta=delta,
@@ -234,10 +306,7 @@ def _plan(config: FederationConfig) -> PrivacyPlan:
     return _planned(config.model_dump_json())
 
 
-def _vector_size(home: OperatorHome) -> int:
-    """Parameters of the shared adapter; 0 before the first release."""
-    from homefire.server.releases import ReleaseStore
-
+def _newest(home: OperatorHome) -> Release | None:
+    """The newest release of the newest run; None before the first."""
     store = ReleaseStore(home.output / "releases")
-    numbers = store.rounds()
-    return len(store.read(numbers[0]).vector) if numbers else 0
+    return store.latest() if store.rounds() else None

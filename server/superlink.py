@@ -9,12 +9,14 @@ It uses inner parts of flwr 1.41, which is therefore pinned in `pyproject.toml`.
 import argparse
 import asyncio
 import hmac
+import math
 import os
+import sqlite3
 import sys
+import time
 from base64 import b64decode
-from binascii import Error as Base64Error
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from fastapi import FastAPI
 from flwr.common.constant import ACCESS_TOKEN_KEY
 from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.server.superlink.linkstate import LinkState, sql_linkstate
+from flwr.supercore import sql_mixin
+from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import (
     SuperLinkLifespan,
@@ -31,13 +35,17 @@ from flwr.superlink.cli.flower_superlink import (
 )
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.control.control_handlers import register_node
+from sqlalchemy.exc import SQLAlchemyError
 
-from homefire.common.errors import EnrolmentError
+from homefire.common.errors import EnrolmentError, FederationError
+from homefire.common.files import DISK_HINT
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
-from homefire.server.door import Door, send_json
-from homefire.server.enrolment import Device, Request
-from homefire.server.listener import bounded_protocol
+from homefire.server.door import Door
+from homefire.server.doorstep import PublicServer
+from homefire.server.enrolment import Device, Enrolment, Request
+from homefire.server.fleet import Bells, Fleet
+from homefire.server.listener import bounded_protocol, make_room
 from homefire.server.logs import begin
 from homefire.server.operator_home import (
     EXECUTOR_SECRET,
@@ -45,10 +53,14 @@ from homefire.server.operator_home import (
     OPERATOR_SECRET,
     OperatorHome,
 )
+from homefire.server.private import Private
 
 DATABASE = "superlink.db"
 LOOPBACK = "127.0.0.1"
-DOOR_PATH = "/homefire/v1/door"
+LOOK_SECONDS = 1.0
+WIPE_SECONDS = 5.0
+LOCK_SECONDS = 20.0
+"""How long a request waits for the database; after Flower's own five a contribution is lost."""
 
 
 class OperatorOnly(NoOpControlAuthnPlugin):
@@ -74,9 +86,15 @@ class OperatorOnly(NoOpControlAuthnPlugin):
 
 
 def make_app(home: OperatorHome) -> FastAPI:
-    """Flower's app, as this server runs it."""
+    """Flower's app, as this server runs it.
+
+    Raises:
+        ConfigError: A secret is missing or none.
+    """
     config = home.config
     tls = home.certificates
+    home.read_secret(EXECUTOR_SECRET)  # Flower would take any file for one
+    secret = home.read_secret(OPERATOR_SECRET)
     # Flower reads its settings from the command line and nowhere else.
     options = {
         "--host": LOOPBACK,
@@ -90,10 +108,51 @@ def make_app(home: OperatorHome) -> FastAPI:
     }
     given = [part for option in options.items() for part in option]
     flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+    set_pragmas()
     with _arguments(["flower-superlink", *given, *flags]):
         parsed = _parse_superlink_lifespan_config()
-    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
-    return create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
+    app = create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
+    calm(_state(app))
+    return app
+
+
+def set_pragmas() -> None:
+    """Let Flower wait longer where its database is in use, and overwrite what it deletes there."""
+    own = {"busy_timeout": str(int(1000 * LOCK_SECONDS)), "secure_delete": "ON"}  # see `wipe`
+    inner: Any = sql_mixin
+    inner.SQLITE_PRAGMAS = tuple({**dict(SQLITE_PRAGMAS), **own}.items())
+
+
+def calm(state: LinkState, *, clock: Callable[[], float] = time.monotonic) -> None:
+    """Let Flower look for its programs that have died once a second, not at every request."""
+    look, looked = state._cleanup_expired_task_tokens, -math.inf  # type: ignore[attr-defined]
+
+    def now_and_then() -> None:
+        nonlocal looked
+        if clock() - looked >= LOOK_SECONDS:
+            looked = clock()
+            look()
+
+    state._cleanup_expired_task_tokens = now_and_then  # type: ignore[attr-defined]
+
+
+def wipe(database: Path) -> None:
+    """Empty a database's write-ahead log, where deleted content stays; another time if it is busy.
+
+    Guarantees:
+        Nowhere: with `secure_delete`, nothing that was deleted is in the database's files.
+    """
+    log = database.with_name(f"{database.name}-wal")
+    with suppress(FileNotFoundError, sqlite3.Error):
+        if log.stat().st_size:
+            with closing(sqlite3.connect(database, timeout=1.0)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+async def _keep_wiping(database: Path) -> None:
+    while True:
+        await asyncio.sleep(WIPE_SECONDS)
+        await asyncio.to_thread(wipe, database)
 
 
 @contextmanager
@@ -105,11 +164,11 @@ def _arguments(given: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def enroller(home: OperatorHome, app: FastAPI) -> Any:
+def enroller(home: OperatorHome, enrolment: Enrolment, app: FastAPI) -> Any:
     """What redeems tickets: it makes a device's node known to Flower, and keeps it."""
 
     def enrol(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
-        device = home.enrolment.redeem(Request.read(wanted), lambda key: _register(app, key))
+        device = enrolment.redeem(Request.read(wanted), lambda key: _register(app, key))
         return {"version": VERSION, "node": str(device.node), "server_key": home.server_key}
 
     return enrol
@@ -164,6 +223,8 @@ def _register(app: FastAPI, node_key: str) -> int:
     account: Any = NoOpControlAuthnPlugin().validate_tokens_in_metadata([])[1]
     try:
         made = register_node(RegisterNodeRequest(public_key=node_key.encode()), account, state)
+    except SQLAlchemyError as error:
+        raise FederationError("Flower's database does not take a node", hint=DISK_HINT) from error
     except Exception as error:
         raise EnrolmentError(
             "the node's key is not one that Flower takes", hint="NIST P-256, P-384 or P-521, PEM."
@@ -174,20 +235,24 @@ def _register(app: FastAPI, node_key: str) -> int:
 async def serve(home: OperatorHome) -> None:
     """Serve both listeners until a signal ends this process."""
     config, tls, app = home.config, home.certificates, make_app(home)
-    enrolled: set[bytes] = set()
+    enrolment = home.enrolment
 
     def known(shown: bytes) -> bool:
-        return shown in enrolled or _is_known(app, shown, enrolled)
+        return enrolment.is_enrolled(b64decode(shown))
+
+    def removed(shown: bytes) -> bool:
+        return enrolment.is_removed(b64decode(shown))
 
     names = {*config.names, *LOOPBACK_NAMES}
-    door = Door(app, names, enroller(home, app), config.limits, known)
-
-    async def private(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] == DOOR_PATH:
-            await _tell(door, send)
-        else:
-            await app(scope, receive, send)
-
+    limits = config.limits
+    # Some connections are kept between two requests.
+    room = make_room(2 * limits.connections + limits.waiting)
+    fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
+    waiting = fleet.bells.__len__
+    door = Door(fleet, names, enroller(home, enrolment, app), limits, known, removed, waiting)
+    fleet.refused = door.refused
+    secret = home.read_secret(OPERATOR_SECRET)
+    private = Private(app, door, fleet.bells, secret)
     common: dict[str, Any] = {
         "ssl_certfile": str(tls.server),
         "ssl_keyfile": str(tls.server),
@@ -199,16 +264,16 @@ async def serve(home: OperatorHome) -> None:
         "ws": "none",
         "timeout_graceful_shutdown": 10,
     }
-    limits = config.limits
     strangers: dict[str, Any] = {
-        # Some are kept between two requests.
-        "http": bounded_protocol(connections=2 * limits.connections, seconds=limits.seconds),
+        "http": bounded_protocol(seconds=limits.seconds),
         "lifespan": "off",
     }
     host, _, port = config.fleet.rpartition(":")
     inner = uvicorn.Server(uvicorn.Config(private, host=LOOPBACK, port=config.private, **common))
-    outer = _Second(
-        uvicorn.Config(door, host=host.strip("[]"), port=int(port), **common, **strangers)
+    outer = PublicServer(
+        uvicorn.Config(door, host=host.strip("[]"), port=int(port), **common, **strangers),
+        most=room,
+        each=limits.strangers,
     )
     async with asyncio.TaskGroup() as tasks:
         private_listener = tasks.create_task(inner.serve())
@@ -217,32 +282,11 @@ async def serve(home: OperatorHome) -> None:
         if inner.started:
             await asyncio.to_thread(know_again, app, home.enrolment.devices())
             tasks.create_task(outer.serve())
+        wiping = tasks.create_task(_keep_wiping(home.folder / "flower" / DATABASE))
         await asyncio.wait([private_listener])
+        wiping.cancel()
+        fleet.bells.end()
         outer.should_exit = True
-
-
-class _Second(uvicorn.Server):
-    """Leaves the signals to the first."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Nothing is captured."""
-        yield
-
-
-async def _tell(door: Door, send: Any) -> None:
-    await send_json(send, 200, {"served": door.served, "refused": dict(door.refused)})
-
-
-def _is_known(app: FastAPI, shown: bytes, enrolled: set[bytes]) -> bool:
-    try:
-        key = b64decode(shown, validate=True)
-    except (Base64Error, ValueError):
-        return False
-    if _state(app).get_node_id_by_public_key(key) is None:
-        return False
-    enrolled.add(shown)
-    return True
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ ServerApp ended goes on from its ledger, under a new number of Flower's.
 import asyncio
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from homefire.common.errors import ConfigError, FederationError, HomefireError
+from homefire.common.errors import HomefireError
+from homefire.common.files import DISK_HINT
+from homefire.common.loopback import past_proxies
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
-from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome, ServerConfig
+from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
 from homefire.server.releases import ReleaseStore
 from homefire.server.run_state import rounds_spent
 from homefire.server.status import Status, look
@@ -81,7 +82,12 @@ class Child:
             self._pause = FIRST_PAUSE if steady else min(LONGEST_PAUSE, 2 * self._pause)
             self._process, self._not_before = None, now + self._pause
         if now >= self._not_before:
-            self._start(now)
+            try:
+                self._start(now)
+            except OSError as error:
+                LOG.warning("%s cannot be started: %s", self.name, error)
+                self._pause = min(LONGEST_PAUSE, 2 * self._pause)
+                self._not_before = now + self._pause
 
     def _start(self, now: float) -> None:
         home = self.folder / "flower" / self.name
@@ -92,7 +98,7 @@ class Child:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
                 self.command,
                 cwd=home,
-                env={**os.environ, **ENVIRONMENT, "PATH": _path(), "FLWR_HOME": str(home)},
+                env=_environment(home),
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
@@ -144,7 +150,7 @@ class Supervisor:
     children: list[Child] = field(init=False)
     state: str = "starting"
     _run: int | None = None
-    _worked: bool = False
+    _last_start: int = 0
     _gone_since: float | None = None
     _not_before: float = 0.0
     _pause: float = FIRST_PAUSE
@@ -181,7 +187,7 @@ class Supervisor:
         }
         try:
             online, door = self.control.nodes().get("online", 0), self.control.door()
-        except FederationError:
+        except HomefireError:
             online, door = None, {}
         down = [
             f"{child.name} does not run: see logs/{child.name}.log"
@@ -221,6 +227,8 @@ class Supervisor:
                 self._follow(self._run)
         except HomefireError as error:
             self.state = f"waiting: {error.in_full}"
+        except OSError as error:
+            self.state = f"waiting: {error}. {DISK_HINT}"
 
     def _begin(self) -> None:
         """Start a run as soon as one may be started."""
@@ -236,7 +244,8 @@ class Supervisor:
             self.state = f"halted: {burnt} rounds in a row were spent without a release"
         elif time.monotonic() >= self._not_before:
             self.home.participants()
-            self._run, self._worked, self._gone_since = self.control.start(), False, None
+            self._last_start, self._gone_since = self.home.last_start, None
+            self._run = self.control.start()
             self.state = "running"
 
     def _burnt(self, opened: int) -> int:
@@ -262,37 +271,21 @@ class Supervisor:
 
     def _is_gone(self) -> bool:
         """Whether the run's ServerApp was there, and is not any more."""
-        if self.home.is_at_work():
-            self._worked, self._gone_since = True, None
-        elif self._worked and self._gone_since is None:
+        if self.home.is_at_work() or self.home.last_start == self._last_start:
+            self._gone_since = None
+        elif self._gone_since is None:
             self._gone_since = time.monotonic()
         gone = self._gone_since
         return gone is not None and time.monotonic() - gone >= GONE_SECONDS
 
 
-def check_free(config: ServerConfig) -> None:
-    """Refuse a port that another program has, before anything is started.
-
-    Raises:
-        ConfigError: Nothing can listen there.
-    """
-    own = [f"127.0.0.1:{port}" for port in (config.private, config.operator)]
-    for address in (config.fleet, config.registry, *own):
-        host, _, port = address.rpartition(":")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host.strip("[]"), int(port)))
-            except OSError as error:
-                raise ConfigError(
-                    f"nothing can listen on {address} ({error.strerror})",
-                    hint="End what listens there, or name another in server.toml.",
-                ) from error
-
-
 DRAINED = "drained"
 ENDED = "the run is over: releases are served"
+
+
+def _environment(home: Path) -> dict[str, str]:
+    own = {"PATH": _path(), "FLWR_HOME": str(home)}
+    return {**os.environ, **past_proxies(os.environ), **ENVIRONMENT, **own}
 
 
 def _path() -> str:

@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from tiny_flower import Flower, free_port
+from tiny_runs import device_key
 
 from homefire.common.protocol import VERSION
 from homefire.common.signatures import public_key, sign
@@ -34,6 +35,7 @@ from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
 from homefire.server import operator_home
 from homefire.server.certificates import Certificates
 from homefire.server.control import Control
+from homefire.server.enrolment import Device, Enrolment, Request
 from homefire.server.operator_home import OperatorHome
 from homefire.server.supervisor import Child
 
@@ -229,6 +231,31 @@ def made_home(folder: Path, limits: str = "") -> OperatorHome:
     return home
 
 
+def settings_of_run(*, users: int = 2, rounds: int = 4, base_model: str = "smollm2-135m") -> str:
+    """What `federation.toml` says of a small run; it names no quorum."""
+    return f"""
+users = {users}
+[base_model]
+name = "{base_model}"
+[shared]
+rank = 1
+[local]
+[federation]
+rounds = {rounds}
+cohort = {users}
+[optimizer]
+[privacy]
+mechanism = "none"
+clip_norm = 1.0
+"""
+
+
+def enrol_at(home: OperatorHome, count: int) -> list[Device]:
+    """Devices more, where no SuperLink runs; their nodes have the numbers that come next."""
+    known = len(home.enrolment.ever())
+    return [enrol_made_up(home.enrolment, known + number) for number in range(1, count + 1)]
+
+
 @contextmanager
 def operated(folder: Path, limits: str = "") -> Iterator[Operated]:
     """A server of ours; `limits` are lines of its settings."""
@@ -249,8 +276,13 @@ def operated(folder: Path, limits: str = "") -> Iterator[Operated]:
 
 
 @contextmanager
-def flowers_own(folder: Path) -> Iterator[tuple[Place, Flower]]:
-    """Flower's SuperLink with TLS and `--enable-supernode-auth`, as its documents say."""
+def flowers_own(folder: Path, *, first: Sequence[str] = ()) -> Iterator[tuple[Place, Flower]]:
+    """Flower's SuperLink with TLS and `--enable-supernode-auth`, as its documents say.
+
+    Args:
+        folder: Made for it.
+        first: A command that starts it in its own place.
+    """
     folder.mkdir()
     certificates, programs = Certificates(folder / "tls"), Flower(folder)
     certificates.folder.mkdir()
@@ -259,7 +291,7 @@ def flowers_own(folder: Path) -> Iterator[tuple[Place, Flower]]:
     command = ["flower-superlink", "--host", HERE, "--port", str(port)]
     command += ["--ssl-certfile", server, "--ssl-keyfile", server]
     command += ["--ssl-ca-certfile", str(certificates.authority), "--enable-supernode-auth"]
-    programs.start("superlink", *command, "--disable-runtime-dependency-installation")
+    programs.start("superlink", *first, *command, "--disable-runtime-dependency-installation")
     place = Place(port, certificates.authority)
     try:
         until(lambda: healthy(place), programs.logs)
@@ -293,3 +325,12 @@ def until(done: Callable[[], object], what: Callable[[], str], seconds: float = 
     while not done():
         assert time.monotonic() < deadline, what()
         time.sleep(0.1)
+
+
+def enrol_made_up(enrolment: Enrolment, number: int) -> Device:
+    """Enrol a device of this number that there is not; Flower is not told."""
+    key, secret = device_key(number), enrolment.issue(valid_seconds=60)
+    node_key = f"-----BEGIN PUBLIC KEY-----\n{number:04d}\n-----END PUBLIC KEY-----\n"
+    signature = sign(key, ENROLMENT, *signed_parts(secret, node_key)).hex()
+    request = Request(secret, public_key(key), node_key, signature)
+    return enrolment.redeem(request, lambda _: number)

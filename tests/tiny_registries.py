@@ -29,7 +29,7 @@ from homefire.common.signatures import public_key
 from homefire.server.admission import Admission, Limits
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.registry_service import RegistryServer, Service, Tls
-from homefire.server.releases import SIGNING_KEY, ReleaseStore
+from homefire.server.releases import SERVER_KEYS, SIGNING_KEY, ReleaseStore
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"\x21" * 32)
 STRANGER = Ed25519PrivateKey.from_private_bytes(b"\x22" * 32)
@@ -93,7 +93,7 @@ def run_of(folder: Path, rounds: int = 3, *, spec: AdapterSpec = SPEC, **said: A
 
 def open_registry(home: Path, **how: Any) -> RegistryFolder:
     """The registry in a server's folder."""
-    keystore = Keystore.beside(home / "run")
+    keystore = Keystore(home / SERVER_KEYS)
     keystore.put(SIGNING_KEY, KEY.private_bytes_raw())
     return RegistryFolder.open(home / "registry", KEY, keystore, **how)
 

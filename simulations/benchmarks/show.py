@@ -176,6 +176,67 @@ def memory_table(found: Found) -> Sequence[RenderableType]:
     return [_table(title, ("homefire device", "peak MiB"), rows)]
 
 
+def load_table(found: Found) -> Sequence[RenderableType]:
+    """What a server did and cost, by cohort; and whether its memory grows."""
+    title = f"{found['light']:,} light and {found['real']} real devices, {found['cores']} cores"
+    head = ("cohort", "round s", "accepted", "CPU ms each", "superlink MiB", "serverapp MiB")
+    rows = [
+        (
+            str(stage["cohort"]),
+            f"{stage['round_seconds']:.1f}",
+            str(stage["accepted"]),
+            f"{1000 * sum(stage['cpu_per_contribution'].values()):.0f}",
+            f"{stage['own_mib']['superlink']:.0f}",
+            f"{stage['own_mib']['serverapp']:.0f}",
+        )
+        for stage in found["stages"]
+    ]
+    door = [
+        f"cohort {stage['cohort']}: {stage['requests_per_second']:.0f} requests a second at the "
+        f"door; refused there: {_counts(stage['refused_at_the_door'])}; no contribution: "
+        f"{_counts({**stage['dropped'], **stage['refused']})}"
+        for stage in found["stages"]
+    ]
+    ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found["memory_ratio"].items())
+    own = f"memory of its own, the most, last over first cohort: {ratios}"
+    soaks = [_soak_table(stage["soak"]) for stage in found["stages"] if "soak" in stage]
+    return [_table(title, head, rows), *door, own, *soaks]
+
+
+def _soak_table(soak: Found) -> Table:
+    title = f"{soak['minutes']:g} minutes, {soak['rounds']} rounds, {soak['accepted']} accepted"
+    head = ("process", "MiB an hour", "95 %", "first MiB", "last MiB")
+    rows = [
+        (
+            name,
+            f"{each['per_hour']:+.1f}",
+            f"{each['low']:+.1f} … {each['high']:+.1f}",
+            f"{each['first']:.0f}",
+            f"{each['last']:.0f}",
+        )
+        for name, each in soak["growth_mib_per_hour"].items()
+    ]
+    return _table(title, head, rows)
+
+
+def _counts(counts: Found) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items()) or "none"
+
+
+def deployment_table(found: Found) -> Sequence[RenderableType]:
+    """A round on real devices."""
+    title = f"{found['devices']} devices, {found['rounds']} rounds, {found['cores']} cores"
+    rows = [
+        (name, f"{found[key]:.2f}", f"{found[key] - found['training_seconds']:.2f}")
+        for name, key in (
+            ("homefire server, homefire device join", "homefire_seconds"),
+            ("Flower's programs as documented", "flower_seconds"),
+        )
+    ]
+    head = ("", "seconds a round", "besides training")
+    return [_table(title, head, rows), f"ratio besides training {found['ratio']:.3f}"]
+
+
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(title=markup.escape(title), box=None, title_justify="left")
     for number, name in enumerate(head):

@@ -1,17 +1,21 @@
 """Connections of strangers, before and after there is a request; by TCP on this machine."""
 
 import asyncio
+import resource
 import socket
 import time
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from threading import Thread
 from typing import Any
 
 import pytest
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from homefire.server.listener import LARGEST_HEAD, bounded_protocol
+from homefire.server.doorstep import PublicServer
+from homefire.server.listener import LARGEST_HEAD, OTHER_FILES, bounded_protocol, make_room
 
 CONNECTIONS, SECONDS = 3, 0.4
 HEAD = b"POST / HTTP/1.1\r\nhost: here\r\n"
@@ -19,26 +23,22 @@ ANSWER = 32 << 20  # more than the system's buffers hold
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Takes a body; answers with its length, or with much at /much."""
+    """Takes a body; answers with its length, or with much at /much, or late at /late."""
     taken, more = 0, True
     while more:
         event = await receive()
         taken, more = taken + len(event.get("body", b"")), event.get("more_body", False)
+    if scope["path"] == "/late":
+        await asyncio.sleep(3 * SECONDS)
     body = bytes(ANSWER) if scope["path"] == "/much" else str(taken).encode()
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": 200, "headers": [length]})
     await send({"type": "http.response.body", "body": body})
 
 
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    protocol = bounded_protocol(connections=CONNECTIONS, seconds=SECONDS)
+    protocol = bounded_protocol(seconds=SECONDS)
     config = uvicorn.Config(
         app,
         host="127.0.0.1",
@@ -49,7 +49,7 @@ def port() -> Iterator[int]:
         log_config=None,
         timeout_keep_alive=1,
     )
-    server = _Server(config)
+    server = PublicServer(config, most=CONNECTIONS, each=CONNECTIONS)
     thread = Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:
@@ -104,6 +104,13 @@ def test_no_waiting_for_ever_for_one_who_does_not_read(port: int) -> None:
         assert len(rest(far)) < ANSWER
 
 
+def test_who_waits_for_an_answer_may_wait(port: int) -> None:
+    """A device whose plan is not there yet has sent all that it has to send."""
+    with connect(port) as far:
+        far.sendall(b"POST /late HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n")
+        assert rest(far).startswith(b"HTTP/1.1 200")
+
+
 def test_who_reads_slowly_gets_all_of_it(port: int) -> None:
     taken = 0
     with connect(port) as far:
@@ -140,6 +147,27 @@ def test_bodies_are_no_heads(port: int, parts: int) -> None:
     assert answer.endswith(b"300000")
 
 
+@pytest.mark.parametrize(
+    ("soft", "hard", "room", "raised"),
+    [
+        (1024, 65_536, 8192, [8192 + OTHER_FILES]),
+        (1024, resource.RLIM_INFINITY, 8192, [8192 + OTHER_FILES]),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 8192, []),
+        (1024, 4096, 4096 - OTHER_FILES, [4096]),
+        (64, 64, 1, []),
+    ],
+)
+def test_so_many_as_the_system_allows(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, room: int, raised: list[int]
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(SSLProtocol, "max_size", SSLProtocol.max_size)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    assert make_room(8192) == room
+    assert asked == [(each, hard) for each in raised]
+
+
 def test_so_many(port: int) -> None:
     time.sleep(2 * SECONDS)  # those of before are gone
     opened = [connect(port) for _ in range(CONNECTIONS + 2)]
@@ -155,3 +183,32 @@ def test_so_many(port: int) -> None:
             answers.append(b"")
         far.close()
     assert sorted(answers) == [b""] * 2 + [b"HTTP/1.1 200"] * CONNECTIONS
+
+
+LINES = st.lists(
+    st.sampled_from(
+        [
+            *(b"POST / HTTP/1.1", b"GET /late HTTP/1.0", b"host: x", b"content-length: 3", b"abc"),
+            *(b"transfer-encoding: chunked", b"0", b"expect: 100-continue", b"", b" folded: y"),
+            *(b"connection: upgrade", b"upgrade: websocket", b"PRI * HTTP/2.0", b"\x16\x03\x01"),
+        ]
+    )
+    | st.binary(max_size=40),
+    max_size=10,
+).map(b"\r\n".join)
+
+
+@settings(max_examples=60)
+@given(raw=LINES | st.binary(max_size=300))
+def test_whatever_bytes_come_a_listener_answers_in_http_or_hangs_up(port: int, raw: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as far:
+        answer = b""
+        try:
+            far.sendall(raw)
+            far.shutdown(socket.SHUT_WR)
+            while part := far.recv(1 << 16):
+                answer += part
+        except ConnectionError:
+            pass
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 ")
+    assert b" 500 " not in answer.partition(b"\r\n")[0]

@@ -12,9 +12,8 @@ from tiny_registries import KEY, OTHER_RUN, RUN, SPEC, TRUSTED, about, open_regi
 
 from homefire.common.adapter import AdapterConfig, AdapterSpec
 from homefire.common.errors import AdapterError, LedgerError, RegistryError, SignatureError
-from homefire.common.keystore import Keystore
 from homefire.common.release_statement import LatestStatement, read_statement
-from homefire.server.registry_folder import DAY, RegistryFolder
+from homefire.server.registry_folder import DAY, RegistryFolder, newest_statements
 from homefire.server.releases import ReleaseStore
 
 
@@ -58,6 +57,21 @@ def test_numbers_grow_by_one_over_all_runs(home: Path, store: ReleaseStore) -> N
         folder.publish(releases, round_number, SPEC)
     expected = [(1, RUN, 1), (2, RUN, 3), (3, OTHER_RUN, 2), (4, OTHER_RUN, 3)]
     assert numbers(folder) == numbers(open_registry(home)) == expected
+
+
+def test_the_newest_are_listed_without_opening_it(home: Path, store: ReleaseStore) -> None:
+    folder = open_registry(home)
+    for number in (1, 2, 3):
+        folder.publish(store, number, SPEC)
+    before = {path: path.stat() for path in folder.folder.iterdir()}
+    newest = newest_statements(folder.folder, TRUSTED, most=2)
+    assert newest == [each.statement for each in folder.releases[1:]]
+    assert {path: path.stat() for path in folder.folder.iterdir()} == before
+    assert newest_statements(home / "none", TRUSTED, most=2) == []
+    for content in (b"", b"{}\nzz", b"{}\n" + b"00" * 64):
+        (folder.folder / "000003.json").write_bytes(content)
+        with pytest.raises(RegistryError, match=r"000003\.json"):
+            newest_statements(folder.folder, TRUSTED, most=2)
 
 
 def test_publishing_again_changes_nothing(home: Path, store: ReleaseStore) -> None:
@@ -181,7 +195,7 @@ def test_a_keystore_from_a_backup_is_refused(home: Path, store: ReleaseStore) ->
     folder = open_registry(home)
     for number in (1, 2, 3):
         folder.publish(store, number, SPEC)
-    (home / "run.keys" / "registry").unlink()
+    (home / "keys" / "registry").unlink()
     with pytest.raises(LedgerError, match="ahead of its anchor"):
         open_registry(home)
 
@@ -232,7 +246,7 @@ def test_what_a_killed_process_published_is_anchored_before_more_is(
 ) -> None:
     """Else two would lie ahead of the anchor, and the folder would look newer than the keystore."""
     folder, other = open_registry(home), open_registry(home)
-    anchor = home / "run.keys" / "registry"
+    anchor = home / "keys" / "registry"
     folder.publish(store, 1, SPEC)
     kept = anchor.read_bytes()
     folder.publish(store, 2, SPEC)
@@ -289,7 +303,6 @@ for number in store.rounds():
 def test_whole_or_absent_killed_at_any_moment(home: Path) -> None:
     """Kill -9 while sixty releases are published; what was reported as published stays."""
     run_of(home / "run", 60)
-    Keystore.beside(home / "run")
     reported, kills = 0, 0
     while reported < 60:
         publisher = subprocess.Popen(  # noqa: S603 - our own command

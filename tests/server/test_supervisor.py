@@ -1,122 +1,531 @@
-"""What keeps a server running, without its processes: how it waits, and how it is stopped."""
+"""What keeps a server running: its processes are started again, and its run goes on."""
 
 import asyncio
-import socket
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import psutil  # type: ignore[import-untyped]
 import pytest
-from tiny_flower import free_port
+from tiny_operators import enrol_at, made_home, settings_of_run
+from tiny_registries import KEY
 
-from homefire.common.errors import ConfigError, FederationError
-from homefire.server import operator_home
-from homefire.server.control import FINISHED
-from homefire.server.operator_home import OperatorHome, ServerConfig
-from homefire.server.supervisor import DRAINED, ENDED, Supervisor, check_free
+from homefire.common.errors import FederationError
+from homefire.common.files import hold
+from homefire.common.keystore import Keystore
+from homefire.server import supervisor as supervisor_module
+from homefire.server.control import FAILED, FINISHED, UNKNOWN
+from homefire.server.operator_home import APP_LOCK, OperatorHome
+from homefire.server.releases import ReleaseStore
+from homefire.server.run_ledger import RunLedger
+from homefire.server.run_state import LEDGER
+from homefire.server.supervisor import (
+    DRAINED,
+    ENDED,
+    FIRST_PAUSE,
+    GONE_SECONDS,
+    LONGEST_PAUSE,
+    MOST_BURNT,
+    STEADY_SECONDS,
+    Child,
+    Supervisor,
+)
+
+USERS = 2
 
 
-class Silent:
-    """A SuperLink that does not answer."""
+class Clock:
+    """The supervisor's time, which tests move."""
 
-    def is_up(self) -> bool:
-        """It is not."""
-        return False
+    def __init__(self) -> None:
+        self.now = 1000.0
 
-
-class Idle:
-    """A SuperLink that is up and has no runs, or one that has ended."""
-
-    def is_up(self) -> bool:
-        """It is."""
-        return True
-
-    def unfinished(self) -> list[int]:
-        """None."""
-        return []
-
-    def start(self) -> int:
-        """Start a run; its number."""
-        return 7
-
-    def status(self, run: int) -> tuple[str, str]:
-        """Of the run."""
-        return FINISHED, "completed"
+    def monotonic(self) -> float:
+        """Seconds."""
+        return self.now
 
 
 @pytest.fixture
-def supervisor(tmp_path: Path) -> Supervisor:
-    home = operator_home.init(tmp_path / "server", names=["127.0.0.1"], settings={})
-    made = Supervisor(home)
-    made.children = []
-    return made
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(supervisor_module, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
 
 
-def ended(supervisor: Supervisor, *, seconds: float = 5) -> str:
-    """The state in which it ended by itself."""
+@dataclass
+class FakeControl:
+    """A SuperLink that knows runs and nothing else.
+
+    Attributes:
+        up: Whether it answers.
+        runs: How each run is; see `Control.status`.
+        said: What it was asked to do, in order.
+    """
+
+    up: bool = True
+    runs: dict[int, tuple[str, str]] = field(default_factory=dict)
+    said: list[tuple[str, int]] = field(default_factory=list)
+
+    def is_up(self) -> bool:
+        """Whether it answers."""
+        return self.up
+
+    def start(self) -> int:
+        """Begin a run."""
+        run = len(self.runs) + 1
+        self.runs[run] = ("running", "")
+        self.said.append(("start", run))
+        return run
+
+    def stop(self, run: int) -> None:
+        """End a run."""
+        self.runs[run] = (FINISHED, "stopped")
+        self.said.append(("stop", run))
+
+    def status(self, run: int) -> tuple[str, str]:
+        """How a run is."""
+        return self.runs.get(run, (UNKNOWN, ""))
+
+    def unfinished(self) -> list[int]:
+        """Runs that have not ended."""
+        return [run for run, (status, _) in self.runs.items() if status != FINISHED]
+
+    def nodes(self) -> dict[str, int]:
+        """How many nodes there are."""
+        if not self.up:
+            raise FederationError("the SuperLink does not answer")
+        return {"online": 1, "offline": 1}
+
+    def door(self) -> dict[str, Any]:
+        """What was let in."""
+        return {"served": 3, "refused": {}}
+
+    @property
+    def started(self) -> list[int]:
+        """The runs that were started."""
+        return [run for what, run in self.said if what == "start"]
+
+
+@dataclass
+class Served:
+    """A supervisor without processes.
+
+    Attributes:
+        supervisor: In a real folder.
+        control: A fake one.
+    """
+
+    supervisor: Supervisor
+    control: FakeControl
+
+    @property
+    def home(self) -> OperatorHome:
+        """Its folder."""
+        return self.supervisor.home
+
+    def look(self) -> str:
+        """Look once after the run; gives the state."""
+        self.supervisor._tend_run()
+        return self.supervisor.state
+
+    def work(self) -> Callable[[], None]:
+        """A ServerApp starts, as the executor starts it; call what this gives to end it."""
+        descriptor = hold(self.home.folder / APP_LOCK)
+        assert descriptor is not None
+        os.utime(descriptor)
+        return lambda: os.close(descriptor)
+
+
+@pytest.fixture
+def served(tmp_path: Path, clock: Clock) -> Served:
+    home = made_home(tmp_path / "server")
+    (home.folder / "federation.toml").write_text(settings_of_run(users=USERS, rounds=100))
+    enrol_at(home, USERS)
+    supervisor, control = Supervisor(home), FakeControl()
+    supervisor.control = control  # type: ignore[assignment]
+    supervisor.children = []
+    return Served(supervisor, control)
+
+
+@dataclass
+class Run:
+    """A run's ledger and releases, as a ServerApp would write them."""
+
+    home: OperatorHome
+    ledger: RunLedger = field(init=False)
+
+    def __enter__(self) -> "Run":
+        output = self.home.output
+        self.home.participants()
+        self.ledger = RunLedger.open(output / LEDGER, Keystore.beside(output))
+        if not self.ledger.facts:
+            self.ledger.start({"run": "0" * 32, "rounds": 100})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ledger.ledger.close()
+
+    def burn(self, count: int) -> None:
+        """Rounds that are opened and come to nothing."""
+        for _ in range(count):
+            self.ledger.open_round(self.ledger.opened + 1)
+            self.ledger.burn(self.ledger.opened)
+
+    def release(self) -> None:
+        """A round that is released."""
+        self.ledger.open_round(self.ledger.opened + 1)
+        self.ledger.record_sum(self.ledger.opened, "a" * 64)
+        store = ReleaseStore(self.home.output / "releases")
+        store.write(self.ledger.opened, np.zeros(2, np.float32), {}, KEY)
+
+
+# Children
+
+
+def child_of(folder: Path, *command: str, **changes: Any) -> Child:
+    for name in ("flower", "logs"):
+        (folder / name).mkdir(exist_ok=True)
+    return Child("child", ["/bin/sh", "-c", *command], folder, **changes)
+
+
+def ended(child: Child) -> None:
+    """Wait until its process has ended, and is not taken leave of."""
+    assert child._process is not None
+    child._process.wait(20)
+
+
+def test_goes_on_a_process_that_ended_is_started_again_the_later_the_more_often(
+    tmp_path: Path, clock: Clock
+) -> None:
+    child, pauses = child_of(tmp_path, "exit 3"), []
+    child.tend()
+    for expected in (2, 4, 8, 16, 32, 60, 60):
+        ended(child)
+        starts = child.starts
+        child.tend()
+        assert child.starts == starts, "it was started again at once"
+        clock.now += expected - 0.01
+        child.tend()
+        assert child.starts == starts, f"before {expected} s were over"
+        clock.now += 0.01
+        child.tend()
+        assert child.starts == starts + 1
+        pauses.append(child._pause)
+    assert pauses[-1] == LONGEST_PAUSE
+    ended(child)
+    child.tend()
+    assert not child.runs
+
+
+def test_goes_on_a_process_that_ran_for_long_is_started_again_soon(
+    tmp_path: Path, clock: Clock
+) -> None:
+    child = child_of(tmp_path, "exit 3")
+    child.tend()
+    for _ in range(4):
+        ended(child)
+        child.tend()
+        clock.now += LONGEST_PAUSE
+        child.tend()
+    ended(child)
+    clock.now += STEADY_SECONDS
+    child.tend()
+    assert not child.runs
+    clock.now += FIRST_PAUSE
+    child.tend()
+    assert child.starts == 6
+    ended(child)
+
+
+def test_goes_on_a_process_that_was_killed_is_started_again(tmp_path: Path, clock: Clock) -> None:
+    child = child_of(tmp_path, "sleep 60")
+    child.tend()
+    child.tend()
+    assert (child.runs, child.starts) == (True, 1)
+    assert child._process is not None
+    child._process.kill()
+    ended(child)
+    child.tend()
+    clock.now += LONGEST_PAUSE
+    child.tend()
+    assert (child.runs, child.starts) == (True, 2)
+    child.end()
+    assert not child.runs
+
+
+def test_a_process_that_does_not_end_when_asked_is_killed(tmp_path: Path) -> None:
+    child = child_of(tmp_path, 'trap "" TERM; echo ready; sleep 60 & wait; wait; sleep 60')
+    child.tend()
+    assert child._process is not None
+    log = tmp_path / "logs" / "child.log"
+    below = psutil.Process(child._process.pid)
+    while "ready" not in log.read_text():
+        pass
+    sleeping = below.children()
+    child.end(seconds=0.2)
+    assert child._process.returncode == -9
+    for each in sleeping:  # an orphan of the test
+        each.kill()
+
+
+def test_processes_have_their_own_homes_no_input_and_private_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
+    reader, writer = os.pipe()
+    said = f"umask; pwd; cat; env; test -e /proc/self/fd/{writer} && echo inherited; echo done"
+    child = child_of(tmp_path, said, inherited=writer)
+    try:
+        child.tend()
+        ended(child)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    log = tmp_path / "logs" / "child.log"
+    lines = log.read_text().splitlines()
+    assert lines[:2] == ["0077", str(tmp_path / "flower" / "child")]
+    assert lines[-2:] == ["inherited", "done"]
+    assert f"FLWR_HOME={tmp_path / 'flower' / 'child'}" in lines
+    assert "FLWR_TELEMETRY_ENABLED=0" in lines
+    assert "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1" in lines
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+# The run
+
+
+def test_only_when_all_are_there_a_run_starts(tmp_path: Path, clock: Clock) -> None:
+    home = made_home(tmp_path / "server")
+    (home.folder / "federation.toml").write_text(settings_of_run(users=USERS))
+    enrol_at(home, USERS - 1)
+    served = Served(Supervisor(home), FakeControl())
+    served.supervisor.control = served.control  # type: ignore[assignment]
+    assert f"waiting: 1 devices are enrolled, and the run needs {USERS}" in served.look()
+    assert not served.control.said
+    enrol_at(home, 1)
+    assert served.look() == "running"
+    assert served.control.started == [1]
+    assert served.look() == "running"
+    assert served.control.started == [1]
+
+
+def test_nothing_is_started_while_the_superlink_does_not_answer(served: Served) -> None:
+    served.control.up = False
+    assert served.look() == "waiting for the SuperLink"
+    assert not served.control.said
+
+
+def test_one_serverapp_none_is_started_while_another_runs(served: Served) -> None:
+    end = served.work()
+    assert served.look() == "waiting for the ServerApp of before to end"
+    assert not served.control.said
+    end()
+    assert served.look() == "running"
+    assert served.control.started == [1]
+
+
+def test_one_serverapp_what_flower_takes_for_running_is_stopped_first(served: Served) -> None:
+    served.control.runs = {7: ("running", ""), 8: (FINISHED, "completed"), 9: ("pending", "")}
+    served.look()
+    assert [what for what, _ in served.control.said] == ["stop", "stop", "start"]
+    assert served.control.said[:2] == [("stop", 7), ("stop", 9)]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_goes_on_where_the_serverapp_was_killed(served: Served, clock: Clock, seen: bool) -> None:
+    """Flower says for a minute that it runs; also where it was gone before anybody looked."""
+    served.look()
+    clock.now += 600  # the executor may be away
+    assert served.look() == "running"
+    assert served.control.started == [1]
+    end = served.work()
+    if seen:
+        assert served.look() == "running"
+    end()
+    served.look()
+    clock.now += GONE_SECONDS - 0.1
+    served.look()
+    assert served.control.said == [("start", 1)]
+    clock.now += 0.1
+    served.look()
+    assert served.control.said == [("start", 1), ("stop", 1)]
+    clock.now += FIRST_PAUSE
+    served.look()
+    assert served.control.said == [("start", 1), ("stop", 1), ("start", 2)]
+
+
+def test_goes_on_where_a_serverapp_comes_late(served: Served, clock: Clock) -> None:
+    """One that others look for does not end another one's run."""
+    served.look()
+    end = served.work()
+    clock.now += 600
+    assert served.look() == "running"
+    end()
+    served.look()
+    clock.now += GONE_SECONDS - 1
+    end = served.work()
+    served.look()
+    clock.now += GONE_SECONDS
+    assert served.look() == "running"
+    assert served.control.said == [("start", 1)]
+    end()
+
+
+def test_goes_on_where_the_run_failed_the_later_the_more_often(
+    served: Served, clock: Clock
+) -> None:
+    served.look()
+    for times, pause in enumerate((2, 4, 8, 16, 32, 60, 60), start=1):
+        served.control.runs[times] = (FINISHED, FAILED)
+        served.look()
+        clock.now += pause - 0.01
+        served.look()
+        assert len(served.control.started) == times
+        clock.now += 0.01
+        served.look()
+        assert len(served.control.started) == times + 1
+
+
+def test_goes_on_where_flower_has_forgotten_the_run(served: Served, clock: Clock) -> None:
+    """Its database may lie where it does not last."""
+    served.look()
+    served.control.runs.clear()
+    served.look()
+    clock.now += FIRST_PAUSE
+    served.look()
+    assert served.control.said == [("start", 1), ("start", 1)]
+
+
+def test_no_burning_on(served: Served, clock: Clock) -> None:
+    with Run(served.home) as run:
+        run.release()
+        run.burn(3)  # before this server was started: somebody has looked since
+    served.look()
+    assert served.control.started == [1]
+    for burnt in range(1, MOST_BURNT + 1):
+        with Run(served.home) as run:
+            run.burn(1)
+        served.control.runs[len(served.control.runs)] = (FINISHED, FAILED)
+        served.look()
+        clock.now += LONGEST_PAUSE
+        halted = served.look() == f"halted: {burnt} rounds in a row were spent without a release"
+        assert halted == (burnt == MOST_BURNT), served.supervisor.state
+    assert len(served.control.started) == MOST_BURNT
+    clock.now += 1e6
+    served.look()
+    assert len(served.control.started) == MOST_BURNT
+    again = Served(Supervisor(served.home), FakeControl())
+    again.supervisor.control = again.control  # type: ignore[assignment]
+    assert again.look() == "running"
+
+
+def test_no_burning_on_a_release_starts_the_count_anew(served: Served, clock: Clock) -> None:
+    served.look()
+    for number in range(3):
+        with Run(served.home) as run:
+            run.burn(MOST_BURNT - 1)
+            run.release()
+        served.control.runs[number + 1] = (FINISHED, FAILED)
+        served.look()
+        clock.now += LONGEST_PAUSE
+        assert served.look() == "running"
+
+
+def test_a_run_that_is_over_is_not_started(served: Served) -> None:
+    with Run(served.home) as run:
+        run.release()
+        run.ledger.end()
+    assert served.look() == ENDED
+    assert not served.control.started
+
+
+def test_a_drained_server_starts_nothing(served: Served, clock: Clock) -> None:
+    served.look()
+    with served.home.alone():
+        served.home.drain()
+    assert served.look() == "draining"
+    served.control.runs[1] = (FINISHED, "completed")
+    served.look()
+    clock.now += FIRST_PAUSE
+    assert served.look() == DRAINED
+    assert served.control.started == [1]
+
+
+# All together
+
+
+def kept(served: Served, clock: Clock, until: Callable[[], bool]) -> None:
+    """Keep it until something is so, or it ends by itself."""
 
     async def keep() -> None:
-        await asyncio.wait_for(supervisor.keep(asyncio.Event()), seconds)
+        stop = asyncio.Event()
+        keeping = asyncio.create_task(served.supervisor.keep(stop))
+        while not until() and not keeping.done():
+            await asyncio.sleep(0.01)
+            clock.now += 1
+        stop.set()
+        await asyncio.wait_for(keeping, 20)
 
     asyncio.run(keep())
-    return supervisor.state
 
 
-def drain(home: OperatorHome) -> None:
-    with home.alone():
-        home.drain()
-
-
-@pytest.mark.parametrize("over", [False, True])
-@pytest.mark.parametrize("link", [Silent(), Idle()])
-def test_stops_when_asked_whatever_it_waits_for(
-    supervisor: Supervisor, link: Any, over: bool, monkeypatch: pytest.MonkeyPatch
+def test_all_is_kept_until_it_is_stopped_and_nothing_is_left(
+    served: Served, clock: Clock, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("homefire.server.supervisor.rounds_spent", lambda _: (3, over))
-    supervisor.control = link
-    supervisor._tend_run()
-    assert supervisor.state != DRAINED
-    if over and isinstance(link, Idle):
-        assert supervisor.state == ENDED
-    drain(supervisor.home)
-    assert ended(supervisor) == DRAINED
-    assert not supervisor.home.is_draining()
+    children = [child_of(tmp_path, "exec sleep 60"), child_of(tmp_path, "exit 1")]
+    served.supervisor.children = children
+    kept(served, clock, lambda: children[1].starts > 1 and bool(served.control.started))
+    assert children[0].starts == 1
+    assert not any(child.runs for child in children)
 
 
-def test_stops_when_asked_after_the_round_under_way(
-    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_was_drained_ends_and_opens_rounds_when_it_is_started_again(
+    served: Served, clock: Clock
 ) -> None:
-    monkeypatch.setattr(OperatorHome, "participants", lambda _: [])
-    at_work = [True]
-    monkeypatch.setattr(OperatorHome, "is_at_work", lambda _: at_work[0])
-    supervisor.control = Idle()  # type: ignore[assignment]
-    drain(supervisor.home)
-    supervisor._tend_run()
-    assert supervisor.state == "waiting for the ServerApp of before to end"
-    at_work[0] = False
-    supervisor._tend_run()
-    assert supervisor.state == DRAINED
+    with served.home.alone():
+        served.home.drain()
+    kept(served, clock, lambda: False)
+    assert served.supervisor.state == DRAINED
+    assert not served.home.is_draining()
 
 
-def test_what_it_waits_for_comes_with_a_remedy(
-    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+def test_its_status_says_what_runs_and_what_does_not(
+    served: Served, clock: Clock, tmp_path: Path
 ) -> None:
-    class Broken(Idle):
-        def unfinished(self) -> list[int]:
-            raise FederationError("it is wrong", hint="Mend it.")
+    up, down = child_of(tmp_path, "exec sleep 60"), child_of(tmp_path, "exit 1")
+    up.name, down.name = "registry", "executor"
+    served.supervisor.children = [up, down]
+    up.tend()
+    for _ in range(2):
+        down.tend()
+        ended(down)
+        down.tend()
+        clock.now += LONGEST_PAUSE
+    served.look()
+    try:
+        status = served.supervisor.status()
+        assert status.state == "running"
+        assert status.processes == {
+            "registry": {"runs": True, "starts": 1},
+            "executor": {"runs": False, "starts": 2},
+        }
+        assert (status.online, status.door["served"]) == (1, 3)
+        assert status.trouble[-1] == "executor does not run: see logs/executor.log"
+        served.control.up = False
+        status = served.supervisor.status()
+        assert (status.online, status.door) == (None, {})
+    finally:
+        up.end()
 
-    supervisor.control = Broken()  # type: ignore[assignment]
-    supervisor._tend_run()
-    assert supervisor.state == "waiting: it is wrong. Mend it."
 
-
-@pytest.mark.parametrize("taken", ["fleet", "registry", "private", "operator"])
-def test_a_port_that_another_program_has_is_said(taken: str) -> None:
-    ports = {name: free_port() for name in ("fleet", "registry", "private", "operator")}
-    where = {name: f"127.0.0.1:{ports[name]}" for name in ("fleet", "registry")}
-    config = ServerConfig.model_validate({"names": ["x"], **ports, **where})
-    check_free(config)
-    with socket.create_server(("127.0.0.1", ports[taken])):
-        with pytest.raises(ConfigError, match=f":{ports[taken]} ") as refused:
-            check_free(config)
-    assert "server.toml" in refused.value.hint
-    check_free(config)
+def test_all_processes_are_ours_and_end_with_the_supervisor(tmp_path: Path) -> None:
+    supervisor = Supervisor(made_home(tmp_path / "server"), inherited=5)
+    assert [child.name for child in supervisor.children] == ["superlink", "registry", "executor"]
+    for child in supervisor.children:
+        assert f"homefire.server.{child.name}" in child.command
+        assert child.command[child.command.index("--parent") + 1] == str(os.getpid())
+        assert child.inherited == 5

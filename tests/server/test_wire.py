@@ -3,12 +3,14 @@
 What is a defect of Flower's set-up is shown there by a test named `flower_itself_…`.
 """
 
+import resource
 import socket
 import ssl
 import time
 import warnings
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,13 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
     decode_dss_signature,
     encode_dss_signature,
 )
-from flwr.cli.build import build_fab_from_files
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
-from flwr.proto.fab_pb2 import Fab
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE as PROTOBUF
 from tiny_flower import Flower, free_port
+from tiny_hands import ACQUIRE, bundle, hostile_bundle, registered
 from tiny_operators import (
     HERE,
     Member,
@@ -39,6 +39,7 @@ from tiny_operators import (
     activate,
     ask,
     flowers_own,
+    listens,
     operated,
     pem,
     redeem,
@@ -48,11 +49,10 @@ from tiny_operators import (
 from homefire.client.enrolment import _ask
 from homefire.common.errors import ConfigError, EnrolmentError
 from homefire.common.ticket import ENROL_PATH, Ticket
-from homefire.server.control import BUNDLE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(175)]
 
-LIMITS = "seconds = 3.0\nburst = 60\nrequests = 20.0\n"
+LIMITS = "seconds = 3.0\nburst = 60\nrequests = 4.0\n"
 PULL = "/v1/fleet/pull-messages"
 
 
@@ -77,17 +77,6 @@ def bare(flowers: tuple[Place, Flower]) -> Place:
 @pytest.fixture(scope="module")
 def member(server: Operated) -> Member:
     return server.enrol()
-
-
-def registered(bare: Place) -> Member:
-    """A device whose key a stranger registers at Flower's own."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    made = ask(bare.control(), "RegisterNode", RegisterNodeRequest(public_key=pem(key).encode()))
-    return Member(key, Ed25519PrivateKey.generate(), made.node_id)
-
-
-def bundle() -> Fab:
-    return Fab(content=build_fab_from_files(BUNDLE)[0])
 
 
 def denied(client: Any, call: str, request: Any) -> int:
@@ -129,8 +118,6 @@ def test_a_control_call_with_another_secret_is_refused(server: Operated, shown: 
 
 # Stolen task tokens
 
-ACQUIRE = AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
-
 
 def test_flower_itself_hands_out_task_tokens(bare: Place) -> None:
     ask(bare.control(), "StartRun", StartRunRequest(fab=bundle()))
@@ -150,39 +137,13 @@ def test_task_tokens_are_not_handed_out(server: Operated) -> None:
 
 # Pushed code
 
-HOSTILE = {
-    "pyproject.toml": BUNDLE["pyproject.toml"]
-    .replace(b"homefire_operated:nothing", b"hostile:app")
-    .replace(b"homefire_operated:app", b"hostile:server"),
-    "hostile.py": b"""
-from pathlib import Path
-from flwr.app import Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-
-app = ClientApp()
-server = ServerApp()
-
-@app.train("contribute")
-def train(message, context):
-    Path(MARKER).touch()
-    return Message(RecordDict(), reply_to=message)
-
-@server.main()
-def main(grid, context):
-    nodes = grid.get_node_ids()
-    grid.send_and_receive([Message(RecordDict(), dst_node_id=node, message_type="train.contribute")
-                           for node in nodes], timeout=60)
-""",
-}
-
 
 def test_flower_itself_runs_code_of_anybody_on_every_device(
     flowers: tuple[Place, Flower], tmp_path: Path
 ) -> None:
     """On ours a stranger starts no run; and whoever starts one, a device runs its own code.
 
-    The latter is `test_own_code_runs_whatever_bundle_a_server_sends`.
+    The latter is `test_own_code_runs_whatever_an_enrolled_device_is_sent`.
     """
     bare, programs = flowers
     device, marker = registered(bare), tmp_path / "marker"
@@ -203,9 +164,7 @@ def test_flower_itself_runs_code_of_anybody_on_every_device(
         return any(n.node_id == device.node and n.status == "online" for n in nodes)
 
     until(is_online, programs.logs)
-    code = HOSTILE["hostile.py"].replace(b"MARKER", repr(str(marker)).encode())
-    content, _ = build_fab_from_files({**HOSTILE, "hostile.py": code})
-    ask(bare.control(), "StartRun", StartRunRequest(fab=Fab(content=content)))
+    ask(bare.control(), "StartRun", StartRunRequest(fab=hostile_bundle(marker)))
     until(marker.exists, programs.logs, 120)
 
 
@@ -274,6 +233,23 @@ def test_captured_headers_are_refused(server: Operated, member: Member) -> None:
     assert server.refused()["seen before"] == before + 2
 
 
+def test_captured_headers_are_refused_by_a_superlink_that_was_started_again(
+    tmp_path: Path,
+) -> None:
+    with operated(tmp_path / "server") as server:
+        device = server.enrol()
+        headers = captured(server.public, device)
+        server.child.end()
+
+        def is_up() -> bool:
+            server.child.tend()  # after a pause
+            return server.control.is_up() and listens(server.public)
+
+        until(is_up, lambda: "no SuperLink")
+        assert pull_with(server.public, device, headers)[0] == 400
+        activate(server.public, device)
+
+
 def test_a_time_that_was_not_signed_is_refused(server: Operated, member: Member) -> None:
     headers = captured(server.public, member)
     later = headers["flwr-timestamp"].replace("+00:00", "+00:01:00.5")
@@ -336,14 +312,69 @@ def test_flower_itself_waits_for_a_gigabyte_of_a_stranger(bare: Place) -> None:
     assert still_open(bare, HUGE + bytes(1 << 20), 4)
 
 
+def test_flower_itself_takes_connections_until_it_has_no_files_left(tmp_path: Path) -> None:
+    limited = ["/bin/sh", "-c", 'ulimit -n 200; exec "$@"', "sh"]
+    with flowers_own(tmp_path / "bare", first=limited) as (bare, _), crowd(bare, 400):
+        assert not answers(bare)
+
+
+def test_a_crowd_of_strangers_keeps_nobody_out(tmp_path: Path) -> None:
+    """Connections that agree on no TLS, from one address, more than there may be files."""
+    limits = "strangers = 32\nconnections = 64\nwaiting = 64\n"
+    with operated(tmp_path / "server", limits) as server:
+        member = server.enrol()
+        activate(server.public, member)
+        with crowd(server.public, 1500):
+            assert server.control.is_up()
+            assert server.control.nodes()
+            elsewhere = socket.create_connection(
+                (HERE, server.public.port), timeout=10, source_address=("127.0.0.2", 0)
+            )
+            context = ssl.create_default_context(cafile=server.public.authority)
+            with context.wrap_socket(elsewhere, server_hostname=HERE) as far:
+                far.sendall(head())
+                assert b" 401 " in far.recv(1 << 12)
+
+
+@contextmanager
+def crowd(place: Place, count: int) -> Iterator[None]:
+    """Connections that say nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, count + 512), hard))
+    opened = []
+    try:
+        for _ in range(count):
+            far = socket.socket()
+            far.setblocking(False)
+            far.connect_ex((HERE, place.port))
+            opened.append(far)
+        time.sleep(2)
+        yield
+    finally:
+        for far in opened:
+            far.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def answers(place: Place) -> bool:
+    """Whether a request has an answer there within some seconds."""
+    try:
+        with place.connect(seconds=4) as far:
+            far.sendall(head())
+            return far.recv(1) != b""
+    except OSError:
+        return False
+
+
 def test_a_strangers_body_is_not_read(server: Operated) -> None:
     stamp = f"flwr-timestamp: {datetime.now(UTC).isoformat()}"
     keyed = head(PULL, f"content-length: {1 << 30}", "flwr-public-key: eHg=")
     assert b" 413 " in server.public.say(keyed)
     endless = head(PULL, "transfer-encoding: chunked", "flwr-public-key: eHg=", stamp)
     answer = server.public.say(endless, *[b"1000\r\n" + bytes(4096) + b"\r\n"] * 8)
-    assert b" 413 " in answer or answer == b""  # it is closed before all has been sent
-    assert server.refused()["too large"] >= 2
+    assert b" 401 " in answer or answer == b""  # it is closed before all has been sent
+    assert server.refused()["too large"] >= 1
+    assert server.refused()["not enrolled"] >= 1
     assert b" 401 " in server.public.say(HUGE)
 
 

@@ -342,6 +342,7 @@ def release(folder: Path) -> dict[str, object]:
         "run": RUN,
         "base_model": "a" * 64,
         "adapter_digest": "b" * 64,
+        "start": {"run": "fedcba9876543210" * 2, "round": 9, "digest": "d" * 64},
         "privacy": statement.to_json(),
         "deployment": None,
         "ledger": {"length": 3, "head": "e" * 64},

@@ -1,0 +1,1 @@
+"""Load on a server: many light devices beside real ones, and what that costs it."""
