@@ -20,6 +20,7 @@ from homefire import (
 )
 from homefire.bench_commands import bench_app
 from homefire.common.errors import ConfigError, HomefireError, PrivacyError
+from homefire.common.loopback import past_proxies
 from homefire.device_session import device_app, exit_code
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
@@ -326,6 +327,7 @@ def main() -> NoReturn:
     """Run the command line; an error of ours is two lines and an exit code that is not 0."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.update(past_proxies(os.environ))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         app()

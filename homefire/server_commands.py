@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,31 +39,38 @@ def init(
     host: Annotated[
         list[str], typer.Option("--host", help="Name or address for devices. Repeatable.")
     ],
-    fleet: Annotated[str, typer.Option(help="Where devices connect.")] = "0.0.0.0:9092",
-    registry: Annotated[str, typer.Option(help="Where releases are.")] = "0.0.0.0:9093",
+    fleet: Annotated[
+        str, typer.Option(metavar="ADDRESS:PORT", help="Where devices connect.")
+    ] = "0.0.0.0:9092",
+    registry: Annotated[
+        str, typer.Option(metavar="ADDRESS:PORT", help="Where releases are.")
+    ] = "0.0.0.0:9093",
     private: Annotated[int, typer.Option(help="Port of this machine alone, Flower's.")] = 9095,
     operator: Annotated[int, typer.Option(help="Likewise, of page and metrics.")] = 9096,
+    users: Annotated[int, typer.Option(min=1, help="How many devices the run is for.")] = 1500,
     home: ServerFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
     """Make a server's folder: its authority, keys, and settings to look at.
 
     The first --host stands in tickets; the certificate is for all of them.
-    Nothing is ever served without TLS.
+    Nothing is ever served without TLS. federation.toml proposes a run for so
+    many --users, with cohorts, rounds and noise that fit.
 
     Example:
-      homefire server init --host fed.example.org
+      homefire server init --host fed.example.org --users 200
     """
     _need()
     from homefire.server import operator_home
 
     settings = {"fleet": fleet, "registry": registry, "private": private, "operator": operator}
-    made = operator_home.init(home.expanduser(), names=host, settings=settings)
+    made = operator_home.init(home.expanduser(), names=host, settings=settings, users=users)
     _show(
         as_json,
         {"home": str(made.folder), "server_key": made.server_key},
         f"A server in {made.folder}; its key is {made.server_key}.\n"
-        f"Look at {made.folder / operator_home.FEDERATION}, then: homefire server enroll",
+        f"Look at {made.folder / operator_home.FEDERATION}, then:\n"
+        f"  {_command('run', home)}\n  {_command('enroll', home)}",
     )
 
 
@@ -90,11 +99,13 @@ def run(home: ServerFolder = HOME) -> None:
     """
     _need()
     from homefire.server.logs import begin
+    from homefire.server.ports import check_ports
     from homefire.server.supervisor import Supervisor
 
     server = _home(home)
     begin(server.log("server"), "server", alone=False)
     with server.alone() as inherited:
+        check_ports(server.config)
         if server.undo_drain():
             typer.echo("It was being stopped when it ended; now it opens rounds again.")
         supervisor = Supervisor(server, inherited)
@@ -161,17 +172,23 @@ def status(
 
 
 def _status(home: Any) -> dict[str, Any]:
-    """From the server that runs, or else from its files."""
+    """From the server that runs here, or else from its files.
+
+    Who answers at its port may be another server.
+    """
     import httpx
 
+    from homefire.common.errors import ConfigError
     from homefire.server.status import look
 
     try:
-        answer = httpx.get(f"http://127.0.0.1:{home.config.operator}/status.json", timeout=30)
+        url = f"http://127.0.0.1:{home.config.operator}/status.json"
+        answer = httpx.get(url, timeout=30, trust_env=False)
         found: dict[str, Any] = answer.raise_for_status().json()
-    except (httpx.HTTPError, ValueError):
-        return asdict(look(home))
-    return found
+        is_ours = found["server_key"] == home.server_key
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, ConfigError):
+        is_ours = False
+    return found if is_ours else asdict(look(home))
 
 
 def _lines(found: dict[str, Any]) -> dict[str, str]:
@@ -354,6 +371,13 @@ def _home(folder: Path) -> Any:
     home = OperatorHome(folder.expanduser().absolute())  # its processes work elsewhere
     _ = home.config  # which says whether there is a server
     return home
+
+
+def _command(verb: str, home: Path) -> str:
+    """A command for this server, to be copied: with its folder, unless that goes without saying."""
+    usual = Path(os.environ.get("HOMEFIRE_SERVER_HOME") or HOME)
+    where = "" if home == usual else f" --home {shlex.quote(str(home.expanduser()))}"
+    return f"homefire server {verb}{where}"
 
 
 def _need() -> None:

@@ -72,7 +72,7 @@ def _run_operated(grid: Grid, home: OperatorHome) -> None:
     line = HttpLine(
         home.config.private,
         authority=home.certificates.authority,
-        secret=home.secret(OPERATOR_SECRET).read_text(encoding="ascii"),
+        secret=home.read_secret(OPERATOR_SECRET),
     )
     federation = replace(open_federation(home.federation()), enrolled=nodes, line=line)
     federation = replace(federation, start=start_of(home.folder, federation, home.server_key))

@@ -75,6 +75,7 @@ class Status:
     Attributes:
         state: What is going on, in words.
         names: Of the server.
+        server_key: That plans and releases are signed with; by it one server is told from another.
         processes: Whether each runs, and how often it was started.
         enrolled: Devices.
         needed: Devices that the run starts with.
@@ -95,6 +96,7 @@ class Status:
 
     state: str
     names: tuple[str, ...]
+    server_key: str = ""
     processes: dict[str, dict[str, Any]] = field(default_factory=dict)
     enrolled: int = 0
     needed: int | None = None
@@ -152,8 +154,9 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     config, enrolment, trouble = home.config, home.enrolment, list[str]()
     rounds = read_rounds(home.output / "rounds.jsonl")
     releases = sorted(int(path.stem) for path in (home.output / "releases").glob("[0-9]*"))
-    federation, budget, size = None, None, 0
+    federation, budget, size, server_key = None, None, 0, ""
     try:
+        server_key = home.server_key
         federation = home.federation()
         newest = _newest(home)
         budget = budget_of(federation, released=max(releases, default=0), stated=newest)
@@ -168,6 +171,7 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     return Status(
         state=state,
         names=config.names,
+        server_key=server_key,
         enrolled=len(enrolment.devices()),
         needed=None if federation is None else federation.users,
         tickets=enrolment.open_tickets(),

@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from base64 import b64decode
-from binascii import Error as Base64Error
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +39,8 @@ from homefire.common.files import DISK_HINT
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
 from homefire.server.door import Door
-from homefire.server.enrolment import Device, Removed, Request
+from homefire.server.doorstep import PublicServer
+from homefire.server.enrolment import Device, Enrolment, Request
 from homefire.server.fleet import Bells, Fleet
 from homefire.server.listener import bounded_protocol, make_room
 from homefire.server.logs import begin
@@ -80,9 +80,15 @@ class OperatorOnly(NoOpControlAuthnPlugin):
 
 
 def make_app(home: OperatorHome) -> FastAPI:
-    """Flower's app, as this server runs it."""
+    """Flower's app, as this server runs it.
+
+    Raises:
+        ConfigError: A secret is missing or none.
+    """
     config = home.config
     tls = home.certificates
+    home.read_secret(EXECUTOR_SECRET)  # Flower would take any file for one
+    secret = home.read_secret(OPERATOR_SECRET)
     # Flower reads its settings from the command line and nowhere else.
     options = {
         "--host": LOOPBACK,
@@ -98,7 +104,6 @@ def make_app(home: OperatorHome) -> FastAPI:
     flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
     with _arguments(["flower-superlink", *given, *flags]):
         parsed = _parse_superlink_lifespan_config()
-    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
     app = create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
     calm(_state(app))
     return app
@@ -126,11 +131,11 @@ def _arguments(given: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def enroller(home: OperatorHome, app: FastAPI) -> Any:
+def enroller(home: OperatorHome, enrolment: Enrolment, app: FastAPI) -> Any:
     """What redeems tickets: it makes a device's node known to Flower, and keeps it."""
 
     def enrol(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
-        device = home.enrolment.redeem(Request.read(wanted), lambda key: _register(app, key))
+        device = enrolment.redeem(Request.read(wanted), lambda key: _register(app, key))
         return {"version": VERSION, "node": str(device.node), "server_key": home.server_key}
 
     return enrol
@@ -197,15 +202,13 @@ def _register(app: FastAPI, node_key: str) -> int:
 async def serve(home: OperatorHome) -> None:
     """Serve both listeners until a signal ends this process."""
     config, tls, app = home.config, home.certificates, make_app(home)
-    enrolled: set[bytes] = set()
+    enrolment = home.enrolment
 
     def known(shown: bytes) -> bool:
-        return shown in enrolled or _is_known(app, shown, enrolled)
-
-    out = Removed(home.enrolment)
+        return enrolment.is_enrolled(b64decode(shown))
 
     def removed(shown: bytes) -> bool:
-        return _decoded(shown) in out
+        return enrolment.is_removed(b64decode(shown))
 
     names = {*config.names, *LOOPBACK_NAMES}
     limits = config.limits
@@ -213,8 +216,9 @@ async def serve(home: OperatorHome) -> None:
     room = make_room(2 * limits.connections + limits.waiting)
     fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
     waiting = fleet.bells.__len__
-    door = Door(fleet, names, enroller(home, app), limits, known, removed, waiting)
-    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
+    door = Door(fleet, names, enroller(home, enrolment, app), limits, known, removed, waiting)
+    fleet.refused = door.refused
+    secret = home.read_secret(OPERATOR_SECRET)
     private = Private(app, door, fleet.bells, secret)
     common: dict[str, Any] = {
         "ssl_certfile": str(tls.server),
@@ -228,13 +232,15 @@ async def serve(home: OperatorHome) -> None:
         "timeout_graceful_shutdown": 10,
     }
     strangers: dict[str, Any] = {
-        "http": bounded_protocol(connections=room, seconds=limits.seconds),
+        "http": bounded_protocol(seconds=limits.seconds),
         "lifespan": "off",
     }
     host, _, port = config.fleet.rpartition(":")
     inner = uvicorn.Server(uvicorn.Config(private, host=LOOPBACK, port=config.private, **common))
-    outer = _Second(
-        uvicorn.Config(door, host=host.strip("[]"), port=int(port), **common, **strangers)
+    outer = PublicServer(
+        uvicorn.Config(door, host=host.strip("[]"), port=int(port), **common, **strangers),
+        most=room,
+        each=limits.strangers,
     )
     async with asyncio.TaskGroup() as tasks:
         private_listener = tasks.create_task(inner.serve())
@@ -246,32 +252,6 @@ async def serve(home: OperatorHome) -> None:
         await asyncio.wait([private_listener])
         fleet.bells.end()
         outer.should_exit = True
-
-
-class _Second(uvicorn.Server):
-    """Leaves the signals to the first."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Nothing is captured."""
-        yield
-
-
-def _decoded(shown: bytes) -> bytes:
-    """The key of a header; nothing where it is none."""
-    try:
-        return b64decode(shown, validate=True)
-    except (Base64Error, ValueError):
-        return b""
-
-
-def _is_known(app: FastAPI, shown: bytes, enrolled: set[bytes]) -> bool:
-    if not (key := _decoded(shown)):
-        return False
-    if _state(app).get_node_id_by_public_key(key) is None:
-        return False
-    enrolled.add(shown)
-    return True
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from homefire.common.errors import FederationError, HomefireError
+from homefire.common.errors import HomefireError
 from homefire.common.files import DISK_HINT
+from homefire.common.loopback import past_proxies
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
 from homefire.server.releases import ReleaseStore
@@ -97,7 +98,7 @@ class Child:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
                 self.command,
                 cwd=home,
-                env={**os.environ, **ENVIRONMENT, "PATH": _path(), "FLWR_HOME": str(home)},
+                env=_environment(home),
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
@@ -186,7 +187,7 @@ class Supervisor:
         }
         try:
             online, door = self.control.nodes().get("online", 0), self.control.door()
-        except FederationError:
+        except HomefireError:
             online, door = None, {}
         down = [
             f"{child.name} does not run: see logs/{child.name}.log"
@@ -280,6 +281,11 @@ class Supervisor:
 
 DRAINED = "drained"
 ENDED = "the run is over: releases are served"
+
+
+def _environment(home: Path) -> dict[str, str]:
+    own = {"PATH": _path(), "FLWR_HOME": str(home)}
+    return {**os.environ, **past_proxies(os.environ), **ENVIRONMENT, **own}
 
 
 def _path() -> str:

@@ -2,20 +2,31 @@
 
 import json
 import re
+import shlex
+import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 from tiny_flower import free_port
-from tiny_operators import enrol_made_up
+from tiny_operators import enrol_made_up, made_home
+from tiny_vaults import served_on_a_port
 from typer.testing import CliRunner
 
 from homefire.common.config import load_config
 from homefire.common.errors import ConfigError, EnrolmentError, FederationError, HomefireError
 from homefire.common.policy import DevicePolicy
+from homefire.common.privacy.mechanism import participation_charge
 from homefire.common.ticket import Ticket
 from homefire.server.operator_home import OperatorHome
+from homefire.server.operator_page import make_app
+from homefire.server.planning import plan_privacy
+from homefire.server.status import look
 from homefire.server_commands import server_app
 
 KEY = re.compile("[0-9a-f]{64}")
@@ -81,6 +92,65 @@ def test_init_says_what_to_do_next(tmp_path: Path) -> None:
     assert KEY.fullmatch(told["server_key"])
     assert told["home"] == str(tmp_path / "b")
     assert run("key", "--home", str(tmp_path / "b")).strip() == told["server_key"]
+
+
+def test_commands_that_init_prints_can_be_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "my server"
+    said = run("init", "--host", "x", "--home", str(odd))
+    command = next(line for line in said.splitlines() if "homefire server enroll" in line)
+    _, _, *arguments = shlex.split(command)
+    assert Ticket.read(run(*arguments).strip()).secret
+    monkeypatch.chdir(tmp_path)
+    assert "  homefire server enroll\n" in run("init", "--host", "x")
+    assert (tmp_path / "homefire-server").is_dir()
+    monkeypatch.setenv("HOMEFIRE_SERVER_HOME", str(tmp_path / "named"))
+    assert "  homefire server enroll\n" in run("init", "--host", "x")
+
+
+@pytest.mark.parametrize("users", [1, 2, 7, 19, 20, 21, 39, 200, 1500, 3_000_000])
+def test_init_proposes_a_run_for_as_many_as_are_asked_for(tmp_path: Path, users: int) -> None:
+    run("init", "--host", "x", "--home", str(tmp_path / "a"), "--users", str(users))
+    home = OperatorHome(tmp_path / "a")
+    config = home.federation()
+    plan = plan_privacy(config)
+    assert config.users == users
+    assert plan.statement.epsilon_release == pytest.approx(8.0, rel=1e-3)
+    policy = load_config(DevicePolicy, home.folder / "device-policy.toml")
+    header = (config.federation.cohort, policy.smallest_cohort)
+    text = (home.folder / "federation.toml").read_text()
+    assert (f"smallest_cohort = {config.federation.cohort}" in text) == (header[0] < header[1])
+    mu = participation_charge(plan.mechanism) ** 0.5
+    assert 1 / mu >= policy.smallest_noise_multiplier
+
+
+def test_init_refuses_no_users(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    assert server("init", "--host", "x", "--home", str(folder), "--users", "0").exit_code == 2
+    assert not folder.exists()
+
+
+def test_init_says_why_a_folder_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/zz")):
+        error = refused("init", "--host", "x", "--home", str(folder))
+        assert f"{folder}: no server can be made there" in str(error)
+        assert "--home" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--fleet", "99999", "fleet: give ADDRESS:PORT, such as 0.0.0.0:9092, not '99999'"),
+        ("--registry", "x:1", "registry: give ADDRESS:PORT, such as 0.0.0.0:9093, not 'x:1'"),
+        ("--fleet", "0.0.0.0:http", "http is no port: 1 to 65535"),
+        ("--fleet", "0.0.0.0:99999", "99999 is no port: 1 to 65535"),
+    ],
+)
+def test_init_says_what_an_address_is(tmp_path: Path, option: str, value: str, said: str) -> None:
+    folder = str(tmp_path / "a")
+    assert said in str(refused("init", "--host", "x", "--home", folder, option, value))
 
 
 def test_init_leaves_a_folder_alone_that_is_not_empty(home: Path, tmp_path: Path) -> None:
@@ -154,6 +224,43 @@ def test_status_of_a_server_that_does_not_run(home: Path) -> None:
     assert told["budget"]["epsilon_end"] == pytest.approx(8.0, rel=1e-3)
     (home / "federation.toml").write_text("users = 0\n")
     assert "trouble" in run("status")
+
+
+@pytest.mark.parametrize("told", ["another server", "no key", "a list", "no JSON"])
+def test_status_is_of_this_server_where_another_answers(home: Path, told: str) -> None:
+    """Two folders with the same ports."""
+    ours, theirs = OperatorHome(home), made_home(home.with_name("theirs"))
+    other = replace(look(theirs), state="running", enrolled=77, names=("theirs.example",))
+    answers: dict[str, Any] = {
+        "no key": {"state": "running"},
+        "a list": ["running"],
+        "no JSON": "<html>",
+    }
+    app = make_app(lambda: other)
+    if told in answers:
+        app = Starlette(routes=[Route("/status.json", lambda _: JSONResponse(answers[told]))])
+    with served_on_a_port(app) as url:
+        point_at(ours, url)
+        found = json.loads(run("status", "--json"))
+        assert (found["state"], found["enrolled"]) == ("stopped", 0)
+        assert found["server_key"] == ours.server_key
+        mine = replace(look(ours), state="running", enrolled=5)
+    with served_on_a_port(make_app(lambda: mine)) as url:
+        point_at(ours, url)
+        assert json.loads(run("status", "--json"))["enrolled"] == 5
+
+
+def point_at(home: OperatorHome, url: str) -> None:
+    """Let a folder's settings name the port where something is served."""
+    path, port = home.folder / "server.toml", url.rpartition(":")[2].strip("/")
+    path.write_text(re.sub(r"(?m)^operator = .*$", f"operator = {port}", path.read_text()))
+
+
+def test_status_of_a_server_whose_key_is_gone(home: Path) -> None:
+    (home / "keys" / "server-signing").unlink()
+    found = json.loads(run("status", "--json"))
+    assert found["server_key"] == ""
+    assert any("there is no signing key" in said for said in found["trouble"])
 
 
 def test_status_checks_whether_all_processes_run(
@@ -240,6 +347,15 @@ def test_stop_and_undo(home: Path) -> None:
         assert not operated.is_draining()
         assert "a server runs here already" in str(refused("run"))
     run("stop", "--undo")
+
+
+def test_run_starts_nothing_where_a_port_is_in_use(tmp_path: Path) -> None:
+    folder = made_home(tmp_path / "server").folder
+    port = OperatorHome(folder).config.operator
+    with socket.create_server(("127.0.0.1", port)):
+        error = refused("run", "--home", str(folder))
+    assert f"port {port} is in use" in str(error)
+    assert not list((folder / "flower").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The ServerApp of an operator's folder: what it publishes when, and what it says of failures."""
 
 import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ from tiny_servers import KilledError, SmallGrid, kill_at, silent
 
 from homefire.common.errors import ConfigError, FederationError, RegistryError
 from homefire.server import app as app_module
-from homefire.server import registry_folder
 from homefire.server.app import main, open_federation, publish_all, run_operated
 from homefire.server.operator_home import OperatorHome
 from homefire.server.registry import open_home
@@ -45,13 +45,13 @@ class Watching(SmallGrid):
 
     def __init__(self, home: OperatorHome, then: Callable[[int], object] = lambda number: None):
         super().__init__(silent, users=USERS)
-        self._home, self._then = home, then
+        self._server, self._then = home, then
         self.there: dict[int, tuple[list[int], list[int]]] = {}
 
     def push_messages(self, messages: Any) -> Any:
         """Note it."""
         pushed = super().push_messages(messages)
-        self.there[self.rounds[-1]] = releases(self._home), published(self._home)
+        self.there[self.rounds[-1]] = releases(self._server), published(self._server)
         self._then(self.rounds[-1])
         return pushed
 
@@ -125,7 +125,7 @@ def test_a_release_that_is_past_its_time_is_offered_again(
     home: OperatorHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_operated(Watching(home), home)
-    later = registry_folder.time.time() + RELEASE_SECONDS + 1
+    later = time.time() + RELEASE_SECONDS + 1
     registry, federation = open_home(home.folder), open_federation(home.federation())
     registry.clock = lambda: later
     publish_all(registry, federation)
@@ -192,7 +192,12 @@ def test_who_enrols_during_a_run_is_not_asked(home: OperatorHome) -> None:
 
 def test_a_run_that_is_drained_ends_after_its_round_and_goes_on_later(home: OperatorHome) -> None:
     with home.alone():
-        run_operated(Watching(home, lambda number: number == 2 and home.drain()), home)
+
+        def drain(number: int) -> None:
+            if number == 2:
+                home.drain()
+
+        run_operated(Watching(home, drain), home)
         assert releases(home) == [0, 1, 2]
         assert published(home) == [1, 2]
         run_operated(Watching(home), home)

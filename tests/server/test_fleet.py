@@ -39,14 +39,25 @@ from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.main import _get_middleware, create_app
 from flwr.superlink.routers.fleet.router import router
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 
 from homefire.server.door import OPEN, Door
-from homefire.server.fleet import FLEET, HANDLERS, Bells, Fleet
+from homefire.server.fleet import (
+    FLEET,
+    HANDLERS,
+    LARGE,
+    PIECE,
+    Bells,
+    Fleet,
+    Transfers,
+    _send,
+)
 from homefire.server.line import ANSWERED_PATH, RING_PATH
 from homefire.server.operator_home import LimitsConfig
 from homefire.server.private import Private, answered, runtime_stack
 from homefire.server.superlink import calm
-from homefire.simulations.load.light import Keys
+from homefire.simulations.load.keys import Keys
 
 Found = TypeVar("Found")
 SECRET = "f" * 64
@@ -394,6 +405,86 @@ def test_so_many_none_of_them_shuts_others_out(app: FastAPI, state: SqlLinkState
         return statuses + [(await task)[0] for task in waiting]
 
     assert run(meanwhile()) == 4 * [200]
+
+
+# Transfers
+
+
+class Sender:
+    """One request whose body comes when it is let come; to nothing that Flower knows."""
+
+    def __init__(self, key: str, *, length: int = LARGE, name: str = "push-object") -> None:
+        headers = {FLEET_HTTP_PUBLIC_KEY_HEADER: key, "content-length": str(length)}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.scope = {"type": "http", "path": f"{FLEET}{name}", "headers": raw}
+        self.request: Any = Request({**self.scope, "server": ("here", 1), "query_string": b""})
+        self.placed, self.done = False, asyncio.Event()
+
+    async def send(self, transfers: Transfers) -> None:
+        """Take a place until it is done."""
+        async with transfers.place(self.request):
+            self.placed = True
+            await self.done.wait()
+
+
+async def placed(transfers: Transfers, *senders: Sender) -> list[bool]:
+    """Who has a place; then all leave, one by one, and all have had one."""
+    tasks = [asyncio.create_task(each.send(transfers)) for each in senders]
+    await asyncio.sleep(0.01)
+    found = [each.placed for each in senders]
+    for each in senders:
+        each.done.set()
+    await asyncio.gather(*tasks)
+    assert all(each.placed for each in senders)
+    return found
+
+
+def test_so_many_large_bodies_at_the_same_time() -> None:
+    async def work() -> list[bool]:
+        return await placed(Transfers(2), Sender("a"), Sender("b"), Sender("c"))
+
+    assert run(work()) == [True, True, False]
+
+
+def test_so_many_large_answers_at_the_same_time() -> None:
+    async def work() -> list[bool]:
+        fetch = [Sender(key, length=10, name="pull-object") for key in "ab"]
+        return await placed(Transfers(1), *fetch)
+
+    assert run(work()) == [True, False]
+
+
+def test_one_each_however_much_a_device_sends() -> None:
+    async def work() -> list[bool]:
+        transfers = Transfers(3)
+        found = await placed(transfers, Sender("a"), Sender("a"), Sender("b"))
+        assert not transfers._own  # nothing is kept of those that have left
+        return found
+
+    assert run(work()) == [True, False, True]
+
+
+def test_small_requests_wait_for_no_place() -> None:
+    async def work() -> list[bool]:
+        small = [Sender("a", length=LARGE - 1) for _ in range(2)]
+        return await placed(Transfers(1), Sender("a"), *small)
+
+    assert run(work()) == [True, True, True]
+
+
+@pytest.mark.parametrize("length", [0, 1, PIECE, 3 * PIECE + 5])
+def test_an_answer_goes_in_pieces_and_arrives_whole(length: int) -> None:
+    sent: list[Any] = []
+    body = bytes(range(256)) * (length // 256 + 1)
+
+    async def send(event: Any) -> None:
+        sent.append(event)
+
+    run(_send(Response(body[:length]), send))
+    assert dict(sent[0]["headers"])[b"content-length"] == str(length).encode()
+    assert b"".join(event["body"] for event in sent[1:]) == body[:length]
+    assert max(len(event["body"]) for event in sent[1:]) <= PIECE
+    assert [event.get("more_body", False) for event in sent[1:]][-1:] == [False]
 
 
 # The private listener

@@ -23,7 +23,6 @@ from homefire.common.errors import (
 from homefire.common.keystore import Keystore
 from homefire.common.protocol import Refusal, encode_refusal
 from homefire.common.signatures import public_key
-from homefire.server.enrolment import Removed
 from homefire.server.federation import run_federation
 from homefire.server.model_card import model_card
 from homefire.server.operator_home import ROSTER, OperatorHome, init
@@ -253,13 +252,16 @@ def test_what_is_spent_is_told_without_amplification_where_that_was_lost(
 
 def test_removed_for_good(home: OperatorHome) -> None:
     key = enrol(home, 1)
-    out = Removed(home.enrolment)
-    (device,) = home.enrolment.devices()
-    assert device.node_key.encode() not in out
-    home.enrolment.remove(key)
-    assert device.node_key.encode() in out
+    watching = home.enrolment
+    (device,) = watching.devices()
+    node_key = device.node_key.encode()
+    assert watching.is_enrolled(node_key)
+    assert not watching.is_removed(node_key)
+    home.enrolment.remove(key)  # by another process
+    assert not watching.is_enrolled(node_key)
+    assert watching.is_removed(node_key)
     assert home.enrolment.devices() == []
-    with pytest.raises(EnrolmentError, match="enrolled already"):
+    with pytest.raises(EnrolmentError, match="removed this device"):
         enrol(home, 1)
     assert home.enrolment.devices() == []
 
