@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def written(name: str) -> str:
     return re.sub(r"\W+", "_", name.partition(", and ")[0].lower().replace("'", ""))
 
 
+@cache
 def names_in(folder: Path) -> list[str]:
     """The names of a folder's tests, without `test_`."""
     texts = (path.read_text(encoding="utf-8") for path in folder.rglob("test_*.py"))
@@ -44,7 +46,7 @@ def test_each_guarantee_of_the_server_has_tests_that_begin_with_its_name() -> No
     assert not missing, "\n".join(missing)
 
 
-@pytest.mark.parametrize("room", ["common", "client", "simulations"])
+@pytest.mark.parametrize("room", ["common", "client"])
 def test_each_guarantee_has_a_test_with_its_name(room: str) -> None:
     tests = names_in(ROOT / "tests")
     missing = [
