@@ -40,6 +40,11 @@ DROPPED = frozenset(
 REFUSED = frozenset(get_args(RefusalReason))
 PROCESSES = frozenset(("superlink", "registry", "executor"))
 OTHER = "other"
+HIDDEN = "…"
+LONGEST = 1000  # letters of a sentence
+NUMBERS = re.compile(r"(?<![0-9A-Za-z])(?:[0-9]{13,}|[0-9a-fA-F]{16,}|[0-9A-Za-z]{40,})")
+"""Numbers of nodes, and keys."""
+
 LEAST_FREE = 256 << 20  # bytes
 WARN_DAYS = 30
 
@@ -74,6 +79,7 @@ class Status:
     Guarantees:
         Fixed names: whatever is counted by name is counted by one of a fixed set; what is not in it
             is `other`.
+        Nobody's number: no node's and no key is in words, whatever error they are of.
 
     Attributes:
         state: What is going on, in words.
@@ -125,6 +131,8 @@ class Status:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
+        put("state", plain(self.state))
+        put("trouble", [plain(each) for each in self.trouble])
         put("dropped", only(self.dropped, DROPPED))
         put("refused", only(self.refused, REFUSED))
         put("processes", {n: each for n, each in self.processes.items() if n in PROCESSES})
@@ -133,6 +141,13 @@ class Status:
             put("door", {"served": int(self.door.get("served", 0)), "refused": refused})
         put("rounds", [_plain(each) for each in self.rounds])
         put("published", [_of_release(each) for each in self.published])
+
+
+def plain(words: str) -> str:
+    """Words for people, without numbers that could be somebody's, nor what a terminal acts on."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in words)
+    shown = NUMBERS.sub(HIDDEN, shown)
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}{HIDDEN}"
 
 
 def only(counts: Mapping[str, int], names: Collection[str]) -> dict[str, int]:

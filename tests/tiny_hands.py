@@ -9,9 +9,14 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
+from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import message_from_proto, message_to_proto, run_from_proto
+from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.proto.fab_pb2 import Fab
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
@@ -42,6 +47,7 @@ from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import clip_to_grid
 from homefire.common.protocol import STATISTICS, encode_contribution
 from homefire.common.signatures import public_key
+from homefire.server.control import BUNDLE
 from homefire.server.federation import RoundLog, run_federation
 from homefire.server.line import HttpLine
 from homefire.server.nodes import ascending
@@ -258,6 +264,18 @@ class Looping:
 
 
 @contextmanager
+def line_of(server: Operated) -> Iterator[HttpLine]:
+    """The round loop's own line."""
+    line = HttpLine(
+        server.private.port,
+        authority=server.private.authority,
+        secret=server.home.secret(OPERATOR_SECRET).read_text(encoding="ascii"),
+    )
+    with line._client:
+        yield line
+
+
+@contextmanager
 def looping(
     server: Operated,
     devices: Sequence[Hand],
@@ -269,17 +287,59 @@ def looping(
     """A run whose round loop is here: all devices are asked in each round; without noise."""
     settings = RoundsConfig(rounds=rounds, cohort=len(devices), deadline=deadline)
     small = small_federation(output, users=len(devices), federation=settings)
-    line = HttpLine(
-        server.private.port,
-        authority=server.private.authority,
-        secret=server.home.secret(OPERATOR_SECRET).read_text(encoding="ascii"),
-    )
     nodes = ascending(each.member.node for each in devices)
     roster = frozenset(public_key(each.member.identity) for each in devices)
-    federation = replace(small, enrolled=nodes, roster=roster, line=line)
     with ExitStack() as undo:
-        undo.enter_context(line._client)
+        line = undo.enter_context(line_of(server))
+        federation = replace(small, enrolled=nodes, roster=roster, line=line)
         with grid_of_a_run(server) as grid:
             loop = Looping(federation, grid)
             undo.callback(loop.wait)  # it ends with its run
             yield loop
+
+
+# Bundles, and Flower's own
+
+
+def registered(bare: Place) -> Member:
+    """A device whose key a stranger registers at Flower's own."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    made = ask(bare.control(), "RegisterNode", RegisterNodeRequest(public_key=pem(key).encode()))
+    return Member(key, Ed25519PrivateKey.generate(), made.node_id)
+
+
+def bundle() -> Fab:
+    return Fab(content=build_fab_from_files(BUNDLE)[0])
+
+
+HOSTILE = {
+    "pyproject.toml": BUNDLE["pyproject.toml"]
+    .replace(b"homefire_operated:nothing", b"hostile:app")
+    .replace(b"homefire_operated:app", b"hostile:server"),
+    "hostile.py": b"""
+from pathlib import Path
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+app = ClientApp()
+server = ServerApp()
+
+@app.train("contribute")
+def train(message, context):
+    Path(MARKER).touch()
+    return Message(RecordDict(), reply_to=message)
+
+@server.main()
+def main(grid, context):
+    nodes = grid.get_node_ids()
+    grid.send_and_receive([Message(RecordDict(), dst_node_id=node, message_type="train.contribute")
+                           for node in nodes], timeout=60)
+""",
+}
+
+
+def hostile_bundle(marker: Path) -> Fab:
+    """Touches a file wherever its ClientApp runs."""
+    code = HOSTILE["hostile.py"].replace(b"MARKER", repr(str(marker)).encode())
+    return Fab(content=build_fab_from_files({**HOSTILE, "hostile.py": code})[0])

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
-from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH
+from homefire.common.protocol import VERSION
+from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.door import OPEN, Door
 from homefire.server.doorstep import WELCOME
 from homefire.server.enrolment import FORMS, Request
@@ -382,6 +383,17 @@ def test_clock_first(door: Door) -> None:
     assert dict(door.refused) == {"another time": 2}
 
 
+def test_one_version_a_device_that_states_another_is_told_so(door: Door) -> None:
+    for stated in ("2", "0", "", "one", "1.0", "11", "\u0661"):
+        raw = stated.encode().decode("latin-1")
+        asked = Asking(PULL, headers={VERSION_HEADER: raw}).at(door)
+        assert (asked.status, asked.error) == (426, "another version")
+        asked = Asking(ENROL_PATH, b"{}", headers={VERSION_HEADER: raw}).at(door)
+        assert (asked.status, asked.error) == (426, "another version")
+    assert Asking(PULL, headers={VERSION_HEADER: str(VERSION)}).at(door).status == 200
+    assert Asking(PULL).at(door).status == 200, "one that says nothing speaks version 1"
+
+
 # Tickets
 
 
@@ -391,6 +403,17 @@ def test_a_ticket_is_redeemed(door: Door) -> None:
     asked = Asking(ENROL_PATH, b'{"secret": "other"}').at(door)
     assert asked.status == 403
     assert json.loads(asked.body) == {"error": "there is no such ticket", "hint": "Ask."}
+
+
+def test_a_ticket_that_could_not_be_kept_is_the_servers_trouble(door: Door) -> None:
+    def full(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise OSError(28, "No space left on device", "/home/operator/enrolment.jsonl")
+
+    door.enrol = full
+    asked = Asking(ENROL_PATH, b'{"secret": "good"}').at(door)
+    assert (asked.status, asked.error) == (503, "the server cannot enrol now")
+    assert b"operator" not in asked.body
+    assert dict(door.refused) == {"enrolment failed": 1}
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 10_000])

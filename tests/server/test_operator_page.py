@@ -344,7 +344,7 @@ COUNTS = st.dictionaries(
 
 
 @given(COUNTS, COUNTS, COUNTS, st.text(), st.text())
-def test_allow_list_whatever_a_status_was_made_of(
+def test_fixed_names_whatever_a_status_was_made_of(
     dropped: dict[str, int], refused: dict[str, int], door: dict[str, int], name: str, key: str
 ) -> None:
     status = replace(

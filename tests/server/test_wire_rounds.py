@@ -5,24 +5,43 @@ What is a defect of Flower's is shown on its own SuperLink by a test named `flow
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import httpx
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.cli.build import build_fab_from_files
-from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
-from flwr.proto.fab_pb2 import Fab
-from tiny_hands import Hand, grid_of, hands, looping, token_of_a_task
-from tiny_operators import Member, Operated, Place, ask, flowers_own, operated, pem, until
+from flwr.proto.control_pb2 import ListNodesRequest, StartRunRequest
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.supercore.constant import TASK_TOKEN_HEADER
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE as PROTOBUF
+from tiny_hands import (
+    ACQUIRE,
+    Hand,
+    bundle,
+    executor_of,
+    grid_of,
+    hands,
+    hostile_bundle,
+    line_of,
+    looping,
+    registered,
+    token_of_a_task,
+)
+from tiny_operators import Operated, Place, ask, flowers_own, operated, until
 from tiny_runs import device_key
+from tiny_vaults import CANARY, PASSPHRASE
 
-from homefire.server.control import BUNDLE
+from homefire.client import Personalizer
+from homefire.client.enrolment import enrolled_with, link_to
+from homefire.client.joining import Membership
+from homefire.client.vault import Vault
+from homefire.common.protocol import decode_refusal
 from homefire.server.fleet import ANOTHERS, LATE
+from homefire.server.line import RING_PATH
 from homefire.server.superlink import DATABASE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(175)]
@@ -41,17 +60,6 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Flower's own."""
     with flowers_own(tmp_path_factory.mktemp("flower") / "own") as (place, _):
         yield place
-
-
-def registered(bare: Place) -> Member:
-    """A device whose key a stranger registers at Flower's own."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    made = ask(bare.control(), "RegisterNode", RegisterNodeRequest(public_key=pem(key).encode()))
-    return Member(key, Ed25519PrivateKey.generate(), made.node_id)
-
-
-def bundle() -> Fab:
-    return Fab(content=build_fab_from_files(BUNDLE)[0])
 
 
 def garbage() -> RecordDict:
@@ -190,3 +198,94 @@ def test_a_contribution_is_nowhere_once_it_is_in_a_sum(server: Operated, tmp_pat
         (log,) = loop.end()
         assert log.accepted == 2
         until(lambda: not any(canary in each for each in in_flight(server).values()), str, 20)
+
+
+# Stolen task tokens
+
+
+def test_a_stolen_task_token_is_of_no_use_elsewhere(server: Operated) -> None:
+    """On this machine it is what the ServerApp has: the rounds of one run that runs."""
+    run = server.control.start()
+    token = token_of_a_task(server.private, executor_of(server))
+    stolen = RuntimeTokenHttpInterceptor(token)
+
+    def status(client: Any, call: str, request: Any) -> int:
+        try:
+            ask(client, call, request)
+        except httpx.HTTPStatusError as error:
+            return error.response.status_code
+        return 200
+
+    task = ("PullTaskInput", PullTaskInputRequest())
+    assert status(server.private.runtime(stolen), *task) == 200
+    assert status(server.public.runtime(stolen), *task) == 404
+    named = {"content_type": PROTOBUF, TASK_TOKEN_HEADER: token, "authorization": f"Bearer {token}"}
+    assert server.private.post("/v1/control/list-nodes", b"", **named)[0] == 401
+    assert server.private.post(RING_PATH, b"{}", **named)[0] == 401
+    with (
+        server.private.runtime(stolen) as client,
+        pytest.raises(httpx.HTTPStatusError, match="401"),
+    ):
+        client.AcquireTask(ACQUIRE)
+    server.control.stop(run)
+    assert status(server.private.runtime(stolen), *task) == 401
+
+
+# Pushed code
+
+
+@contextmanager
+def joined(server: Operated, folder: Path, model: Path) -> Iterator[tuple[Vault, int]]:
+    """A person's device that is enrolled and takes part; its vault, and its node."""
+    (ticket,) = server.home.tickets(1)
+    stop = Event()
+    with Personalizer.open(folder, base_model=str(model), passphrase=PASSPHRASE) as me:
+        me.remember(CANARY)
+        me.enroll(ticket.text)
+        node = server.home.enrolment.devices()[-1].node
+        enrolled = enrolled_with(me.vault)
+        assert enrolled is not None
+        with link_to(enrolled) as link:
+            member = Membership(me.vault, link, PASSPHRASE, (), lambda change: None)
+            thread = Thread(target=lambda: member.run(stop))
+            thread.start()
+            try:
+                yield me.vault, node
+            finally:
+                stop.set()
+                thread.join(60)
+                assert not thread.is_alive()
+
+
+@pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
+def test_own_code_runs_whatever_an_enrolled_device_is_sent(
+    server: Operated, tmp_path: Path, tiny_llama: Path
+) -> None:
+    """The operator's machine is in other hands, which start a run with a bundle of their own."""
+    marker = tmp_path / "marker"
+    with joined(server, tmp_path / "home", tiny_llama) as (vault, node):
+        run = server.control._call("StartRun", StartRunRequest(fab=hostile_bundle(marker))).run_id
+        nodes = server.control._call
+
+        def is_online() -> bool:
+            found = nodes("ListNodes", ListNodesRequest()).nodes_info
+            return any(each.node_id == node and each.status == "online" for each in found)
+
+        until(is_online, lambda: "the device does not come")
+        token = token_of_a_task(server.private, executor_of(server))
+        with grid_of(server.private, token) as grid, line_of(server) as line:
+            message = Message(RecordDict(), dst_node_id=node, message_type="train.contribute")
+            (identifier,) = grid.push_messages([message])
+            line.ring([node])
+            replies: list[Message] = []
+
+            def is_answered() -> bool:
+                replies.extend(grid.pull_messages([identifier]))
+                return bool(replies)
+
+            until(is_answered, str, 60)
+        server.control.stop(run)
+    refusal = decode_refusal(replies[0].content)
+    assert refusal is not None and refusal.reason == "malformed plan"
+    assert not marker.exists()
+    assert list((vault.folder / "flower").rglob("hostile.py")) == []
