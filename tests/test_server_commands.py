@@ -428,7 +428,7 @@ def wrong_settings(home: Path) -> None:
         (lambda home: (home / "keys" / "server-signing").unlink(), "no signing key"),
     ],
 )
-def test_refused_before_the_first_round(
+def test_run_refuses_what_cannot_be_served(
     tmp_path: Path, spoil: Callable[[Path], None], said: str
 ) -> None:
     folder = made_home(tmp_path / "server").folder
@@ -436,16 +436,6 @@ def test_refused_before_the_first_round(
     spoil(folder)
     assert said in str(refused("run", "--home", str(folder)))
     assert not list((folder / "flower").iterdir())
-
-
-def test_served_on_where_a_run_has_begun(tmp_path: Path) -> None:
-    home = made_home(tmp_path / "server")
-    begin_run(home)
-    assert check_ready(home) is None
-    wrong_settings(home.folder)
-    wrong = check_ready(home)
-    assert wrong is not None
-    assert "epsilon" in str(wrong)
 
 
 def begin_run(home: OperatorHome) -> None:

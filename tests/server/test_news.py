@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_operators import made_home
+from tiny_operators import enrol_at, made_home
 from tiny_registries import KEY
 
 from homefire.server.news import News
@@ -60,6 +60,16 @@ def test_trouble_is_told_when_it_comes(home: OperatorHome) -> None:
     assert news.look("running") == []
     home.keep_trouble("the base model is missing. Fetch it.")
     assert len(news.look("running")) == 1
+
+
+def test_nothing_of_anybody_is_told(home: OperatorHome) -> None:
+    news, devices = News(home), enrol_at(home, 2)
+    release(home, 1)
+    said = "\n".join(news.look("running", ["executor"]))
+    assert "round 1 is released" in said
+    for device in devices:
+        assert device.identity[:8] not in said
+        assert device.node_key.splitlines()[1] not in said
 
 
 def test_processes_that_end_are_told_and_that_they_run_again(home: OperatorHome) -> None:
