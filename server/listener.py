@@ -73,7 +73,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         """Begin."""
         super().connection_made(transport)
         if transport.get_extra_info("sslcontext") is not None:
-            transport.set_read_buffer_limits(high=TLS_BUFFER)
+            # The lower one is larger than a record: of a part of one nothing can be read.
+            transport.set_read_buffer_limits(high=2 * TLS_BUFFER, low=TLS_BUFFER)
             transport.set_write_buffer_limits(high=TLS_BUFFER)
         self._visit.transport = transport
         self._awaited = self._later(min(self.patience, FIRST_HEAD_SECONDS), transport.abort)

@@ -54,6 +54,13 @@ ENVIRONMENT = {
 }
 
 
+LIMITS = """
+[limits]
+strangers = 4096
+"""
+"""All devices have this machine's address."""
+
+
 class RigError(HomefireError):
     """Something that is measured did not start, or ended."""
 
@@ -192,6 +199,8 @@ def make_home(folder: Path, federation: str) -> OperatorHome:
     settings = {**ports, "private": private, "operator": page}
     home = operator_home.init(folder, names=[LOOPBACK], settings=settings)
     (folder / operator_home.FEDERATION).write_text(federation, encoding="utf-8")
+    with (folder / operator_home.SERVER).open("a", encoding="utf-8") as file:
+        file.write(LIMITS)
     return home
 
 

@@ -3,9 +3,12 @@
 import asyncio
 import resource
 import socket
+import ssl
 import time
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -14,6 +17,7 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from homefire.server.certificates import Certificates
 from homefire.server.doorstep import PublicServer
 from homefire.server.listener import LARGEST_HEAD, OTHER_FILES, bounded_protocol, make_room
 
@@ -25,6 +29,7 @@ ANSWER = 32 << 20  # more than the system's buffers hold
 async def app(scope: Any, receive: Any, send: Any) -> None:
     """Takes a body; answers with its length, or with much at /much, or late at /late."""
     taken, more = 0, True
+    await asyncio.sleep(0.1 if scope["path"] == "/slow" else 0)
     while more:
         event = await receive()
         taken, more = taken + len(event.get("body", b"")), event.get("more_body", False)
@@ -38,16 +43,24 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    protocol = bounded_protocol(seconds=SECONDS)
+    with serving(SECONDS) as found:
+        yield found
+
+
+@contextmanager
+def serving(seconds: float, certificate: Path | None = None) -> Iterator[int]:
+    """The port of a listener; by TLS where there is a certificate."""
     config = uvicorn.Config(
         app,
         host="127.0.0.1",
         port=0,
-        http=protocol,
+        http=bounded_protocol(seconds=seconds),
         lifespan="off",
         ws="none",
         log_config=None,
         timeout_keep_alive=1,
+        ssl_certfile=certificate,
+        ssl_keyfile=certificate,
     )
     server = PublicServer(config, most=CONNECTIONS, each=CONNECTIONS)
     thread = Thread(target=lambda: asyncio.run(server.serve()))
@@ -145,6 +158,23 @@ def test_bodies_are_no_heads(port: int, parts: int) -> None:
         answer = rest(far)
     assert answer.count(b"HTTP/1.1 200") == 2
     assert answer.endswith(b"300000")
+
+
+@pytest.mark.parametrize("length", [1 << 16, 403_200, 1_000_003])
+def test_a_body_by_tls_arrives_whole_however_it_is_cut(tmp_path: Path, length: int) -> None:
+    """Reading stands still where much lies unread, and must go on with half a record left."""
+    certificates = Certificates(tmp_path)
+    certificates.make(["127.0.0.1"])
+    context = ssl.create_default_context(cafile=certificates.authority)
+    with serving(20, certificates.server) as port:
+        for step in (length, 16_384, 10_007):
+            body = memoryview(bytes(length))
+            with context.wrap_socket(connect(port), server_hostname="127.0.0.1") as far:
+                head = f"POST /slow HTTP/1.1\r\ncontent-length: {length}\r\nconnection: close"
+                far.sendall(head.encode() + b"\r\nhost: here\r\n\r\n")
+                for start in range(0, length, step):
+                    far.sendall(body[start : start + step])
+                assert rest(far).endswith(str(length).encode())
 
 
 @pytest.mark.parametrize(
