@@ -99,7 +99,8 @@ def make_app(home: OperatorHome) -> FastAPI:
     given = [part for option in options.items() for part in option]
     flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
     # Contributions are on the disk only until they are in a sum; see `wipe`.
-    sql_mixin.SQLITE_PRAGMAS = (*SQLITE_PRAGMAS, ("secure_delete", "ON"))  # type: ignore[attr-defined]
+    pragmas: Any = (*SQLITE_PRAGMAS, ("secure_delete", "ON"))
+    sql_mixin.SQLITE_PRAGMAS = pragmas  # type: ignore[attr-defined]
     with _arguments(["flower-superlink", *given, *flags]):
         parsed = _parse_superlink_lifespan_config()
     secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")

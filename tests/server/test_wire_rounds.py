@@ -185,7 +185,8 @@ def test_a_contribution_is_nowhere_once_it_is_in_a_sum(server: Operated, tmp_pat
     with looping(server, devices, tmp_path / "run") as loop:
         begun, asked = first.asked(), second.asked()
         content = first.contribution(begun.plan, (0.31, -0.17, 0.23, 0.07))
-        canary = bytes(content["contribution"]["payload"])  # type: ignore[index]
+        canary = content.config_records["contribution"]["payload"]
+        assert isinstance(canary, bytes)
         # It waits for its last part, and the round for the other device.
         reply, said = first.announce(begun, content)
         assert first.upload(reply, said, slice(1)) == [True]
@@ -277,7 +278,12 @@ def test_own_code_runs_whatever_an_enrolled_device_is_sent(
             (identifier,) = grid.push_messages([message])
             line.ring([node])
             replies: list[Message] = []
-            until(lambda: replies.extend(grid.pull_messages([identifier])) or replies, str, 60)
+
+            def is_answered() -> bool:
+                replies.extend(grid.pull_messages([identifier]))
+                return bool(replies)
+
+            until(is_answered, lambda: "no answer", 60)
         server.control.stop(run)
     refusal = decode_refusal(replies[0].content)
     assert refusal is not None and refusal.reason == "malformed plan"
