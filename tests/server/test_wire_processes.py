@@ -202,7 +202,6 @@ def test_a_round_was_under_way_and_is_released(scene: Scene) -> None:
 
 def test_a_round_costs_a_device_less_than_a_second_besides_training(scene: Scene) -> None:
     """Of its own work: what a busy machine lets it wait for is not counted."""
-    print("CPU", scene.cpu, [r["seconds"] for r in scene.rounds])
     assert 0 < scene.cpu < MOST_SECONDS
 
 
