@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from homefire.options import AsJson, need, write_page
+
+if TYPE_CHECKING:
+    from homefire.client.progress import Reporter
 
 bench_app = typer.Typer(help="Measurements against peers, in one run.", no_args_is_help=True)
 Quick = Annotated[bool, typer.Option("--quick", help="About a minute on two cores, a tiny model.")]
@@ -231,7 +234,7 @@ def load(
     asked = benchmark.Load(light, real, cohorts, rounds, soak)
     if max(cohorts) > asked.users:
         raise typer.BadParameter(f"a cohort of {max(cohorts)} among {asked.users} devices")
-    found = benchmark.measure(asked, _teller(as_json))
+    found = benchmark.measure(asked, _reporter(as_json))
     _show(found, as_json, load_table(found))
 
 
@@ -253,7 +256,7 @@ def deployment(
     from homefire.simulations.benchmarks.show import deployment_table
     from homefire.simulations.load import deployment as benchmark
 
-    found = asdict(benchmark.measure(devices=devices, rounds=rounds, say=_teller(as_json)))
+    found = asdict(benchmark.measure(devices=devices, rounds=rounds, reporter=_reporter(as_json)))
     _show(found, as_json, deployment_table(found))
 
 
@@ -263,6 +266,13 @@ def _teller(as_json: bool) -> Callable[[str], None]:
         return lambda step: None
     console = Console(stderr=True)
     return lambda step: console.print(f"{escape(step)} …")
+
+
+def _reporter(as_json: bool) -> "Reporter":
+    """Shows how far it is; on stderr, likewise."""
+    from homefire.client.progress import Reporter
+
+    return Reporter(Console(stderr=True, quiet=as_json))
 
 
 def _show(

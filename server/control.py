@@ -129,6 +129,7 @@ class Control:
                 f"https://{self._address}/homefire/v1/door",
                 verify=ssl.create_default_context(cafile=self.home.certificates.authority),
                 timeout=5,
+                trust_env=False,  # no proxy stands before this machine
             )
             return _told_by_door(answer.raise_for_status().content)
         except (httpx.HTTPError, ValueError, RecursionError) as error:
@@ -147,7 +148,7 @@ class Control:
         return f"{LOOPBACK}:{self.home.config.private}"
 
     def _call(self, name: str, request: Any) -> Any:
-        secret = self.home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
+        secret = self.home.read_secret(OPERATOR_SECRET)
         client = ControlHttpClient.from_server_address(
             self._address,
             insecure=False,

@@ -6,6 +6,7 @@ lets in what devices need, under limits, and the redemption of tickets; nothing 
 
 import asyncio
 import json
+import math
 import time
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
@@ -29,6 +30,7 @@ from homefire.common.errors import EnrolmentError, HomefireError, SignatureError
 from homefire.common.protocol import VERSION
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.admission import network_of
+from homefire.server.doorstep import WELCOME
 from homefire.server.fleet import ANOTHERS, LATE
 from homefire.server.operator_home import LimitsConfig
 
@@ -62,7 +64,7 @@ REASONS = frozenset(
         *("no such path", "no such method", "another host", "another version", "too many at once"),
         *("no key", "another time", "too often", "seen before", "header twice", "two lengths"),
         *("no length", "too large", "too slow", "gone", "no request", "no enrolment"),
-        *("enrolment failed", "removed", ANOTHERS, LATE),
+        *("enrolment failed", "removed", "not enrolled", ANOTHERS, LATE),
     )
 )
 """Why a request is not let in."""
@@ -73,11 +75,11 @@ SIGNED_SECONDS = 330.0
 OTHER_TIME = {"code": 1 << 16, "detail": CLOCK_SIGN}
 """In the form of Flower's errors, which its SuperNode writes into its log."""
 
-NOT_REGISTERED = {"code": 2001, "detail": "the operator has removed this device"}
+NOT_REGISTERED = {"code": 2001, "detail": "this device is not enrolled here, or not any more"}
 """Likewise."""
 
-LARGEST_OF_STRANGERS = 16_384  # bytes of a body: one that redeems a ticket, or shows no known key
-MOST_RATES = 65_536  # keys and addresses whose rates are remembered
+LARGEST_OF_STRANGERS = 16_384  # bytes of a body that redeems a ticket
+MOST_RATES = 65_536  # addresses whose rates are remembered
 KEY, SIGNED_AT = FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), TIMESTAMP_HEADER.encode()
 VERSION_NAME = VERSION_HEADER.encode()
 
@@ -99,11 +101,11 @@ class Door:
         Fleet only: of Flower's API nothing but what devices need is reached.
         Bounded: no request has a longer body, or takes longer over it, than the limits say, and no
             device asks more often; what is under way at once is bounded too. Of a stranger no body
-            is read that is longer than one which redeems a ticket.
+            is read but one that redeems a ticket.
         Not twice: Flower's devices sign the time alone. A time that a device has signed is let in
-            once, with whatever signature.
+            once, with whatever signature, and none that was signed before this was started.
         One version: a device that states another version of the protocol is told so.
-        Removed is out: of a device that the operator has removed nothing is let in.
+        Enrolled alone: Flower hears of nobody else, and of nobody whom the operator has removed.
         Clock first: a device whose clock is too far off is told so, and not merely refused.
         Counted only: what is kept of refusals is how many there were, by reason.
 
@@ -138,8 +140,13 @@ class Door:
     refused: Counter[str] = field(default_factory=Counter)
     served: int = 0
     _under_way: int = 0
-    _rates: "OrderedDict[bytes, _Bucket]" = field(default_factory=OrderedDict)
+    _rates: dict[bytes, "_Bucket"] = field(default_factory=dict)  # of devices
+    _strangers: "OrderedDict[bytes, _Bucket]" = field(default_factory=OrderedDict)
+    _began: float = field(init=False)
     _seen: "_Seen" = field(default_factory=lambda: _Seen(SIGNED_SECONDS))
+
+    def __post_init__(self) -> None:
+        self._began = self.now()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or refuse it."""
@@ -164,6 +171,8 @@ class Door:
             self._under_way -= 1
         if body.refusal is None:
             self.served += 1
+            if scope["path"] in OPEN and answer.status < 400:  # Flower has authenticated it
+                scope.get(WELCOME, _nothing)()
         elif answer.begun:
             self.refused[body.refusal.reason] += 1
         else:
@@ -183,19 +192,27 @@ class Door:
         if self._under_way - self.held() >= self.limits.connections:
             raise _RefusedError(503, "too many at once")
         shown = _key(headers) if fleet else b""
-        if fleet and self.removed(shown):
-            raise _RefusedError(401, "removed", NOT_REGISTERED)
-        known = fleet and self.known(shown)
-        largest = self.limits.body_bytes if known else LARGEST_OF_STRANGERS
+        known = fleet and self._is_known(shown)
+        largest = self.limits.body_bytes if fleet else LARGEST_OF_STRANGERS
         self._check_length(headers, largest)
         signed_at = headers.get(SIGNED_AT, b"")
-        if fleet and not _is_recent(signed_at, self.now()):
+        if fleet and not _is_recent(signed_at, self.now(), since=self._began):
             raise _RefusedError(400, "another time", OTHER_TIME)
-        if not self._within_rate(shown if known else _stranger(scope, fleet)):
+        if not self._within_rate(shown if known else _stranger(scope, fleet), known):
             raise _RefusedError(429, "too often")
+        if fleet and not known:
+            raise _RefusedError(401, "not enrolled", NOT_REGISTERED)
         if fleet and not self._seen.first(shown + b" " + signed_at, self.clock()):
             raise _RefusedError(401, "seen before")
         return largest
+
+    def _is_known(self, shown: bytes) -> bool:
+        try:
+            if self.removed(shown):
+                raise _RefusedError(401, "removed", NOT_REGISTERED)
+            return self.known(shown)
+        except (HomefireError, OSError):  # who is enrolled cannot be read
+            raise _RefusedError(503, "enrolment failed") from None
 
     def _check_length(self, headers: Mapping[bytes, bytes], largest: int) -> None:
         stated = headers.get(b"content-length")
@@ -208,12 +225,12 @@ class Door:
         if int(stated) > largest:
             raise _RefusedError(413, "too large")
 
-    def _within_rate(self, key: bytes) -> bool:
-        now = self.clock()
-        bucket = self._rates.pop(key, None) or _Bucket(float(self.limits.burst), now)
-        self._rates[key] = bucket
-        if len(self._rates) > MOST_RATES:
-            self._rates.popitem(last=False)
+    def _within_rate(self, key: bytes, known: bool) -> bool:
+        now, rates = self.clock(), self._rates if known else self._strangers
+        bucket = rates.pop(key, None) or _Bucket(float(self.limits.burst), now)
+        rates[key] = bucket
+        if len(self._strangers) > MOST_RATES:
+            self._strangers.popitem(last=False)
         return bucket.take(self.limits.requests, self.limits.burst, now)
 
     async def _redeem(self, receive: Receive, send: Send) -> None:
@@ -229,7 +246,7 @@ class Door:
         except (EnrolmentError, SignatureError) as error:
             self.refused["no enrolment"] += 1
             status, said = 403, {"error": str(error), "hint": error.hint}
-        except HomefireError:
+        except (HomefireError, OSError):
             self.refused["enrolment failed"] += 1
             status, said = 503, {"error": "the server cannot enrol now", "hint": "Try again later."}
         await send_json(send, status, said)
@@ -248,7 +265,7 @@ class _Body:
     Attributes:
         receive: Where it comes from.
         largest: Bytes.
-        seconds: For all of it.
+        seconds: For all of it, from when it is first asked for.
         refusal: Why no more is read. Flower catches it, as it does all errors.
     """
 
@@ -256,7 +273,7 @@ class _Body:
     largest: int
     seconds: float
     refusal: _RefusedError | None = None
-    _began: float = field(default_factory=time.monotonic)
+    _began: float | None = None
     _taken: int = 0
     _whole: bool = False
 
@@ -266,7 +283,9 @@ class _Body:
             raise self.refusal
         if self._whole:
             return await self.receive()
-        left = self._began + self.seconds - time.monotonic()
+        now = time.monotonic()
+        self._began = self._began or now
+        left = self._began + self.seconds - now
         try:
             event = await asyncio.wait_for(self.receive(), max(0.0, left))
         except TimeoutError:
@@ -288,10 +307,11 @@ class _Answer:
     send: Send
     body: _Body
     begun: bool = False
+    status: int = 500
 
     async def __call__(self, event: Event) -> None:
         if self.body.refusal is None or self.begun:
-            self.begun = True
+            self.begun, self.status = True, event.get("status", self.status)
             await self.send(event)
 
 
@@ -360,13 +380,19 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
     return found
 
 
-def _is_recent(stamp: bytes, now: float) -> bool:
-    """Whether Flower takes a signed time stamp; what is none, it refuses itself."""
+def _is_recent(stamp: bytes, now: float, *, since: float = -math.inf) -> bool:
+    """Whether Flower takes a signed time, and it is none of before; what is none, it refuses."""
     try:
-        age = now - datetime.fromisoformat(stamp.decode("ascii")).timestamp()
+        signed_at = datetime.fromisoformat(stamp.decode("ascii")).timestamp()
     except (ValueError, OverflowError):
         return True
-    return -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+    age = now - signed_at
+    fresh = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+    return fresh and signed_at >= since
+
+
+def _nothing() -> None:
+    """Where nobody waits for it."""
 
 
 def _host(header: bytes) -> str:

@@ -9,9 +9,10 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from homefire.common.encoding import canonical_json
@@ -101,7 +102,7 @@ class Enrolment:
 
     Guarantees:
         Once: a ticket enrols one device, also where many ask at once; the device that redeemed it
-            may ask again and gets the same answer.
+            may ask again, also by another ticket, which stays good, and gets the same answer.
         Nothing to steal: the file holds digests of secrets.
         One person one device: an identity, or a node key, that is enrolled is not enrolled again.
         Removed for good: a device that was removed is not enrolled again with the same keys.
@@ -113,6 +114,8 @@ class Enrolment:
 
     folder: Path
     now: Callable[[], float] = field(default=time.time)
+    _known: "_Book" = field(default_factory=lambda: _Book(), repr=False)
+    _alone: Lock = field(default_factory=Lock, repr=False)
 
     def issue(self, *, valid_seconds: float) -> str:
         """Draw a ticket's secret; 64 hex digits.
@@ -144,19 +147,28 @@ class Enrolment:
             if (known := book.redeemed.get(ticket)) is not None:
                 if (known.identity, known.node_key) != (request.identity, request.node_key):
                     raise EnrolmentError("this ticket was used by another device", hint=_ASK)
-                if known.identity in book.removed:
-                    raise EnrolmentError("the operator has removed this device", hint=_ASK_WHY)
-                return known
+                return self._still(book, known)
             if (expires := book.issued.get(ticket)) is None:
                 raise EnrolmentError("there is no such ticket", hint=_ASK)
             if self.now() > expires:
                 raise EnrolmentError("this ticket has expired", hint=_ASK)
-            for device in book.redeemed.values():
-                if request.identity == device.identity or request.node_key == device.node_key:
-                    raise EnrolmentError("this device is enrolled already")
+            known = book.identities.get(request.identity)
+            if known is not None and known.node_key == request.node_key:
+                return self._still(book, known)
+            if known is not None or request.node_key.encode("ascii") in book.node_keys:
+                raise EnrolmentError(
+                    "this device is enrolled already, with other keys",
+                    hint="Take part by the vault that was enrolled.",
+                )
             device = Device(register(request.node_key), request.identity, request.node_key)
             entry = {"node": device.node, "identity": device.identity, "key": device.node_key}
             self._append({"event": "redeemed", "ticket": ticket, **entry})
+        return device
+
+    @staticmethod
+    def _still(book: "_Book", device: Device) -> Device:
+        if device.identity in book.removed:
+            raise EnrolmentError("the operator has removed this device", hint=_ASK_WHY)
         return device
 
     def remove(self, identity: str) -> Device:
@@ -187,11 +199,6 @@ class Enrolment:
         """
         return self._book().devices
 
-    def removed(self) -> list[Device]:
-        """Those that were removed, likewise."""
-        book = self._book()
-        return [each for each in book.redeemed.values() if each.identity in book.removed]
-
     def ever(self) -> list[Device]:
         """All that were ever enrolled, likewise."""
         return list(self._book().redeemed.values())
@@ -201,76 +208,94 @@ class Enrolment:
         book, now = self._book(), self.now()
         return sum(
             expires >= now and ticket not in book.redeemed
-            for ticket, expires in book.issued.items()
+            for ticket, expires in list(book.issued.items())
         )
 
     def _append(self, entry: dict[str, Any]) -> None:
         append_line(self.folder / FILE, canonical_json(entry))
 
+    def is_enrolled(self, node_key: bytes) -> bool:
+        """Whether a node's key, PEM, is that of an enrolled device; quick.
+
+        Raises:
+            LedgerError: The file is damaged.
+        """
+        book = self._book()
+        return node_key in book.node_keys and node_key not in book.removed_keys
+
+    def is_removed(self, node_key: bytes) -> bool:
+        """Whether it is that of a device that was removed; likewise."""
+        return node_key in self._book().removed_keys
+
     def _book(self) -> "_Book":
-        book = _Book()
-        for number, entry in enumerate(self._entries(), start=1):
-            try:
-                if entry["event"] == "issued":
-                    book.issued[str(entry["ticket"])] = float(entry["expires"])
-                elif entry["event"] == "removed":
-                    book.removed.add(str(entry["identity"]))
-                else:
-                    device = Device(int(entry["node"]), str(entry["identity"]), str(entry["key"]))
-                    book.redeemed[str(entry["ticket"])] = device
-            except (KeyError, TypeError, ValueError) as error:
-                raise LedgerError(
-                    f"{self.folder / FILE}, line {number}: cannot be read", hint=_RESTORE
-                ) from error
-        return book
-
-    def _entries(self) -> Iterator[dict[str, Any]]:
+        """What the file says; where it has grown, only what is new is read."""
         path = self.folder / FILE
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        with self._alone:
             try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise LedgerError(f"{path}, line {number}: not JSON", hint=_RESTORE) from error
-            if not isinstance(entry, dict):
-                raise LedgerError(f"{path}, line {number}: not an object", hint=_RESTORE)
-            yield entry
-
-
-@dataclass(slots=True)
-class Removed:
-    """The node keys of removed devices, read again whenever the file changed.
-
-    Attributes:
-        enrolment: Whose.
-    """
-
-    enrolment: Enrolment
-    _keys: frozenset[bytes] = frozenset()
-    _as_of: tuple[int, int] = (0, 0)
-
-    def __contains__(self, node_key: bytes) -> bool:
-        try:
-            found = (self.enrolment.folder / FILE).stat()
-        except FileNotFoundError:
-            return False
-        if (as_of := (found.st_mtime_ns, found.st_size)) != self._as_of:
-            keys = (each.node_key.encode("ascii") for each in self.enrolment.removed())
-            self._keys, self._as_of = frozenset(keys), as_of
-        return node_key in self._keys
+                found = path.stat()
+            except FileNotFoundError:
+                return _Book()
+            if found.st_ino != self._known.file or found.st_size < self._known.read:
+                self._known = _Book(found.st_ino)
+            if found.st_size > self._known.read:
+                with path.open("rb") as file:
+                    file.seek(self._known.read)
+                    content = file.read()
+                for line in content[: content.rfind(b"\n") + 1].splitlines(keepends=True):
+                    self._known.take(path, line)
+            return self._known
 
 
 @dataclass(slots=True)
 class _Book:
+    """What a file says so far; others read it while it grows.
+
+    Attributes:
+        file: The file's number.
+        read: How many bytes were read.
+        lines: How many lines.
+    """
+
+    file: int = 0
+    read: int = 0
+    lines: int = 0
     issued: dict[str, float] = field(default_factory=dict)
     redeemed: dict[str, Device] = field(default_factory=dict)
+    identities: dict[str, Device] = field(default_factory=dict)
+    node_keys: set[bytes] = field(default_factory=set)
     removed: set[str] = field(default_factory=set)
+    removed_keys: set[bytes] = field(default_factory=set)
 
     @property
     def devices(self) -> list[Device]:
-        return [each for each in self.redeemed.values() if each.identity not in self.removed]
+        """Those that were not removed, in the order of enrolment."""
+        return [each for each in list(self.redeemed.values()) if each.identity not in self.removed]
+
+    def take(self, path: Path, line: bytes) -> None:
+        """The next line.
+
+        Raises:
+            LedgerError: It is none that a server writes.
+        """
+        try:
+            entry = json.loads(line)
+            match entry["event"]:
+                case "issued":
+                    self.issued[str(entry["ticket"])] = float(entry["expires"])
+                case "removed":
+                    gone = self.identities[str(entry["identity"])]
+                    self.removed.add(gone.identity)
+                    self.removed_keys.add(gone.node_key.encode("ascii"))
+                case _:
+                    device = Device(int(entry["node"]), str(entry["identity"]), str(entry["key"]))
+                    self.redeemed[str(entry["ticket"])] = device
+                    self.identities[device.identity] = device
+                    self.node_keys.add(device.node_key.encode("ascii"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise LedgerError(
+                f"{path}, line {self.lines + 1}: cannot be read", hint=_RESTORE
+            ) from error
+        self.read, self.lines = self.read + len(line), self.lines + 1
 
 
 _ASK = "Ask the operator for another ticket."

@@ -12,11 +12,19 @@ It uses inner parts of flwr 1.41, which is therefore pinned in `pyproject.toml`.
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    MutableMapping,
+)
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
+from weakref import WeakValueDictionary
 
 from fastapi import FastAPI
 from flwr.proto.fleet_pb2 import (
@@ -27,6 +35,7 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.server.superlink.linkstate import LinkState
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.error.http import http_error_translator
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import (
@@ -39,16 +48,22 @@ from google.protobuf.message import Message
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from homefire.server.doorstep import WELCOME
 from homefire.server.operator_home import LimitsConfig
 
 Handler = Callable[[Any, LinkState], Message]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Found = TypeVar("Found")
 
 HOLD_SECONDS = 20.0
 """How long a device waits for a message; Flower's SuperNode gives up after 30."""
 
-THREADS = 4
+THREADS = 2
 """SQLite lets one write at a time; more threads would wait for one another."""
+
+LARGE = 1 << 16  # bytes of a body; of a smaller one nothing is gained by waiting
+TRANSFERS = 32
+PIECE = 1 << 15  # bytes of an answer
 
 HANDLERS: dict[str, Handler] = {
     "activate-node": fleet_handlers.activate_node,
@@ -67,6 +82,7 @@ HANDLERS: dict[str, Handler] = {
     ),
 }
 FLEET = "/v1/fleet/"
+PULL_OBJECT = f"{FLEET}pull-object"
 ANOTHERS, LATE = "in another's name", "late answer"
 
 
@@ -127,6 +143,37 @@ class Bells:
 
 
 @dataclass(slots=True)
+class Transfers:
+    """Large bodies and answers that are here at the same time; the others lie with the system.
+
+    Guarantees:
+        So many: what devices send and fetch takes no more memory the more of them do it at once.
+        One each: a device that is slow takes one place, whatever it asks besides.
+
+    Attributes:
+        most: At the same time.
+    """
+
+    most: int = TRANSFERS
+    _own: "WeakValueDictionary[str, asyncio.Lock]" = field(default_factory=WeakValueDictionary)
+    _places: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._places = asyncio.Semaphore(self.most)
+
+    @asynccontextmanager
+    async def place(self, request: "Request[Any]") -> AsyncIterator[None]:
+        """Wait for a place, unless the body is small and the answer will be."""
+        small = int(request.headers.get("content-length", LARGE)) < LARGE
+        if small and request.url.path != PULL_OBJECT:
+            yield
+            return
+        shown = request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, "")
+        async with self._own.setdefault(shown, asyncio.Lock()), self._places:
+            yield
+
+
+@dataclass(slots=True)
 class Fleet:
     """An ASGI app: the fleet API of Flower's.
 
@@ -140,12 +187,14 @@ class Fleet:
         app: Flower's, whose state is used.
         bells: Who waits.
         hold: Seconds that a device waits at most.
+        transfers: Who sends or fetches much.
         refused: How many answers were not taken, by reason: `ANOTHERS`, `LATE`.
     """
 
     app: FastAPI
     bells: Bells = field(default_factory=Bells)
     hold: float = HOLD_SECONDS
+    transfers: Transfers = field(default_factory=Transfers)
     refused: "Counter[str]" = field(default_factory=Counter)
     _threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="fleet")
@@ -155,13 +204,14 @@ class Fleet:
         self,
         scope: MutableMapping[str, Any],
         receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
-        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
+        send: Send,
     ) -> None:
         """Answer a request."""
         request: Request[Any] = Request({**scope, "app": self.app, "state": {}}, receive)
-        response = await http_error_translator(request, self._answer)
-        with suppress(OSError):  # the device has left
-            await response(scope, receive, send)
+        async with self.transfers.place(request):
+            response = await http_error_translator(request, self._answer)
+            with suppress(OSError):  # the device has left
+                await _send(response, send)
 
     async def _answer(self, request: Any) -> Response:
         path = request.url.path
@@ -188,7 +238,8 @@ class Fleet:
         found = await self._work(request, asked, handle)
         if PullMessagesResponse.FromString(found).messages_list:
             return found
-        # From here on the node is known to be the one that it says.
+        # From here on the node is known to be the one that it says, and no stranger while it waits.
+        request.scope.get(WELCOME, _nothing)()
         if self.bells.rung(node) == before and not await self._is_rung(node, request):
             return found
         return await self._work(request, asked, handle)
@@ -231,6 +282,21 @@ def _are_late(asked: PushMessagesRequest, state: SqlLinkState) -> bool:
     """Whether nothing waits for these answers."""
     questions = [each.metadata.reply_to_message_id for each in asked.messages_list]
     return all(state.get_valid_message_ins(each) is None for each in questions)
+
+
+def _nothing() -> None:
+    """Where nobody waits for it."""
+
+
+async def _send(response: Response, send: Send) -> None:
+    """Send an answer in pieces: the next one when those before have been taken."""
+    start = {"status": response.status_code, "headers": response.raw_headers}
+    await send({"type": "http.response.start", **start})
+    body = bytes(response.body)
+    for at in range(0, len(body), PIECE):
+        piece = body[at : at + PIECE]
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _left(request: Any) -> None:

@@ -51,6 +51,7 @@ class HttpLine:
             verify=ssl.create_default_context(cafile=str(authority)),
             headers={"authorization": f"Bearer {secret}"},
             timeout=SECONDS,
+            trust_env=False,  # no proxy stands before this machine
         )
 
     def ring(self, nodes: Iterable[int]) -> None:

@@ -12,9 +12,12 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from homefire.server.doorstep import WELCOME, Visit
+
 LARGEST_HEAD = 16_384  # bytes; Flower's own have a few hundred
 LEAST_TAKEN = 65_536  # bytes of an answer that is being taken
 TLS_BUFFER = 1 << 15  # bytes
+FIRST_HEAD_SECONDS = 15.0
 OTHER_FILES = 256  # the database's, the logs', those of the private listener
 
 
@@ -24,7 +27,7 @@ def make_room(connections: int) -> int:
     Returns:
         How many it may have: fewer where the system allows it fewer files.
     """
-    setattr(SSLProtocol, "max_size", TLS_BUFFER)  # noqa: B010 - not in its stubs
+    SSLProtocol.max_size = TLS_BUFFER
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OTHER_FILES
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -33,17 +36,16 @@ def make_room(connections: int) -> int:
     return max(1, min(connections, allowed - OTHER_FILES))
 
 
-def bounded_protocol(*, connections: int, seconds: float) -> type[asyncio.Protocol]:
-    """How uvicorn is to speak HTTP with strangers.
+def bounded_protocol(*, seconds: float) -> type[asyncio.Protocol]:
+    """How uvicorn is to speak HTTP with strangers; for a `PublicServer`.
 
     Args:
-        connections: How many there may be at once; further ones are closed.
         seconds: How long the head of a request may take, and how long an answer may lie while less
             than `LEAST_TAKEN` bytes of it are taken.
     """
 
     class Bounded(_BoundedProtocol):
-        most, patience = connections, seconds
+        patience = seconds
 
     return Bounded
 
@@ -55,29 +57,30 @@ class _BoundedProtocol(HttpToolsProtocol):
         No waiting for ever: a head that is not there in time, or an answer that is hardly taken,
             ends the connection.
         Small heads: of a request line and its headers no more than `LARGEST_HEAD` bytes are read.
-        So many: there are no more connections than `most`.
     """
 
-    most: int
     patience: float
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(self, *, visit: Visit, **named: Any) -> None:
+        super().__init__(**named)
+        self._visit = visit
         self._head: int | None = 0  # bytes of the head that is being read, if one is
         self._another = False  # whether a request ended within what was read last
         self._awaited: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Begin, unless there are too many."""
+        """Begin."""
         super().connection_made(transport)
-        if len(self.connections) > self.most:
-            transport.abort()
-            return
-        self._awaited = self._later(self.patience, transport.abort)
+        if transport.get_extra_info("sslcontext") is not None:
+            transport.set_read_buffer_limits(high=TLS_BUFFER)
+            transport.set_write_buffer_limits(high=TLS_BUFFER)
+        self._visit.transport = transport
+        self._awaited = self._later(min(self.patience, FIRST_HEAD_SECONDS), transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
+        self._visit.step.left(self._visit)
         for timer in (self._awaited, self._unread):
             if timer is not None:
                 timer.cancel()
@@ -100,6 +103,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._awaited is not None:
             self._awaited.cancel()
             self._awaited = None
+        scope: Any = self.scope
+        scope[WELCOME] = self._visit.welcome
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:

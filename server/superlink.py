@@ -15,7 +15,6 @@ import sqlite3
 import sys
 import time
 from base64 import b64decode
-from binascii import Error as Base64Error
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -36,12 +35,15 @@ from flwr.superlink.cli.flower_superlink import (
 )
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.control.control_handlers import register_node
+from sqlalchemy.exc import SQLAlchemyError
 
-from homefire.common.errors import EnrolmentError
+from homefire.common.errors import EnrolmentError, FederationError
+from homefire.common.files import DISK_HINT
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
 from homefire.server.door import Door
-from homefire.server.enrolment import Device, Removed, Request
+from homefire.server.doorstep import PublicServer
+from homefire.server.enrolment import Device, Enrolment, Request
 from homefire.server.fleet import Bells, Fleet
 from homefire.server.listener import bounded_protocol, make_room
 from homefire.server.logs import begin
@@ -57,6 +59,8 @@ DATABASE = "superlink.db"
 LOOPBACK = "127.0.0.1"
 LOOK_SECONDS = 1.0
 WIPE_SECONDS = 5.0
+LOCK_SECONDS = 20.0
+"""How long a request waits for the database; after Flower's own five a contribution is lost."""
 
 
 class OperatorOnly(NoOpControlAuthnPlugin):
@@ -82,9 +86,15 @@ class OperatorOnly(NoOpControlAuthnPlugin):
 
 
 def make_app(home: OperatorHome) -> FastAPI:
-    """Flower's app, as this server runs it."""
+    """Flower's app, as this server runs it.
+
+    Raises:
+        ConfigError: A secret is missing or none.
+    """
     config = home.config
     tls = home.certificates
+    home.read_secret(EXECUTOR_SECRET)  # Flower would take any file for one
+    secret = home.read_secret(OPERATOR_SECRET)
     # Flower reads its settings from the command line and nowhere else.
     options = {
         "--host": LOOPBACK,
@@ -98,15 +108,19 @@ def make_app(home: OperatorHome) -> FastAPI:
     }
     given = [part for option in options.items() for part in option]
     flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-    # Contributions are on the disk only until they are in a sum; see `wipe`.
-    pragmas: Any = (*SQLITE_PRAGMAS, ("secure_delete", "ON"))
-    sql_mixin.SQLITE_PRAGMAS = pragmas  # type: ignore[attr-defined]
+    set_pragmas()
     with _arguments(["flower-superlink", *given, *flags]):
         parsed = _parse_superlink_lifespan_config()
-    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
     app = create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
     calm(_state(app))
     return app
+
+
+def set_pragmas() -> None:
+    """Let Flower wait longer where its database is in use, and overwrite what it deletes there."""
+    own = {"busy_timeout": str(int(1000 * LOCK_SECONDS)), "secure_delete": "ON"}  # see `wipe`
+    inner: Any = sql_mixin
+    inner.SQLITE_PRAGMAS = tuple({**dict(SQLITE_PRAGMAS), **own}.items())
 
 
 def calm(state: LinkState, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -150,11 +164,11 @@ def _arguments(given: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def enroller(home: OperatorHome, app: FastAPI) -> Any:
+def enroller(home: OperatorHome, enrolment: Enrolment, app: FastAPI) -> Any:
     """What redeems tickets: it makes a device's node known to Flower, and keeps it."""
 
     def enrol(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
-        device = home.enrolment.redeem(Request.read(wanted), lambda key: _register(app, key))
+        device = enrolment.redeem(Request.read(wanted), lambda key: _register(app, key))
         return {"version": VERSION, "node": str(device.node), "server_key": home.server_key}
 
     return enrol
@@ -209,6 +223,8 @@ def _register(app: FastAPI, node_key: str) -> int:
     account: Any = NoOpControlAuthnPlugin().validate_tokens_in_metadata([])[1]
     try:
         made = register_node(RegisterNodeRequest(public_key=node_key.encode()), account, state)
+    except SQLAlchemyError as error:
+        raise FederationError("Flower's database does not take a node", hint=DISK_HINT) from error
     except Exception as error:
         raise EnrolmentError(
             "the node's key is not one that Flower takes", hint="NIST P-256, P-384 or P-521, PEM."
@@ -219,15 +235,13 @@ def _register(app: FastAPI, node_key: str) -> int:
 async def serve(home: OperatorHome) -> None:
     """Serve both listeners until a signal ends this process."""
     config, tls, app = home.config, home.certificates, make_app(home)
-    enrolled: set[bytes] = set()
+    enrolment = home.enrolment
 
     def known(shown: bytes) -> bool:
-        return shown in enrolled or _is_known(app, shown, enrolled)
-
-    out = Removed(home.enrolment)
+        return enrolment.is_enrolled(b64decode(shown))
 
     def removed(shown: bytes) -> bool:
-        return _decoded(shown) in out
+        return enrolment.is_removed(b64decode(shown))
 
     names = {*config.names, *LOOPBACK_NAMES}
     limits = config.limits
@@ -235,9 +249,9 @@ async def serve(home: OperatorHome) -> None:
     room = make_room(2 * limits.connections + limits.waiting)
     fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
     waiting = fleet.bells.__len__
-    door = Door(fleet, names, enroller(home, app), limits, known, removed, waiting)
-    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
+    door = Door(fleet, names, enroller(home, enrolment, app), limits, known, removed, waiting)
     fleet.refused = door.refused
+    secret = home.read_secret(OPERATOR_SECRET)
     private = Private(app, door, fleet.bells, secret)
     common: dict[str, Any] = {
         "ssl_certfile": str(tls.server),
@@ -251,13 +265,15 @@ async def serve(home: OperatorHome) -> None:
         "timeout_graceful_shutdown": 10,
     }
     strangers: dict[str, Any] = {
-        "http": bounded_protocol(connections=room, seconds=limits.seconds),
+        "http": bounded_protocol(seconds=limits.seconds),
         "lifespan": "off",
     }
     host, _, port = config.fleet.rpartition(":")
     inner = uvicorn.Server(uvicorn.Config(private, host=LOOPBACK, port=config.private, **common))
-    outer = _Second(
-        uvicorn.Config(door, host=host.strip("[]"), port=int(port), **common, **strangers)
+    outer = PublicServer(
+        uvicorn.Config(door, host=host.strip("[]"), port=int(port), **common, **strangers),
+        most=room,
+        each=limits.strangers,
     )
     async with asyncio.TaskGroup() as tasks:
         private_listener = tasks.create_task(inner.serve())
@@ -271,32 +287,6 @@ async def serve(home: OperatorHome) -> None:
         wiping.cancel()
         fleet.bells.end()
         outer.should_exit = True
-
-
-class _Second(uvicorn.Server):
-    """Leaves the signals to the first."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Nothing is captured."""
-        yield
-
-
-def _decoded(shown: bytes) -> bytes:
-    """The key of a header; nothing where it is none."""
-    try:
-        return b64decode(shown, validate=True)
-    except (Base64Error, ValueError):
-        return b""
-
-
-def _is_known(app: FastAPI, shown: bytes, enrolled: set[bytes]) -> bool:
-    if not (key := _decoded(shown)):
-        return False
-    if _state(app).get_node_id_by_public_key(key) is None:
-        return False
-    enrolled.add(shown)
-    return True
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -9,15 +9,20 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from tiny_benchmarks import CEILING, ENGINE, SCALING
+from tiny_benchmarks import CEILING, DEPLOYMENT, ENGINE, LOAD, SCALING
 from typer.testing import CliRunner
 
 from homefire.bench_commands import bench_app
+from homefire.client.progress import Reporter
 from homefire.common.errors import ConfigError, HomefireError
 from homefire.simulations.benchmarks import ceiling as ceiling_module
 from homefire.simulations.benchmarks import engine as engine_module
 from homefire.simulations.benchmarks import overhead as overhead_module
 from homefire.simulations.benchmarks import scaling as scaling_module
+from homefire.simulations.load import bench as load_module
+from homefire.simulations.load import deployment as deployment_module
+from homefire.simulations.load.bench import Load
+from homefire.simulations.load.deployment import Deployments
 
 COMMANDS = {"engine": ENGINE, "scaling": SCALING, "ceiling": CEILING}
 every = pytest.mark.parametrize(("command", "result"), COMMANDS.items())
@@ -167,6 +172,58 @@ def test_the_ceilings_shape_depends_on_the_machine(
     assert all(each["steps"] == ceiling_module.Steps() for each in asked)
 
 
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What servers were asked to be measured on; each shows a bar."""
+    found: list[Any] = []
+
+    def load(asked: Load, reporter: Reporter) -> dict[str, Any]:
+        with reporter.phase("Enrolling", asked.light):
+            found.append(asked)
+        return LOAD
+
+    def deployment(*, devices: int, rounds: int, reporter: Reporter) -> Deployments:
+        with reporter.phase("Rounds, homefire", rounds):
+            found.append((devices, rounds))
+        return Deployments(**DEPLOYMENT)
+
+    monkeypatch.setattr(load_module, "measure", load)
+    monkeypatch.setattr(deployment_module, "measure", deployment)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "result", "words", "bar"),
+    [
+        ("load", LOAD, "1,000 light and 12 real devices", "Enrolling: 1000 to do"),
+        ("deployment", DEPLOYMENT, "ratio besides training 0.100", "Rounds, homefire: 4 to do"),
+    ],
+)
+def test_a_servers_measurement_is_json_or_a_table_and_says_how_far_it_is(
+    served: list[Any], command: str, result: dict[str, Any], words: str, bar: str
+) -> None:
+    done = bench(command, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads(json.dumps(result))
+    assert done.stderr == ""
+    done = bench(command)
+    assert words in done.stdout
+    assert bar in done.stderr and bar not in done.stdout
+
+
+def test_a_server_is_measured_on_what_was_asked_for(served: list[Any]) -> None:
+    bench("load", "--json")
+    bench("load", "--json", "--quick")
+    bench("load", "--light", "300", "--real", "2", "--cohort", "9", "--cohort", "99", "--soak", "5")
+    bench("deployment", "--devices", "5", "--rounds", "2")
+    assert served == [
+        Load(1000, 12, (50, 400), 3, 0.0),
+        Load(40, 1, (8, 32), 2, 0.0),
+        Load(300, 2, (9, 99), 3, 5.0),
+        (5, 2),
+    ]
+
+
 # Refusals and help
 
 
@@ -177,20 +234,23 @@ def test_the_ceilings_shape_depends_on_the_machine(
         (("engine", "--users", "1"), "--users"),
         (("engine", "--rounds", "0"), "--rounds"),
         (("overhead", "--rounds", "1"), "--rounds"),
+        (("load", "--light", "30", "--real", "0", "--cohort", "31"), "31 among 30 devices"),
+        (("load", "--soak", "-1"), "--soak"),
+        (("deployment", "--devices", "1"), "--devices"),
         (("engine", "--fast"), "--fast"),
         (("nonsense",), "nonsense"),
     ],
 )
 def test_wrong_usage_is_an_error(
-    asked: list[dict[str, Any]], arguments: tuple[str, ...], words: str
+    asked: list[dict[str, Any]], served: list[Any], arguments: tuple[str, ...], words: str
 ) -> None:
     done = bench(*arguments)
     assert done.exit_code == 2
     assert words in done.stderr and done.stdout == ""
-    assert asked == []
+    assert asked == served == []
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "overhead"])
+@pytest.mark.parametrize("command", [*COMMANDS, "overhead", "load", "deployment"])
 def test_a_missing_package_is_named_before_anything_is_measured(
     asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -209,6 +269,8 @@ def test_a_missing_package_is_named_before_anything_is_measured(
         ("scaling", ("peak memory", "--quick", "--html", "--json")),
         ("ceiling", ("matrix products", "tiny, 135m or 1.2b", "--shape", "--html", "--json")),
         ("overhead", ("in-process", "--users", "--rounds", "--json")),
+        ("load", ("Light devices", "--light", "--real", "--cohort", "--soak", "--json")),
+        ("deployment", ("flower-supernode", "--devices", "--rounds", "--json")),
     ],
 )
 def test_help_says_what_a_command_does(command: str, words: tuple[str, ...]) -> None:

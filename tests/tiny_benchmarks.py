@@ -73,3 +73,64 @@ CEILING: dict[str, Any] = {
         _way("compiled", 64, 8.0, 175.0, 0.583, 50.0, None, 90.0),
     ],
 }
+
+
+def _stage(cohort: int, superlink: float) -> dict[str, Any]:
+    return {
+        "round_seconds": 12.5,
+        "rounds": [(cohort, cohort - 1, 12.5)],
+        "accepted": cohort - 1,
+        "dropped": {"no answer": 1},
+        "refused": {},
+        "seconds": 13.0,
+        "cpu_seconds": {"superlink": 4.0, "serverapp": 1.0},
+        "cpu_per_contribution": {"superlink": 0.04, "serverapp": 0.01},
+        "own_mib": {"superlink": superlink, "serverapp": 400.0},
+        "peak_mib": {"superlink": superlink + 50, "serverapp": 530.0},
+        "cohort": cohort,
+        "enrolments_per_second": 40.0,
+        "requests_per_second": 150.0,
+        "refused_at_the_door": {"too often": 3},
+    }
+
+
+LOAD: dict[str, Any] = {
+    "light": 1000,
+    "real": 12,
+    "cores": 2,
+    "stages": [
+        _stage(50, 200.0),
+        {
+            **_stage(400, 220.0),
+            "soak": {
+                "minutes": 30.0,
+                "rounds": 77,
+                "accepted": 30_000,
+                "dropped": {},
+                "refused": {},
+                "round_seconds": 22.0,
+                "growth_mib_per_hour": {
+                    "superlink": {
+                        "per_hour": 0.5,
+                        "low": -1.5,
+                        "high": 2.5,
+                        "first": 219.0,
+                        "last": 221.0,
+                    }
+                },
+            },
+        },
+    ],
+    "memory_ratio": {"superlink": 1.1, "serverapp": 1.0},
+    "peak_ratio": {"superlink": 1.08, "serverapp": 1.0},
+}
+
+DEPLOYMENT: dict[str, Any] = {
+    "devices": 3,
+    "rounds": 4,
+    "training_seconds": 0.25,
+    "homefire_seconds": 1.25,
+    "flower_seconds": 10.25,
+    "ratio": 0.1,
+    "cores": 2,
+}

@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,8 +276,13 @@ def operated(folder: Path, limits: str = "") -> Iterator[Operated]:
 
 
 @contextmanager
-def flowers_own(folder: Path) -> Iterator[tuple[Place, Flower]]:
-    """Flower's SuperLink with TLS and `--enable-supernode-auth`, as its documents say."""
+def flowers_own(folder: Path, *, first: Sequence[str] = ()) -> Iterator[tuple[Place, Flower]]:
+    """Flower's SuperLink with TLS and `--enable-supernode-auth`, as its documents say.
+
+    Args:
+        folder: Made for it.
+        first: A command that starts it in its own place.
+    """
     folder.mkdir()
     certificates, programs = Certificates(folder / "tls"), Flower(folder)
     certificates.folder.mkdir()
@@ -286,7 +291,7 @@ def flowers_own(folder: Path) -> Iterator[tuple[Place, Flower]]:
     command = ["flower-superlink", "--host", HERE, "--port", str(port)]
     command += ["--ssl-certfile", server, "--ssl-keyfile", server]
     command += ["--ssl-ca-certfile", str(certificates.authority), "--enable-supernode-auth"]
-    programs.start("superlink", *command, "--disable-runtime-dependency-installation")
+    programs.start("superlink", *first, *command, "--disable-runtime-dependency-installation")
     place = Place(port, certificates.authority)
     try:
         until(lambda: healthy(place), programs.logs)

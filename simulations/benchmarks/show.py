@@ -198,8 +198,9 @@ def load_table(found: Found) -> Sequence[RenderableType]:
         for stage in found["stages"]
     ]
     ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found["memory_ratio"].items())
+    own = f"memory of its own, the most, last over first cohort: {ratios}"
     soaks = [_soak_table(stage["soak"]) for stage in found["stages"] if "soak" in stage]
-    return [_table(title, head, rows), *door, f"memory, last over first cohort: {ratios}", *soaks]
+    return [_table(title, head, rows), *door, own, *soaks]
 
 
 def _soak_table(soak: Found) -> Table:

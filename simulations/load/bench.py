@@ -4,17 +4,20 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from homefire.client.progress import Advance, Reporter
 from homefire.server.control import Control
 from homefire.simulations.benchmarks.tiny_model import make_model
 from homefire.simulations.load.growth import growth
-from homefire.simulations.load.light import IDLE_SECONDS, Keys
+from homefire.simulations.load.keys import Keys
+from homefire.simulations.load.light import IDLE_SECONDS
 from homefire.simulations.load.processes import Cost
-from homefire.simulations.load.rig import Rig, RigError, Shape, counted, standing, wait_for
+from homefire.simulations.load.rig import Rig, RigError, standing, wait_for
+from homefire.simulations.load.shape import Shape
 
 ROUND_SECONDS = 900.0
 SAMPLE_SECONDS = 1.0
@@ -22,6 +25,10 @@ MANY_ROUNDS = 10_000
 COHORTS = (50, 400)
 WORKERS = ("superlink", "serverapp")
 """The processes that work for contributions."""
+
+SETTLE_SECONDS, SETTLE_SHARE = 345.0, 0.2
+"""Before a soak is watched: the door remembers signed time stamps for 330 seconds. In a short one
+it is a share of its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,89 +84,132 @@ class _Watch:
             self.newest[name] = each
         return rounds
 
-    def until(self, rounds: int, seconds: float) -> None:
+    def until(self, rounds: int, seconds: float, advance: Advance) -> None:
         """Look until so many rounds are over."""
-        deadline = time.monotonic() + seconds
+        deadline, seen = time.monotonic() + seconds, len(self.ends)
         while len(self.look()) < rounds:
+            for _ in range(seen, len(self.ends)):
+                advance()
+            seen = len(self.ends)
             if time.monotonic() > deadline:
                 raise RigError(f"round {rounds} was not over after {seconds:g} s")
             time.sleep(SAMPLE_SECONDS)
+        for _ in range(seen, rounds):
+            advance()
 
-    def for_minutes(self, minutes: float) -> None:
-        """Look for so long."""
-        deadline = time.monotonic() + 60 * minutes
-        while time.monotonic() < deadline:
+    def during(self, minutes: float, advance: Advance) -> None:
+        """Look for so long; a whole minute is a part that is done."""
+        begun = time.monotonic()
+        done = 0
+        while (passed := time.monotonic() - begun) < 60 * minutes:
+            if passed >= 60 * (done + 1):
+                done += 1
+                advance()
             self.look()
             time.sleep(SAMPLE_SECONDS)
 
 
-def measure(load: Load, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(load: Load, reporter: Reporter) -> dict[str, Any]:
     """Measure it all, one server after the other.
 
     Args:
         load: What is asked.
-        say: Told what begins.
+        reporter: Shows how far it is.
 
     Raises:
         RigError: A process did not start, ended, or a round took too long.
     """
     with tempfile.TemporaryDirectory(prefix="homefire-load-") as folder:
         model = make_model(Path(folder) / "model")
-        keys = [Keys.draw() for _ in range(load.light)]
+        bench = _Bench(load, model, [Keys.draw() for _ in range(load.light)], reporter)
         stages = []
-        for cohort in load.cohorts:
-            last = cohort == load.cohorts[-1]
-            place = Path(folder) / f"cohort{cohort}"
+        for number, cohort in enumerate(load.cohorts):
+            place = Path(folder) / f"server{number}"
             place.mkdir()
-            soak = load.soak_minutes if last else 0.0
-            stages.append(_stage(load, cohort, soak, place, (model, keys), say))
+            last = number == len(load.cohorts) - 1
+            stages.append(bench.stage(cohort, place, load.soak_minutes if last else 0.0))
     return {
         **asdict(load),
         "cores": len(os.sched_getaffinity(0)),
         "stages": stages,
-        "memory_ratio": {
-            name: stages[-1]["own_mib"][name] / stages[0]["own_mib"][name] for name in WORKERS
-        },
+        "memory_ratio": _ratio(stages, "own_mib"),
+        "peak_ratio": _ratio(stages, "peak_mib"),
     }
 
 
-def _stage(
-    load: Load,
-    cohort: int,
-    soak: float,
-    place: Path,
-    made: tuple[Path, Sequence[Keys]],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    model, keys = made
-    rounds = MANY_ROUNDS if soak else load.rounds + 1
-    shape = Shape(load.users, cohort, rounds, model, rank=load.rank)
-    with standing(place, shape) as rig:
-        say(f"cohort {cohort}: enrolling {load.light} light devices")
-        enrolling = rig.enrol(keys)
-        rig.start_fleet(keys, idle=load.idle)
-        if load.real:
-            say(f"cohort {cohort}: making {load.real} real devices")
-            rig.add_devices(load.real, model)
-        say(f"cohort {cohort}: {load.rounds} rounds after a warm-up")
-        wait_for(lambda: rig.told.get("active") == load.light or None, rig, "all devices", 300)
-        watch, control = _Watch(rig), Control(rig.home)
-        watch.until(1, ROUND_SECONDS)
-        before, door = dict(watch.newest), control.door()
-        began = time.monotonic()
-        watch.until(1 + load.rounds, ROUND_SECONDS * load.rounds)
-        took, after = time.monotonic() - began, control.door()
-        found = _stage_found(watch, before, took, load.rounds)
-        found |= {
-            "cohort": cohort,
-            "enrolments_per_second": load.light / enrolling if load.light else None,
-            "requests_per_second": (after["served"] - door["served"]) / took,
-            "refused_at_the_door": counted({}, after["refused"]),
+def _ratio(stages: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """The last cohort's over the first one's."""
+    return {each: stages[-1][name][each] / stages[0][name][each] for each in WORKERS}
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    load: Load
+    model: Path
+    keys: Sequence[Keys]
+    reporter: Reporter
+
+    def stage(self, cohort: int, place: Path, soak: float) -> dict[str, Any]:
+        """One server, its devices and its rounds."""
+        load = self.load
+        rounds = MANY_ROUNDS if soak else load.rounds + 1
+        shape = Shape(load.users, cohort, rounds, self.model, rank=load.rank)
+        with standing(place, shape) as rig:
+            enrolling = self._devices_of(rig, cohort)
+            watch, control = _Watch(rig), Control(rig.home)
+            with self.reporter.phase(f"Rounds of {cohort}", 1 + load.rounds) as advance:
+                watch.until(1, ROUND_SECONDS, advance)
+                before, door = dict(watch.newest), control.door()
+                began = time.monotonic()
+                watch.until(1 + load.rounds, ROUND_SECONDS * load.rounds, advance)
+                took, after = time.monotonic() - began, control.door()
+            found = _stage_found(watch, before, took, load.rounds) | {
+                "cohort": cohort,
+                "enrolments_per_second": load.light / enrolling if load.light else None,
+                "requests_per_second": (after["served"] - door["served"]) / took,
+                "refused_at_the_door": after["refused"],
+            }
+            if soak:
+                found["soak"] = self._soak(watch, soak)
+            return {**found, "light_devices": rig.told}
+
+    def _devices_of(self, rig: Rig, cohort: int) -> float:
+        """Enrol them all and wait until they are there; the seconds of enrolling light ones."""
+        with self.reporter.phase("Enrolling", self.load.light) as advance:
+            enrolling = rig.enrol(self.keys, advance)
+        if self.load.light:
+            rig.start_fleet(self.keys, idle=self.load.idle)
+        if self.load.real:
+            with self.reporter.phase("Real devices", self.load.real) as advance:
+                rig.add_devices(self.load.real, self.model, advance)
+        light = self.load.light
+        wait_for(lambda: rig.told.get("active", 0) == light or None, rig, "all devices", 300)
+        return enrolling
+
+    def _soak(self, watch: _Watch, minutes: float) -> dict[str, Any]:
+        settle = min(SETTLE_SECONDS / 60, SETTLE_SHARE * minutes)
+        with self.reporter.phase("Soak, minutes", round(settle + minutes)) as advance:
+            watch.during(settle, advance)
+            begun, rounds = time.monotonic(), len(watch.rig.rounds())
+            watch.during(minutes, advance)
+        samples = {
+            name: [(at - begun, mib) for at, mib in seen if at >= begun]
+            for name, seen in watch.samples.items()
         }
-        if soak:
-            say(f"cohort {cohort}: {soak:g} minutes of soak")
-            found["soak"] = _soak(watch, soak)
-        return {**found, "light_devices": rig.told}
+        logs = watch.rig.rounds()[rounds:]
+        return {
+            "minutes": minutes,
+            "rounds": len(logs),
+            "accepted": sum(each["accepted"] for each in logs),
+            "dropped": _sum(logs, "dropped"),
+            "refused": _sum(logs, "refused"),
+            "round_seconds": statistics.median(each["seconds"] for each in logs) if logs else None,
+            "growth_mib_per_hour": {
+                name: asdict(growth(*zip(*seen, strict=True)))
+                for name, seen in samples.items()
+                if len(seen) > 2
+            },
+        }
 
 
 def _stage_found(
@@ -185,28 +235,6 @@ def _stage_found(
         },
         "peak_mib": {name: now.peak_mib for name, now in watch.newest.items()},
         "own_mib": {name: max(mib for _, mib in seen) for name, seen in watch.samples.items()},
-    }
-
-
-def _soak(watch: _Watch, minutes: float) -> dict[str, Any]:
-    begun, rounds = time.monotonic(), len(watch.rig.rounds())
-    watch.for_minutes(minutes)
-    samples = {
-        name: [(at - begun, mib) for at, mib in seen if at >= begun]
-        for name, seen in watch.samples.items()
-    }
-    logs = watch.rig.rounds()[rounds:]
-    return {
-        "minutes": minutes,
-        "rounds": len(logs),
-        "accepted": sum(each["accepted"] for each in logs),
-        "dropped": _sum(logs, "dropped"),
-        "round_seconds": statistics.median(each["seconds"] for each in logs) if logs else None,
-        "growth_mib_per_hour": {
-            name: asdict(growth(*zip(*seen, strict=True)))
-            for name, seen in samples.items()
-            if len(seen) > 2
-        },
     }
 
 

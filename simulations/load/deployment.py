@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flwr.app import Context, RecordDict
 
 import homefire
 from homefire.client.app import app as client_app
+from homefire.client.progress import Advance, Reporter
 from homefire.server.app import app as server_app
 from homefire.server.status import read_rounds
 from homefire.simulations.benchmarks.measured import Stopwatch
@@ -31,13 +32,13 @@ from homefire.simulations.load.rig import (
     ENVIRONMENT,
     LOOPBACK,
     RigError,
-    Shape,
     end,
     free_ports,
     scripts,
     standing,
     wait_for,
 )
+from homefire.simulations.load.shape import Shape
 from homefire.simulations.preparation import Run, prepare
 
 ROUND_SECONDS = 240.0
@@ -67,13 +68,13 @@ class Deployments:
     cores: int
 
 
-def measure(*, devices: int, rounds: int, say: Callable[[str], None]) -> Deployments:
+def measure(*, devices: int, rounds: int, reporter: Reporter) -> Deployments:
     """Run both, one after the other.
 
     Args:
         devices: All of them are in every round.
         rounds: After one that is a warm-up.
-        say: Told what begins.
+        reporter: Shows how far it is.
 
     Raises:
         RigError: A process did not start, or ended, or a round took too long.
@@ -81,12 +82,12 @@ def measure(*, devices: int, rounds: int, say: Callable[[str], None]) -> Deploym
     with tempfile.TemporaryDirectory(prefix="homefire-load-") as name:
         folder = Path(name)
         model = make_model(folder / "model")
-        say("training alone")
-        training = _training(folder, model)
-        say("homefire's server and devices")
-        ours = _ours(folder, model, devices, rounds)
-        say("Flower's programs")
-        theirs = _flowers(folder, model, devices, rounds)
+        with reporter.phase("Training alone", 1):
+            training = _training(folder, model)
+        with reporter.phase("Rounds, homefire", rounds + 1) as advance:
+            ours = _ours(folder, model, devices, Ends(rounds + 1, advance))
+        with reporter.phase("Rounds, Flower", rounds + 1) as advance:
+            theirs = _flowers(folder, model, devices, Ends(rounds + 1, advance))
     return Deployments(
         devices=devices,
         rounds=rounds,
@@ -98,20 +99,25 @@ def measure(*, devices: int, rounds: int, say: Callable[[str], None]) -> Deploym
     )
 
 
-def _ours(folder: Path, model: Path, devices: int, rounds: int) -> float:
+def _ours(folder: Path, model: Path, devices: int, ends: "Ends") -> float:
     place = folder / "homefire"
     place.mkdir()
-    shape = Shape(devices, devices, rounds + 1, model, rank=RANK, steps=STEPS)
+    shape = Shape(devices, devices, ends.wanted, model, rank=RANK, steps=STEPS)
     with standing(place, shape) as rig:
-        rig.add_devices(devices, model)
-        ends = Ends(lambda: len(rig.rounds()))
-        wait_for(lambda: ends.all(rounds + 1), rig, "the rounds", ROUND_SECONDS, every=0.05)
+        rig.add_devices(devices, model, lambda: None)
+        wait_for(
+            lambda: ends.seen(len(rig.rounds())) or None,
+            rig,
+            "the rounds",
+            ROUND_SECONDS,
+            every=0.05,
+        )
         _check(rig.rounds(), devices)
     return ends.median
 
 
-def _flowers(folder: Path, model: Path, devices: int, rounds: int) -> float:
-    run = _plain(folder / "plain", model, devices, rounds + 1)
+def _flowers(folder: Path, model: Path, devices: int, ends: "Ends") -> float:
+    run = _plain(folder / "plain", model, devices, ends.wanted)
     log, place = folder / "flower.log", folder / "flower"
     place.mkdir()
     port, *runtimes = free_ports(1 + devices)
@@ -134,8 +140,7 @@ def _flowers(folder: Path, model: Path, devices: int, rounds: int) -> float:
         if begun.wait(120):
             raise RigError(f"the run did not begin: {log.read_text()[-1000:]}")
         lines = run.folder / "server" / "rounds.jsonl"
-        ends = Ends(lambda: len(read_rounds(lines)))
-        _until(lambda: ends.all(rounds + 1) is not None, started, ROUND_SECONDS)
+        _until(lambda: ends.seen(len(read_rounds(lines))), started, ROUND_SECONDS)
         _check(read_rounds(lines), devices)
     except RigError as error:
         said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
@@ -176,27 +181,31 @@ def _plain(folder: Path, model: Path, users: int, rounds: int) -> Run:
     return prepare(load_experiment(None, [f"{k}={v}" for k, v in settings.items()]), folder)
 
 
+@dataclass(slots=True)
 class Ends:
     """When rounds were seen to be over.
 
-    Args:
-        count: How many are.
+    Attributes:
+        wanted: How many there are to be.
+        advance: Called for each.
+        at: Monotonic seconds.
     """
 
-    def __init__(self, count: Callable[[], int]) -> None:
-        self._count = count
-        self._seen: list[float] = []
+    wanted: int
+    advance: Advance
+    at: list[float] = field(default_factory=list)
 
-    def all(self, wanted: int) -> bool | None:
-        """Look; true once so many are over, and None before."""
-        now, count = time.monotonic(), self._count()
-        self._seen += [now] * (count - len(self._seen))
-        return True if count >= wanted else None
+    def seen(self, count: int) -> bool:
+        """So many are over; whether these are all."""
+        for _ in range(len(self.at), count):
+            self.at.append(time.monotonic())
+            self.advance()
+        return len(self.at) >= self.wanted
 
     @property
     def median(self) -> float:
         """Seconds from the end of a round to that of the next."""
-        pairs = zip(self._seen[1:], self._seen, strict=False)
+        pairs = zip(self.at[1:], self.at, strict=False)
         return statistics.median(later - earlier for later, earlier in pairs)
 
 

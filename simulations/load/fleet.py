@@ -14,7 +14,8 @@ from asyncio.sslproto import SSLProtocol
 from contextlib import suppress
 
 from homefire.common.parent import end_with
-from homefire.simulations.load.light import Keys, LightDevice, Tally
+from homefire.simulations.load.keys import Keys
+from homefire.simulations.load.light import LightDevice, Tally
 from homefire.simulations.load.wire import Connections
 
 TELL_SECONDS = 1.0
@@ -41,7 +42,7 @@ async def serve(settings: dict[str, str], keys: list[Keys]) -> None:
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
-    connections.close()
+    await connections.close()
 
 
 async def _after(seconds: float, device: LightDevice) -> None:
@@ -54,7 +55,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     end_with(int(settings["parent"]))
     # A thousand connections with asyncio's own buffers would take 256 MiB.
-    setattr(SSLProtocol, "max_size", 1 << 14)  # noqa: B010 - not in its stubs
+    SSLProtocol.max_size = 1 << 14
     asyncio.run(serve(settings, [Keys.from_json(line) for line in sys.stdin if line.strip()]))
 
 

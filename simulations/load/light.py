@@ -5,7 +5,6 @@ few seconds, a plan's objects, a reply's objects. One process holds thousands of
 """
 
 import asyncio
-import json
 import random
 import time
 from base64 import b64encode
@@ -16,9 +15,8 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, TIMESTAMP_HEADER
@@ -58,7 +56,7 @@ from google.protobuf.message import Message as Protobuf
 from homefire.common.plan import RoundPlan
 from homefire.common.privacy.clipping import Clipped, clip_to_grid
 from homefire.common.protocol import STATISTICS, decode_plan, encode_contribution
-from homefire.common.signatures import public_key
+from homefire.simulations.load.keys import Keys
 from homefire.simulations.load.wire import Connections
 
 Found = TypeVar("Found", bound=Protobuf)
@@ -70,54 +68,6 @@ AGAIN_SECONDS = 0.5
 SLOWEST = 120.0  # seconds that an answer may take
 VECTORS = 8
 """Different contributions; the header, and with it what is stored, is each device's own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """Who a device is.
-
-    Attributes:
-        node: Signs requests; P-384, as real devices have.
-        identity: Signs contributions.
-    """
-
-    node: ec.EllipticCurvePrivateKey
-    identity: Ed25519PrivateKey
-
-    @classmethod
-    def draw(cls) -> "Keys":
-        """New ones."""
-        return cls(ec.generate_private_key(ec.SECP384R1()), Ed25519PrivateKey.generate())
-
-    @property
-    def node_pem(self) -> str:
-        """The public half of the node's key, PEM."""
-        encoding, kind = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        return self.node.public_key().public_bytes(encoding, kind).decode()
-
-    @property
-    def identity_hex(self) -> str:
-        """The public half of the identity, 64 hex digits."""
-        return public_key(self.identity)
-
-    def to_json(self) -> str:
-        """One line, for `from_json`; a secret."""
-        node = self.node.private_bytes(
-            serialization.Encoding.DER,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        return json.dumps({"node": node.hex(), "identity": self.identity.private_bytes_raw().hex()})
-
-    @classmethod
-    def from_json(cls, line: str) -> "Keys":
-        """Read what `to_json` wrote."""
-        found = json.loads(line)
-        node = serialization.load_der_private_key(bytes.fromhex(found["node"]), None)
-        if not isinstance(node, ec.EllipticCurvePrivateKey):
-            raise ValueError("no key of a node")
-        identity = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(found["identity"]))
-        return cls(node, identity)
 
 
 @dataclass(slots=True)
@@ -306,7 +256,10 @@ class LightDevice:
                     object_content=item.deflate(),
                     session_id=answer.session_id,
                 )
-                await self._call("push-object", part, PushObjectResponse)
+                if not (await self._call("push-object", part, PushObjectResponse)).stored:
+                    # A SuperNode gives up such a reply, too.
+                    self.tally.refused["push-object not stored"] += 1
+                    raise RefusedError("push-object", 200)
 
     async def _call(self, name: str, request: Protobuf, kind: type[Found]) -> Found:
         stamp = now().isoformat()

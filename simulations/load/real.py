@@ -1,7 +1,8 @@
 """Makes the vaults of real devices, and enrols them: `python -m homefire.simulations.load.real`.
 
 Standard input: one JSON object with `folder`, `model` and `tickets`. In the folder are then
-`device0`, `device1`, … with a few made-up records each, which accept what is measured.
+`device0`, `device1`, … with a few made-up records each, which accept what is measured. Standard
+output: a line for each that is made.
 """
 
 import json
@@ -42,6 +43,7 @@ def main() -> None:
     asked = json.load(sys.stdin)
     for number, ticket in enumerate(asked["tickets"]):
         make(Path(asked["folder"]) / f"device{number}", asked["model"], ticket)
+        print(number, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from homefire.server.control import Control
 from homefire.server.enrolment import Request
 from homefire.server.operator_home import OperatorHome
 from homefire.server.status import read_rounds
-from homefire.simulations.load.light import Keys
+from homefire.simulations.load.keys import Keys
 from homefire.simulations.load.processes import Cost, cost, descendants
+from homefire.simulations.load.shape import Shape
 
 Found = TypeVar("Found")
 LOOPBACK = "127.0.0.1"
@@ -51,81 +52,10 @@ ENVIRONMENT = {
     "HOMEFIRE_PASSPHRASE": PASSPHRASE,
     "OMP_NUM_THREADS": "1",
 }
-FEDERATION = """name = "load"
-users = {users}
-
-[base_model]
-name = {model}
-
-[shared]
-method = "ffa"
-rank = {rank}
-alpha = {rank}
-targets = "all-linear"
-
-[local]
-steps = {steps}
-batch_size = 1
-max_tokens = 32
-learning_rate = 0.01
-
-[federation]
-rounds = {rounds}
-cohort = {cohort}
-deadline = {deadline}
-quorum = 0.95
-
-[optimizer]
-name = "momentum"
-learning_rate = 1.0
-momentum = 0.9
-
-[privacy]
-mechanism = "gaussian"
-clip_norm = 1.0
-noise_multiplier = 1.0
-delta = 1e-6
-"""
 
 
 class RigError(HomefireError):
     """Something that is measured did not start, or ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a federation is like.
-
-    Attributes:
-        users: Devices, all of them.
-        cohort: Expected in a round; each device is drawn by itself.
-        rounds: At most.
-        model: A base model's folder.
-        rank: Of the shared adapter.
-        steps: Of local training.
-        deadline: Seconds of a round.
-    """
-
-    users: int
-    cohort: int
-    rounds: int
-    model: Path
-    rank: int = 35
-    steps: int = 1
-    deadline: float = 600.0
-
-    @property
-    def federation(self) -> str:
-        """The server's `federation.toml`."""
-        return FEDERATION.format(
-            users=self.users,
-            cohort=self.cohort,
-            rounds=self.rounds,
-            model=json.dumps(str(self.model)),
-            rank=self.rank,
-            steps=self.steps,
-            deadline=self.deadline,
-        )
 
 
 @dataclass(slots=True)
@@ -152,7 +82,7 @@ class Rig:
         """The newest tally of the light devices."""
         return self._told
 
-    def enrol(self, keys: Sequence[Keys]) -> float:
+    def enrol(self, keys: Sequence[Keys], advance: Callable[[], None]) -> float:
         """Enrol light devices as the server does it for those who redeem tickets; seconds."""
         began, control, enrolment = time.monotonic(), Control(self.home), self.home.enrolment
 
@@ -165,6 +95,7 @@ class Rig:
             signature = sign(each.identity, ENROLMENT, *signed_parts(secret, each.node_pem))
             request = Request(secret, each.identity_hex, each.node_pem, signature.hex())
             enrolment.redeem(request, register)
+            advance()
         return time.monotonic() - began
 
     def start_fleet(self, keys: Sequence[Keys], *, idle: float) -> None:
@@ -182,33 +113,31 @@ class Rig:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        if self.fleet.stdin is None:
-            raise RigError("no way to tell the light devices who they are")
-        lines = [json.dumps(settings), *(each.to_json() for each in keys), ""]
-        self.fleet.stdin.write("\n".join(lines).encode())
-        self.fleet.stdin.close()
+        _tell(self.fleet, json.dumps(settings), *(each.to_json() for each in keys))
         Thread(target=self._listen, args=(self.fleet,), daemon=True).start()
 
     def _listen(self, fleet: "subprocess.Popen[bytes]") -> None:
-        if fleet.stdout is not None:
-            for line in fleet.stdout:
+        with fleet:
+            for line in fleet.stdout or ():
                 self._told = json.loads(line)
 
-    def add_devices(self, count: int, model: Path) -> None:
+    def add_devices(self, count: int, model: Path, advance: Callable[[], None]) -> None:
         """Make real devices, enrol them by the public way, and let them join."""
         tickets = [ticket.text for ticket in self.home.tickets(count)]
         asked = {"folder": str(self.folder), "model": str(model), "tickets": tickets}
         environment = {"XDG_STATE_HOME": str(self.folder / "state")}
-        done = subprocess.run(
-            [sys.executable, "-m", "homefire.simulations.load.real"],
-            input=json.dumps(asked),
-            env={**os.environ, **ENVIRONMENT, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RigError(f"no real devices: {done.stderr[-1000:]}")
+        with _start(
+            self.folder / "devices.log",
+            ["-m", "homefire.simulations.load.real"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            environment=environment,
+        ) as making:
+            _tell(making, json.dumps(asked))
+            for _ in making.stdout or ():
+                advance()
+        if making.returncode:
+            raise RigError(f"no real devices: {last_words(self.folder / 'devices.log')}")
         for number in range(count):
             place = ["--home", str(self.folder / f"device{number}")]
             command = ["-m", "homefire", "device", "join", "--yes", *place]
@@ -221,9 +150,11 @@ class Rig:
         Raises:
             RigError: The server or the fleet has ended.
         """
-        for process, name in ((self.server, "server"), (self.fleet, "light devices")):
+        for process, name in ((self.server, "server"), (self.fleet, "fleet")):
             if process is not None and (code := process.poll()) is not None:
-                raise RigError(f"{name} ended with {code}; see {self.folder}")
+                raise RigError(
+                    f"{name} ended with {code}: {last_words(self.folder / (name + '.log'))}"
+                )
         return read_rounds(self.home.output / "rounds.jsonl")
 
     def costs(self) -> dict[str, Cost]:
@@ -286,7 +217,8 @@ def wait_for(
     while (found := look()) is None:
         rig.rounds()
         if time.monotonic() > deadline:
-            raise RigError(f"{what} did not come within {seconds:g} s; see {rig.folder}")
+            said = last_words(rig.folder / "server.log")
+            raise RigError(f"{what} did not come within {seconds:g} s; the server: {said}")
         time.sleep(every)
     return found
 
@@ -322,12 +254,17 @@ def _start(
         )
 
 
+def _tell(process: "subprocess.Popen[bytes]", *lines: str) -> None:
+    if process.stdin is not None:
+        process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+        process.stdin.close()
+
+
+def last_words(log: Path) -> str:
+    """The end of what a process said; its folder is gone soon."""
+    return log.read_text(encoding="utf-8", errors="replace")[-1000:] if log.exists() else ""
+
+
 def scripts() -> Path:
     """Where Flower's programs are: beside this Python."""
     return Path(sys.executable).parent
-
-
-def counted(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
-    """What was added to counts."""
-    more = {name: count - before.get(name, 0) for name, count in after.items()}
-    return {name: count for name, count in sorted(more.items()) if count}

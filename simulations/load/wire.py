@@ -7,6 +7,7 @@ Flower's own client has one pool for each device and blocks a thread for each re
 import asyncio
 import ssl
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 IDLE_SECONDS = 4.0
@@ -62,33 +63,45 @@ class Connections:
             *(f"{name}: {value}" for name, value in headers.items()),
         ]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        request = head + body
         while (kept := self._kept()) is not None:
-            try:
-                return await asyncio.wait_for(self._ask(*kept, head + body), timeout)
-            except (ConnectionError, asyncio.IncompleteReadError):
-                kept[1].close()  # it was closed by the other side while nobody used it
-        reader, writer = await asyncio.wait_for(
-            asyncio.open_connection(self.host, self.port, ssl=self.tls), timeout
-        )
+            # The other side may have closed it while nobody used it.
+            with suppress(ConnectionError):
+                return await self._exchange(*kept, request, timeout)
+        opening = asyncio.open_connection(self.host, self.port, ssl=self.tls)
+        reader, writer = await asyncio.wait_for(opening, timeout)
         self.opened += 1
-        try:
-            return await asyncio.wait_for(self._ask(reader, writer, head + body), timeout)
-        except asyncio.IncompleteReadError as error:
-            raise ConnectionError("the server hung up") from error
-        except BaseException:
-            writer.close()
-            raise
+        return await self._exchange(reader, writer, request, timeout)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close what is open and not in use."""
-        while self._idle:
-            self._idle.pop()[2].close()
+        writers = [writer for _, _, writer in self._idle]
+        self._idle.clear()
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.gather(*(each.wait_closed() for each in writers), return_exceptions=True)
 
     def _kept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         now = asyncio.get_running_loop().time()
         while self._idle and now - self._idle[0][0] > IDLE_SECONDS:
             self._idle.popleft()[2].close()
         return self._idle.pop()[1:] if self._idle else None
+
+    async def _exchange(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        request: bytes,
+        timeout: float,
+    ) -> Answer:
+        try:
+            return await asyncio.wait_for(self._ask(reader, writer, request), timeout)
+        except asyncio.IncompleteReadError as error:
+            writer.transport.abort()
+            raise ConnectionError("the server hung up") from error
+        except BaseException:
+            writer.transport.abort()
+            raise
 
     async def _ask(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes

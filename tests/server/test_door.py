@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
-from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH
+from homefire.common.protocol import VERSION
+from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.door import OPEN, Door
+from homefire.server.doorstep import WELCOME
 from homefire.server.enrolment import FORMS, Request
 from homefire.server.operator_home import LimitsConfig
 
@@ -171,7 +173,6 @@ def test_fleet_only_whatever_the_path(path: str) -> None:
         ({"headers": {"content-length": "3", "transfer-encoding": "chunked"}}, 400, "two lengths"),
         ({"headers": {"homefire-version": "2"}}, 426, "another version"),
         ({"headers": {"homefire-version": ""}}, 426, "another version"),
-        ({"headers": {"flwr-public-key": "eHg=", "content-length": "20000"}}, 413, "too large"),
     ],
 )
 def test_a_strange_request_is_refused(
@@ -196,6 +197,18 @@ def test_bounded_the_time_that_a_body_takes(door: Door) -> None:
     assert door.served == 0
 
 
+def test_bounded_the_time_of_a_body_begins_when_it_is_read(door: Door) -> None:
+    """Who waits for a place among those that send is not slow."""
+    flower = door.app
+
+    async def busy(*arguments: Any) -> None:
+        await asyncio.sleep(2 * LIMITS.seconds)
+        await flower(*arguments)
+
+    door.app = busy
+    assert Asking(PULL).at(door).status == 200
+
+
 def test_bounded_how_often_a_device_asks(door: Door) -> None:
     clock = [0.0]
     door.clock = lambda: clock[0]
@@ -205,7 +218,7 @@ def test_bounded_how_often_a_device_asks(door: Door) -> None:
     # Keys that nobody has enrolled share the rate of the address that they come from.
     keys = [b64encode(f"made up {n}".encode()).decode() for n in range(6)]
     made_up = [Asking(PULL, headers={"flwr-public-key": key}).at(door).status for key in keys]
-    assert made_up == 5 * [200] + [429]
+    assert made_up == 5 * [401] + [429]
     # Who guesses there, redeems, or comes from elsewhere is another matter.
     guessed = [Asking(ENROL_PATH, b"{}").at(door).status for _ in range(6)]
     assert guessed == 5 * [403] + [429]
@@ -246,11 +259,14 @@ def test_bounded_who_waits_for_a_plan_takes_no_place_from_others(door: Door) -> 
     assert asyncio.run(ask(held=1)) == 4 * [200]
 
 
-def test_bounded_of_a_stranger_less_is_read(door: Door) -> None:
+@pytest.mark.parametrize("path", sorted(OPEN))
+def test_enrolled_alone_flower_hears_of_nobody_else(door: Door, path: str) -> None:
     made_up = {"flwr-public-key": b64encode(b"made up").decode()}
-    asked = Asking(PULL, *[b"x" * 1024] * 17, headers=made_up).at(door)
-    assert (asked.status, asked.error) == (413, "too large")
-    assert Asking(PULL, *[b"x" * 1024] * 16, headers=made_up).at(door).status == 200
+    asked = Asking(path, *[b"x" * 1024] * 17, headers=made_up).at(door)
+    assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
+    assert len(asked._parts) == 17  # not a byte of it was read
+    assert isinstance(door.app, Flower)
+    assert not door.app.bodies
 
 
 class Translating(Flower):
@@ -295,7 +311,7 @@ def test_not_twice(door: Door) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(OPEN))
-def test_removed_is_out(door: Door, path: str) -> None:
+def test_enrolled_alone_nobody_who_was_removed(door: Door, path: str) -> None:
     door.removed = lambda shown: True
     asked = Asking(path).at(door)
     assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
@@ -303,11 +319,79 @@ def test_removed_is_out(door: Door, path: str) -> None:
     assert door.served == 0
 
 
+def test_not_twice_also_when_it_was_started_again(door: Door) -> None:
+    """What was seen is not kept; what was signed before the start is as good as seen."""
+    before = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+    again = Door(door.app, door.names, door.enrol, door.limits, door.known)
+    asked = Asking(PULL, signed_at=before).at(again)
+    assert (asked.status, json.loads(asked.body)["detail"]) == (400, CLOCK_SIGN)
+    assert Asking(PULL).at(again).status == 200
+
+
+def test_not_twice_nothing_is_kept_of_strangers(door: Door) -> None:
+    door.limits = LIMITS.model_copy(update={"burst": 50})
+    for number in range(50):
+        key = b64encode(f"key {number}".encode()).decode()
+        asked = Asking(PULL, headers={"flwr-public-key": key}).at(door)
+        assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
+    assert not door._seen._known
+    assert not door._rates
+    assert len(door._strangers) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "status", "welcome"),
+    [
+        (PULL, KEY.decode(), 200, True),
+        (PULL, KEY.decode(), 401, False),
+        (PULL, b64encode(b"another").decode(), 200, False),
+        (ENROL_PATH, KEY.decode(), 200, False),
+    ],
+)
+def test_welcome_is_whom_flower_knows(
+    door: Door, path: str, key: str, status: int, welcome: bool
+) -> None:
+    async def flower(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    door.app = flower
+    asked, welcomed = Asking(path, b'{"secret": "good"}', headers={"flwr-public-key": key}), []
+    asked.scope[WELCOME] = lambda: welcomed.append(True)
+    asked.at(door)
+    assert bool(welcomed) == welcome
+
+
+@pytest.mark.parametrize("error", [LedgerError("damaged"), OSError(28, "no space")])
+def test_who_is_enrolled_cannot_be_read(door: Door, error: Exception) -> None:
+    def broken(_: object) -> Any:
+        raise error
+
+    door.known = broken
+    asked = Asking(PULL).at(door)
+    assert (asked.status, asked.error) == (503, "enrolment failed")
+    door.enrol = broken
+    asked = Asking(ENROL_PATH, b"{}").at(door)
+    assert (asked.status, asked.error) == (503, "the server cannot enrol now")
+    assert dict(door.refused) == {"enrolment failed": 2}
+
+
 def test_clock_first(door: Door) -> None:
     for signed_at in ("2001-01-01T00:00:00+00:00", "2999-01-01T00:00:00+00:00"):
         asked = Asking(PULL, signed_at=signed_at).at(door)
         assert (asked.status, json.loads(asked.body)["detail"]) == (400, CLOCK_SIGN)
     assert dict(door.refused) == {"another time": 2}
+
+
+def test_one_version_a_device_that_states_another_is_told_so(door: Door) -> None:
+    for stated in ("2", "0", "", "one", "1.0", "11", "\u0661"):
+        raw = stated.encode().decode("latin-1")
+        asked = Asking(PULL, headers={VERSION_HEADER: raw}).at(door)
+        assert (asked.status, asked.error) == (426, "another version")
+        asked = Asking(ENROL_PATH, b"{}", headers={VERSION_HEADER: raw}).at(door)
+        assert (asked.status, asked.error) == (426, "another version")
+    assert Asking(PULL, headers={VERSION_HEADER: str(VERSION)}).at(door).status == 200
+    assert Asking(PULL).at(door).status == 200, "one that says nothing speaks version 1"
 
 
 # Tickets
@@ -319,6 +403,17 @@ def test_a_ticket_is_redeemed(door: Door) -> None:
     asked = Asking(ENROL_PATH, b'{"secret": "other"}').at(door)
     assert asked.status == 403
     assert json.loads(asked.body) == {"error": "there is no such ticket", "hint": "Ask."}
+
+
+def test_a_ticket_that_could_not_be_kept_is_the_servers_trouble(door: Door) -> None:
+    def full(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise OSError(28, "No space left on device", "/home/operator/enrolment.jsonl")
+
+    door.enrol = full
+    asked = Asking(ENROL_PATH, b'{"secret": "good"}').at(door)
+    assert (asked.status, asked.error) == (503, "the server cannot enrol now")
+    assert b"operator" not in asked.body
+    assert dict(door.refused) == {"enrolment failed": 1}
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 10_000])

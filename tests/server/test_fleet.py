@@ -27,6 +27,7 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore import sql_mixin
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
@@ -42,15 +43,30 @@ from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.main import _get_middleware, create_app
 from flwr.superlink.routers.fleet.router import router
 from flwr.superlink.servicer.fleet import fleet_handlers
+from sqlalchemy import text
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 
-from homefire.server.door import OPEN, Door
-from homefire.server.fleet import ANOTHERS, FLEET, HANDLERS, LATE, Bells, Fleet
+from homefire.server.door import OPEN, App, Door
+from homefire.server.doorstep import WELCOME
+from homefire.server.fleet import (
+    ANOTHERS,
+    FLEET,
+    HANDLERS,
+    LARGE,
+    LATE,
+    PIECE,
+    Bells,
+    Fleet,
+    Transfers,
+    _send,
+)
 from homefire.server.line import ANSWERED_PATH, RING_PATH, WITHDRAW_PATH
 from homefire.server.operator_home import LimitsConfig
 from homefire.server.private import Private, answered, runtime_stack, withdraw
-from homefire.server.superlink import calm
-from homefire.simulations.load.light import Keys
+from homefire.server.superlink import calm, set_pragmas
+from homefire.simulations.load.keys import Keys
 
 Found = TypeVar("Found")
 SECRET = "f" * 64
@@ -106,7 +122,7 @@ class Device:
 
     async def ask(
         self,
-        fleet: Fleet | Door,
+        fleet: App,
         name: str,
         request: Any,
         kind: Callable[[bytes], Found],
@@ -150,7 +166,7 @@ class Device:
         status = int(sent[0]["status"])
         return status, kind(content) if status == 200 else content.decode()
 
-    async def pull(self, fleet: Fleet | Door, **changes: str) -> tuple[int, Any]:
+    async def pull(self, fleet: App, **changes: str) -> tuple[int, Any]:
         """Ask for messages."""
         request = PullMessagesRequest(node=Node(node_id=self.node))
         return await self.ask(
@@ -383,6 +399,27 @@ def test_one_each_who_asks_again_no_longer_waits_by_the_first_request() -> None:
     assert run(twice()) == (False, True)
 
 
+def test_a_device_that_waits_is_no_stranger(app: FastAPI, state: SqlLinkState) -> None:
+    """Its connection is not among those that make room, nor among the few of one address."""
+    device, fleet, welcomed = Device(state), Fleet(app, hold=60), []
+
+    async def known(scope: Any, receive: Any, send: Any) -> None:
+        await fleet({**scope, WELCOME: lambda: welcomed.append(len(fleet.bells))}, receive, send)
+
+    async def meanwhile() -> None:
+        wrong = {FLEET_HTTP_SIGNATURE_HEADER: b64encode(b"wrong").decode()}
+        await device.pull(known, **wrong)
+        assert not welcomed
+        waiting = asyncio.create_task(device.pull(known))
+        while not len(fleet.bells):
+            await asyncio.sleep(0.01)
+        assert welcomed == [0]
+        fleet.bells.end()
+        await waiting
+
+    run(meanwhile())
+
+
 def test_so_many_whoever_comes_later_is_answered_at_once() -> None:
     async def three() -> tuple[list[bool], int]:
         bells = Bells(most=2)
@@ -415,6 +452,86 @@ def test_so_many_none_of_them_shuts_others_out(app: FastAPI, state: SqlLinkState
         return statuses + [(await task)[0] for task in waiting]
 
     assert run(meanwhile()) == 4 * [200]
+
+
+# Transfers
+
+
+class Sender:
+    """One request whose body comes when it is let come; to nothing that Flower knows."""
+
+    def __init__(self, key: str, *, length: int = LARGE, name: str = "push-object") -> None:
+        headers = {FLEET_HTTP_PUBLIC_KEY_HEADER: key, "content-length": str(length)}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.scope = {"type": "http", "path": f"{FLEET}{name}", "headers": raw}
+        self.request: Any = Request({**self.scope, "server": ("here", 1), "query_string": b""})
+        self.placed, self.done = False, asyncio.Event()
+
+    async def send(self, transfers: Transfers) -> None:
+        """Take a place until it is done."""
+        async with transfers.place(self.request):
+            self.placed = True
+            await self.done.wait()
+
+
+async def placed(transfers: Transfers, *senders: Sender) -> list[bool]:
+    """Who has a place; then all leave, one by one, and all have had one."""
+    tasks = [asyncio.create_task(each.send(transfers)) for each in senders]
+    await asyncio.sleep(0.01)
+    found = [each.placed for each in senders]
+    for each in senders:
+        each.done.set()
+    await asyncio.gather(*tasks)
+    assert all(each.placed for each in senders)
+    return found
+
+
+def test_so_many_large_bodies_at_the_same_time() -> None:
+    async def work() -> list[bool]:
+        return await placed(Transfers(2), Sender("a"), Sender("b"), Sender("c"))
+
+    assert run(work()) == [True, True, False]
+
+
+def test_so_many_large_answers_at_the_same_time() -> None:
+    async def work() -> list[bool]:
+        fetch = [Sender(key, length=10, name="pull-object") for key in "ab"]
+        return await placed(Transfers(1), *fetch)
+
+    assert run(work()) == [True, False]
+
+
+def test_one_each_however_much_a_device_sends() -> None:
+    async def work() -> list[bool]:
+        transfers = Transfers(3)
+        found = await placed(transfers, Sender("a"), Sender("a"), Sender("b"))
+        assert not transfers._own  # nothing is kept of those that have left
+        return found
+
+    assert run(work()) == [True, False, True]
+
+
+def test_small_requests_wait_for_no_place() -> None:
+    async def work() -> list[bool]:
+        small = [Sender("a", length=LARGE - 1) for _ in range(2)]
+        return await placed(Transfers(1), Sender("a"), *small)
+
+    assert run(work()) == [True, True, True]
+
+
+@pytest.mark.parametrize("length", [0, 1, PIECE, 3 * PIECE + 5])
+def test_an_answer_goes_in_pieces_and_arrives_whole(length: int) -> None:
+    sent: list[Any] = []
+    body = bytes(range(256)) * (length // 256 + 1)
+
+    async def send(event: Any) -> None:
+        sent.append(event)
+
+    run(_send(Response(body[:length]), send))
+    assert dict(sent[0]["headers"])[b"content-length"] == str(length).encode()
+    assert b"".join(event["body"] for event in sent[1:]) == body[:length]
+    assert max(len(event["body"]) for event in sent[1:]) <= PIECE
+    assert [event.get("more_body", False) for event in sent[1:]][-1:] == [False]
 
 
 # The private listener
@@ -490,6 +607,26 @@ def test_messages_are_answered_until_their_answers_are_fetched(
     assert answered(state) == [asked.metadata.message_id]
     status, found = ask(private(app, state, Bells()), ANSWERED_PATH, secret=SECRET)
     assert (status, found) == (200, {"answered": [asked.metadata.message_id]})
+
+
+def test_a_database_in_use_is_waited_for(app: FastAPI, tmp_path: Path) -> None:
+    """After Flower's five seconds a contribution would be lost; a SuperNode gives up after 30."""
+    kept = sql_mixin.SQLITE_PRAGMAS  # type: ignore[attr-defined]
+    try:
+        set_pragmas()
+        factory: Any = app.state.linkstate_factory
+        state = SqlLinkState(
+            str(tmp_path / "other.db"),
+            factory.federation_manager,
+            factory.objectstore_factory.store(),
+        )
+        state.initialize()
+        with state.session() as session:
+            assert session.execute(text("PRAGMA busy_timeout")).scalar() == 20_000
+            assert session.execute(text("PRAGMA secure_delete")).scalar() == 1
+            assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+    finally:
+        sql_mixin.SQLITE_PRAGMAS = kept  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("every_run_runs")

@@ -41,8 +41,9 @@ def listed(content: bytes, kind: Any) -> list[Any] | None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": content, "more_body": False}
 
+    wanted: Any = kind
     try:
-        return asyncio.run(_listed(Request({"type": "http"}, receive), "nodes", kind))
+        return asyncio.run(_listed(Request({"type": "http"}, receive), "nodes", wanted))
     except ValueError:
         return None
 

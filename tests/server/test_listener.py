@@ -6,7 +6,6 @@ import socket
 import time
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from threading import Thread
 from typing import Any
 
@@ -15,6 +14,7 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from homefire.server.doorstep import PublicServer
 from homefire.server.listener import LARGEST_HEAD, OTHER_FILES, bounded_protocol, make_room
 
 CONNECTIONS, SECONDS = 3, 0.4
@@ -36,15 +36,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    protocol = bounded_protocol(connections=CONNECTIONS, seconds=SECONDS)
+    protocol = bounded_protocol(seconds=SECONDS)
     config = uvicorn.Config(
         app,
         host="127.0.0.1",
@@ -55,7 +49,7 @@ def port() -> Iterator[int]:
         log_config=None,
         timeout_keep_alive=1,
     )
-    server = _Server(config)
+    server = PublicServer(config, most=CONNECTIONS, each=CONNECTIONS)
     thread = Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:

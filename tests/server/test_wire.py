@@ -3,12 +3,14 @@
 What is a defect of Flower's set-up is shown there by a test named `flower_itself_…`.
 """
 
+import resource
 import socket
 import ssl
 import time
 import warnings
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from tiny_operators import (
     activate,
     ask,
     flowers_own,
+    listens,
     operated,
     pem,
     redeem,
@@ -49,7 +52,7 @@ from homefire.common.ticket import ENROL_PATH, Ticket
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(175)]
 
-LIMITS = "seconds = 3.0\nburst = 60\nrequests = 20.0\n"
+LIMITS = "seconds = 3.0\nburst = 60\nrequests = 4.0\n"
 PULL = "/v1/fleet/pull-messages"
 
 
@@ -230,6 +233,23 @@ def test_captured_headers_are_refused(server: Operated, member: Member) -> None:
     assert server.refused()["seen before"] == before + 2
 
 
+def test_captured_headers_are_refused_by_a_superlink_that_was_started_again(
+    tmp_path: Path,
+) -> None:
+    with operated(tmp_path / "server") as server:
+        device = server.enrol()
+        headers = captured(server.public, device)
+        server.child.end()
+
+        def is_up() -> bool:
+            server.child.tend()  # after a pause
+            return server.control.is_up() and listens(server.public)
+
+        until(is_up, lambda: "no SuperLink")
+        assert pull_with(server.public, device, headers)[0] == 400
+        activate(server.public, device)
+
+
 def test_a_time_that_was_not_signed_is_refused(server: Operated, member: Member) -> None:
     headers = captured(server.public, member)
     later = headers["flwr-timestamp"].replace("+00:00", "+00:01:00.5")
@@ -292,14 +312,69 @@ def test_flower_itself_waits_for_a_gigabyte_of_a_stranger(bare: Place) -> None:
     assert still_open(bare, HUGE + bytes(1 << 20), 4)
 
 
+def test_flower_itself_takes_connections_until_it_has_no_files_left(tmp_path: Path) -> None:
+    limited = ["/bin/sh", "-c", 'ulimit -n 200; exec "$@"', "sh"]
+    with flowers_own(tmp_path / "bare", first=limited) as (bare, _), crowd(bare, 400):
+        assert not answers(bare)
+
+
+def test_a_crowd_of_strangers_keeps_nobody_out(tmp_path: Path) -> None:
+    """Connections that agree on no TLS, from one address, more than there may be files."""
+    limits = "strangers = 32\nconnections = 64\nwaiting = 64\n"
+    with operated(tmp_path / "server", limits) as server:
+        member = server.enrol()
+        activate(server.public, member)
+        with crowd(server.public, 1500):
+            assert server.control.is_up()
+            assert server.control.nodes()
+            elsewhere = socket.create_connection(
+                (HERE, server.public.port), timeout=10, source_address=("127.0.0.2", 0)
+            )
+            context = ssl.create_default_context(cafile=server.public.authority)
+            with context.wrap_socket(elsewhere, server_hostname=HERE) as far:
+                far.sendall(head())
+                assert b" 401 " in far.recv(1 << 12)
+
+
+@contextmanager
+def crowd(place: Place, count: int) -> Iterator[None]:
+    """Connections that say nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, count + 512), hard))
+    opened = []
+    try:
+        for _ in range(count):
+            far = socket.socket()
+            far.setblocking(False)
+            far.connect_ex((HERE, place.port))
+            opened.append(far)
+        time.sleep(2)
+        yield
+    finally:
+        for far in opened:
+            far.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def answers(place: Place) -> bool:
+    """Whether a request has an answer there within some seconds."""
+    try:
+        with place.connect(seconds=4) as far:
+            far.sendall(head())
+            return far.recv(1) != b""
+    except OSError:
+        return False
+
+
 def test_a_strangers_body_is_not_read(server: Operated) -> None:
     stamp = f"flwr-timestamp: {datetime.now(UTC).isoformat()}"
     keyed = head(PULL, f"content-length: {1 << 30}", "flwr-public-key: eHg=")
     assert b" 413 " in server.public.say(keyed)
     endless = head(PULL, "transfer-encoding: chunked", "flwr-public-key: eHg=", stamp)
     answer = server.public.say(endless, *[b"1000\r\n" + bytes(4096) + b"\r\n"] * 8)
-    assert b" 413 " in answer or answer == b""  # it is closed before all has been sent
-    assert server.refused()["too large"] >= 2
+    assert b" 401 " in answer or answer == b""  # it is closed before all has been sent
+    assert server.refused()["too large"] >= 1
+    assert server.refused()["not enrolled"] >= 1
     assert b" 401 " in server.public.say(HUGE)
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
-from tiny_benchmarks import CEILING, ENGINE, SCALING
+from tiny_benchmarks import CEILING, DEPLOYMENT, ENGINE, LOAD, SCALING
 
 from homefire.simulations.benchmarks.show import (
     ceiling_page,
     ceiling_table,
+    deployment_table,
     engine_page,
     engine_table,
+    load_table,
     scaling_page,
     scaling_table,
 )
@@ -66,6 +68,30 @@ def parsed(text: str) -> Links:
 
 
 # Tables
+
+
+def test_loads_table_has_every_cohort_and_whether_memory_grows() -> None:
+    text = printed(load_table(LOAD))
+    assert "1,000 light and 12 real devices, 2 cores" in text
+    assert row(text, "50 ") == ["12.5", "49", "50", "200", "400"]
+    assert row(text, "400 ") == ["12.5", "399", "50", "220", "400"]
+    assert "cohort 400: 150 requests a second at the door; refused there: too often 3" in text
+    assert "no contribution: no answer 1" in text
+    assert "last over first cohort: superlink 1.10, serverapp 1.00" in text
+    assert "30 minutes, 77 rounds, 30000 accepted" in text
+    assert row(text, "superlink") == ["+0.5", "-1.5", "…", "+2.5", "219", "221"]
+
+
+def test_a_load_without_a_soak_has_no_table_of_it() -> None:
+    text = printed(load_table({**LOAD, "stages": LOAD["stages"][:1]}))
+    assert "minutes" not in text
+
+
+def test_deployments_table_has_both_servers_and_their_ratio() -> None:
+    text = printed(deployment_table(DEPLOYMENT))
+    assert row(text, "homefire server, homefire device join") == ["1.25", "1.00"]
+    assert row(text, "Flower's programs as documented") == ["10.25", "10.00"]
+    assert "ratio besides training 0.100" in text
 
 
 def test_the_engines_table_has_every_runtime_and_all_ratios() -> None:

@@ -1,0 +1,205 @@
+"""Where connections from outside arrive, before there is TLS: so many, and few of one stranger.
+
+uvicorn, which Flower brings, counts a connection when TLS is agreed on. Until then each is a file
+of this process, which the private listener needs too. So connections are taken here. It uses inner
+parts of uvicorn 0.49, which flwr pins.
+"""
+
+import asyncio
+import socket
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from ssl import SSLContext, SSLError
+from typing import Any
+
+import uvicorn
+
+from homefire.server.admission import network_of
+
+HANDSHAKE_SECONDS = 10.0
+BACKLOG = 2048
+WELCOME = "homefire.welcome"
+"""In an ASGI scope: what to call when its sender was found to be an enrolled device."""
+
+
+@dataclass(eq=False, slots=True)
+class Visit:
+    """One connection.
+
+    Attributes:
+        network: What of its address counts.
+        step: Where it arrived.
+        connection: Its socket.
+        transport: Set by its protocol, once that is done.
+    """
+
+    network: str
+    step: "Doorstep"
+    connection: socket.socket
+    transport: Any = None
+
+    def welcome(self) -> None:
+        """It is a device's: it makes room for no stranger any more."""
+        self.step.forget_stranger(self)
+
+    def end(self) -> None:
+        """Give it up."""
+        if self.transport is not None:
+            self.transport.abort()
+        else:  # TLS is not agreed on then
+            with suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+
+class Doorstep:
+    """Takes the connections to one socket.
+
+    Guarantees:
+        So many: there are no more than `most`, whether or not TLS is agreed on.
+        Few of one: no more than `each` are of strangers with one address, or one network of IPv6.
+        Devices first: where there are too many, the oldest one of a stranger is given up; none is
+            on which an enrolled device was answered.
+
+    Args:
+        listening: Bound, and listening.
+        context: Of TLS; None: there is none.
+        make: Makes the protocol of a connection.
+        most: Connections at once.
+        each: Likewise, of one network's strangers.
+    """
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        context: SSLContext | None,
+        make: Callable[[Visit], Any],
+        *,
+        most: int,
+        each: int,
+    ) -> None:
+        self._socket, self._context, self._make = listening, context, make
+        self._most, self._each = most, each
+        self._visits: set[Visit] = set()
+        self._strangers: dict[Visit, None] = {}  # oldest first
+        self._of = Counter[str]()
+        self._agreeing: set[asyncio.Task[None]] = set()
+        self._taking = asyncio.get_running_loop().create_task(self._take())
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """What it listens on."""
+        return [self._socket]
+
+    def __len__(self) -> int:
+        return len(self._visits)
+
+    def close(self) -> None:
+        """Take no more."""
+        self._taking.cancel()
+        self._socket.close()
+
+    async def wait_closed(self) -> None:
+        """Wait until none is taken any more."""
+        with suppress(asyncio.CancelledError):
+            await self._taking
+
+    async def _take(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, address = await loop.sock_accept(self._socket)
+            except OSError:  # it left again; or, against all bounds, there are no files left
+                await asyncio.sleep(0.05)
+                continue
+            self._arrive(connection, network_of(f":{address[0]}:"))
+
+    def _arrive(self, connection: socket.socket, network: str) -> None:
+        if self._of[network] >= self._each:
+            connection.close()
+            return
+        if len(self._visits) >= self._most:
+            if not self._strangers:
+                connection.close()
+                return
+            oldest = next(iter(self._strangers))
+            self._leave(oldest)
+            oldest.end()
+        visit = Visit(network, self, connection)
+        self._visits.add(visit)
+        self._strangers[visit] = None
+        self._of[network] += 1
+        task = asyncio.get_running_loop().create_task(self._agree(visit))
+        self._agreeing.add(task)
+        task.add_done_callback(self._agreeing.discard)
+
+    async def _agree(self, visit: Visit) -> None:
+        seconds = None if self._context is None else HANDSHAKE_SECONDS
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                partial(self._make, visit),
+                visit.connection,
+                ssl=self._context,
+                ssl_handshake_timeout=seconds,
+            )
+        except (OSError, SSLError, asyncio.CancelledError):
+            visit.connection.close()
+            self._leave(visit)
+
+    def left(self, visit: Visit) -> None:
+        """Told by the protocol of a connection that has ended."""
+        self._leave(visit)
+
+    def _leave(self, visit: Visit) -> None:
+        self._visits.discard(visit)
+        self.forget_stranger(visit)
+
+    def forget_stranger(self, visit: Visit) -> None:
+        """Count it as no stranger's any more."""
+        if visit not in self._strangers:
+            return
+        del self._strangers[visit]
+        self._of[visit.network] -= 1
+        if not self._of[visit.network]:
+            del self._of[visit.network]
+
+
+class PublicServer(uvicorn.Server):
+    """uvicorn's, with a doorstep; it leaves the signals to the private listener's.
+
+    Args:
+        config: uvicorn's; its protocol is one of `homefire.server.listener`.
+        most: Connections at once.
+        each: Of strangers with one address.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, most: int, each: int) -> None:
+        super().__init__(config)
+        self._most, self._each = most, each
+
+    @contextmanager
+    def capture_signals(self) -> Any:
+        """Nothing is captured."""
+        yield
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Begin to take connections."""
+        config = self.config
+        await self.lifespan.startup()
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        listening = socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+        listening.setblocking(False)
+        step = Doorstep(listening, config.ssl, self._make, most=self._most, each=self._each)
+        self.servers: list[Any] = [step]
+        self.started = True
+
+    def _make(self, visit: Visit) -> Any:
+        protocol: Any = self.config.http_protocol_class
+        return protocol(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            visit=visit,
+        )

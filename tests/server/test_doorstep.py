@@ -1,0 +1,169 @@
+"""Connections of strangers before there is TLS; by TCP on this machine."""
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import uvicorn
+
+from homefire.server import doorstep
+from homefire.server.certificates import Certificates
+from homefire.server.doorstep import WELCOME, Doorstep, PublicServer
+from homefire.server.listener import bounded_protocol
+
+HEAD = b"POST %s HTTP/1.1\r\nhost: here\r\ncontent-length: 0\r\n\r\n"
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Answers; who asks for /device is one."""
+    if scope["path"] == "/device":
+        scope[WELCOME]()
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]}
+    )
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@contextmanager
+def served(*, most: int, each: int, folder: Path | None = None) -> Iterator[tuple[int, Doorstep]]:
+    """A server that listens; with TLS if there is a folder for its certificates."""
+    tls: dict[str, Any] = {}
+    if folder is not None:
+        certificates = Certificates(folder)
+        certificates.make(["127.0.0.1"])
+        tls = dict.fromkeys(("ssl_certfile", "ssl_keyfile"), str(certificates.server))
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        http=bounded_protocol(seconds=30),
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=1,
+        **tls,
+    )
+    server = PublicServer(config, most=most, each=each)
+    thread = Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    (step,) = server.servers
+    try:
+        yield int(step.sockets[0].getsockname()[1]), step
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def connect(port: int, source: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=10, source_address=(source, 0))
+
+
+def is_closed(far: socket.socket, seconds: float = 0.3) -> bool:
+    far.settimeout(seconds)
+    try:
+        return far.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def empty(step: Doorstep) -> None:
+    """Wait until nobody is there."""
+    deadline = time.monotonic() + 10
+    while len(step):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ask(far: socket.socket, path: bytes = b"/") -> bytes:
+    far.settimeout(10)
+    far.sendall(HEAD % path)
+    answer = b""
+    while not answer.endswith(b"ok") and (part := far.recv(1 << 16)):
+        answer += part
+    return answer
+
+
+def test_so_many_also_before_tls(tmp_path: Path) -> None:
+    with served(most=5, each=100, folder=tmp_path) as (port, step), ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(connect(port))
+        time.sleep(0.3)
+        assert len(step) == 5
+
+
+def test_few_of_one_address_and_others_are_let_in() -> None:
+    with served(most=100, each=3) as (port, _), ExitStack() as stack:
+        opened = [stack.enter_context(connect(port)) for _ in range(8)]
+        assert [is_closed(far) for far in opened] == [False] * 3 + [True] * 5
+        other = stack.enter_context(connect(port, "127.0.0.2"))
+        assert b"200 OK" in ask(other)
+        opened[0].close()
+        time.sleep(0.2)
+        assert b"200 OK" in ask(stack.enter_context(connect(port)))
+
+
+def test_devices_first() -> None:
+    with served(most=4, each=100) as (port, step), ExitStack() as stack:
+        devices = [stack.enter_context(connect(port)) for _ in range(2)]
+        for far in devices:
+            assert b"200 OK" in ask(far, b"/device")
+        strangers = [stack.enter_context(connect(port)) for _ in range(6)]
+        time.sleep(0.3)
+        assert len(step) == 4
+        assert [is_closed(far, 0.1) for far in strangers] == [True] * 4 + [False] * 2
+        assert all(b"200 OK" in ask(far) for far in devices)
+
+
+def test_devices_first_and_no_stranger_where_there_are_devices_alone() -> None:
+    with served(most=2, each=100) as (port, _), ExitStack() as stack:
+        devices = [stack.enter_context(connect(port)) for _ in range(2)]
+        for far in devices:
+            assert b"200 OK" in ask(far, b"/device")
+        assert is_closed(stack.enter_context(connect(port)))
+        assert all(b"200 OK" in ask(far) for far in devices)
+
+
+def test_devices_of_one_address_are_not_counted_against_it() -> None:
+    with served(most=100, each=2) as (port, _), ExitStack() as stack:
+        for _ in range(10):
+            assert b"200 OK" in ask(stack.enter_context(connect(port)), b"/device")
+
+
+def test_tls_is_agreed_on_soon_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doorstep, "HANDSHAKE_SECONDS", 0.3)
+    with served(most=10, each=10, folder=tmp_path) as (port, step):
+        with connect(port) as far:
+            assert is_closed(far, 5)
+        context = ssl.create_default_context(cafile=tmp_path / "ca.crt")
+        with context.wrap_socket(connect(port), server_hostname="127.0.0.1") as far:
+            assert b"200 OK" in ask(far)
+        empty(step)
+
+
+def test_what_is_no_tls_is_closed(tmp_path: Path) -> None:
+    with served(most=10, each=10, folder=tmp_path) as (port, step):
+        for sent in (HEAD, b"\x16\x03\x01" + bytes(200), b"\x00" * 5000):
+            with connect(port) as far:
+                far.sendall(sent)
+                far.settimeout(5)
+                try:
+                    while far.recv(1 << 12):
+                        pass
+                except ConnectionError:
+                    pass
+        empty(step)

@@ -1,0 +1,43 @@
+"""What is measured of a server under load, and one small federation that is measured for real."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from homefire.client.progress import Reporter
+from homefire.simulations.load.bench import Load, _ratio, _sum, measure
+
+
+def test_ratios_are_the_last_cohorts_over_the_first_ones() -> None:
+    stages = [{"own_mib": {"superlink": mib, "serverapp": 2.0, "other": 9.0}} for mib in (4.0, 5.0)]
+    assert _ratio(stages, "own_mib") == {"superlink": 1.25, "serverapp": 1.0}
+
+
+def test_reasons_are_added_up_over_rounds() -> None:
+    logs: list[dict[str, Any]] = [{"dropped": {"late": 1}}, {"dropped": {}}]
+    logs += [{"dropped": {"late": 2, "no answer": 1}}]
+    assert _sum(logs, "dropped") == {"late": 3, "no answer": 1}
+
+
+@pytest.mark.slow
+def test_light_and_real_devices_are_in_rounds_together() -> None:
+    """Who is in a round is drawn: of 52 devices 45 on average."""
+    asked, said = Load(light=50, real=2, cohorts=(45,), rounds=1, soak_minutes=0.1), io.StringIO()
+    found = measure(asked, Reporter(Console(file=said)))
+    (stage,) = found["stages"]
+    ((cohort, accepted, seconds),) = stage["rounds"]
+    assert 25 <= cohort <= 52
+    assert accepted == cohort
+    assert 0 < seconds < 60
+    assert stage["dropped"] == stage["refused"] == stage["refused_at_the_door"] == {}
+    assert stage["light_devices"]["active"] == 50
+    assert stage["light_devices"]["lost"] == 0
+    assert {"superlink", "serverapp", "executor", "registry"} <= stage["cpu_seconds"].keys()
+    assert all(0 < spent < 1 for spent in stage["cpu_per_contribution"].values())
+    assert found["memory_ratio"] == {"superlink": 1.0, "serverapp": 1.0}
+    growths = stage["soak"]["growth_mib_per_hour"]
+    assert growths["superlink"]["low"] <= growths["superlink"]["per_hour"]
+    for phase in ("Enrolling: 50", "Real devices: 2", "Rounds of 45: 2", "Soak, minutes: 0"):
+        assert f"{phase} to do" in said.getvalue()
