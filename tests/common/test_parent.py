@@ -66,7 +66,7 @@ def test_no_orphan_of_a_parent_that_had_ended_before() -> None:
 def test_while_the_parent_lives_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(parent_module, "LOOK_SECONDS", 0.001)
-    monkeypatch.setattr(parent_module.os, "kill", lambda pid, number: ended.append(pid))
+    monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(pid))
     end_with(os.getppid())
     time.sleep(0.1)
     assert not ended
