@@ -219,7 +219,8 @@ class Door:
             signed_at = datetime.fromisoformat(stamp.decode("ascii")).timestamp()
         except (ValueError, OverflowError):
             return True  # what is none, Flower refuses itself
-        age = self.now() - signed_at
+        now = self.now()
+        age, self._began = now - signed_at, min(self._began, now)  # the clock may be set back
         fresh = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
         return fresh and signed_at >= self._began
 
