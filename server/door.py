@@ -196,6 +196,7 @@ class Door:
         largest = self.limits.body_bytes if fleet else LARGEST_OF_STRANGERS
         self._check_length(headers, largest)
         signed_at = headers.get(SIGNED_AT, b"")
+        self._began = min(self._began, self.now())  # the clock may be set back
         if fleet and not _is_recent(signed_at, self.now(), since=self._began):
             raise _RefusedError(400, "another time", OTHER_TIME)
         if not self._within_rate(shown if known else _stranger(scope, fleet), known):

@@ -1,7 +1,8 @@
 """Clocks that are off, or are set: what a server and a device make of them."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
@@ -11,8 +12,9 @@ from homefire.client.registry_link import Newest
 from homefire.client.updates import verified
 from homefire.common.errors import FrozenRegistryError, UpdateError, WrongClockError
 from homefire.common.release_statement import ReleaseStatement
-from homefire.server.door import _is_recent
+from homefire.server.door import Door
 from homefire.server.enrolment import Enrolment
+from homefire.server.operator_home import LimitsConfig
 from homefire.server.registry_folder import DAY, RELEASE_SECONDS, RegistryFolder
 
 NOW = 1_800_000_000.0
@@ -47,8 +49,32 @@ class Clock:
     ],
 )
 def test_a_devices_clock_may_be_as_far_off_as_flower_takes_it(ahead: float, recent: bool) -> None:
-    stamp = (datetime.fromtimestamp(NOW, UTC) + timedelta(seconds=ahead)).isoformat()
-    assert _is_recent(stamp.encode(), NOW) is recent
+    clock = Clock()
+    clock.now -= DAY
+    door = door_with(clock)
+    clock.now += DAY
+    assert door._is_recent(stamp(NOW + ahead)) is recent
+
+
+def test_devices_are_let_in_after_the_servers_clock_was_set_back() -> None:
+    """What is signed before a server starts is refused; by its clock at the start, that is all."""
+    clock = Clock()
+    clock.now += HOUR
+    door = door_with(clock)
+    clock.now = NOW
+    assert not door._is_recent(stamp(NOW - 1))
+    clock.now += 1
+    assert door._is_recent(stamp(NOW + 0.5))
+    assert not door._is_recent(stamp(NOW - 1)), "that may have been seen before"
+
+
+def door_with(clock: Clock) -> Door:
+    nothing: Any = None
+    return Door(nothing, (), nothing, LimitsConfig(), nothing, now=clock)
+
+
+def stamp(seconds: float) -> bytes:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().encode()
 
 
 # The server's: tickets

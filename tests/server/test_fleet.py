@@ -17,6 +17,8 @@ from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, TIMESTAMP_HEADER
 from flwr.common.serde import message_to_proto
+from flwr.proto import message_pb2 as wire
+from flwr.proto.error_pb2 import Error as ErrorProto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
@@ -301,6 +303,43 @@ def test_authenticated_one_node_gets_nothing_of_anothers(app: FastAPI, state: Sq
     assert status == 401
 
 
+def answer_of(node: int, said_to_be: int, question: str) -> PushMessagesRequest:
+    about = wire.Metadata(
+        run_id=1, message_id="answer", src_node_id=said_to_be, dst_node_id=1, ttl=60.0
+    )
+    about.reply_to_message_id, about.created_at = question, now().timestamp()
+    about.message_type = "train.contribute"
+    message = wire.Message(metadata=about, error=ErrorProto(code=1, reason="none"))
+    return PushMessagesRequest(node=Node(node_id=node), messages_list=[message])
+
+
+def test_own_name_nobody_answers_for_another(app: FastAPI, state: SqlLinkState) -> None:
+    one, other, fleet = Device(state), Device(state), Fleet(app)
+    request = answer_of(other.node, one.node, "question")
+    status, said = run(other.ask(fleet, "push-messages", request, bytes))
+    assert (status, json.loads(str(said))["error"]) == (401, ANOTHERS)
+    assert fleet.refused == {ANOTHERS: 1}
+
+
+def test_late_is_counted_where_flower_asks_for_nothing_of_an_answer(
+    app: FastAPI, state: SqlLinkState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handled: Any = HANDLERS
+    monkeypatch.setitem(handled, "push-messages", lambda *_: PushMessagesResponse())
+    device, fleet = Device(state), Fleet(app)
+    asked = leave_message(state, device.node).metadata
+    request = answer_of(device.node, device.node, asked.message_id)
+    run(device.ask(fleet, "push-messages", request, bytes))
+    assert not fleet.refused[LATE], "it is awaited"
+    withdraw(state, [asked.message_id])
+    status, found = run(
+        device.ask(fleet, "push-messages", request, PushMessagesResponse.FromString)
+    )
+    assert status == 200
+    assert not found.objects_to_push  # type: ignore[union-attr]
+    assert fleet.refused == {LATE: 1}
+
+
 def test_what_cannot_be_read_is_refused_as_flower_refuses_it(
     app: FastAPI, state: SqlLinkState
 ) -> None:
@@ -310,6 +349,16 @@ def test_what_cannot_be_read_is_refused_as_flower_refuses_it(
     status, _ = run(device.ask(fleet, "get-run", b"", bytes, **{"content-type": "text/plain"}))
     assert status == 415
     assert "Traceback" not in str(said)
+
+
+def test_not_for_nothing_what_is_withdrawn_is_given_to_nobody(
+    app: FastAPI, state: SqlLinkState
+) -> None:
+    device = Device(state)
+    asked = leave_message(state, device.node)
+    assert withdraw(state, [asked.metadata.message_id]) == 0
+    _, found = run(device.pull(Fleet(app, hold=0.1)))
+    assert not found.messages_list
 
 
 # Held
@@ -583,6 +632,12 @@ def test_what_is_no_request_of_the_round_loop_is_refused(
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/docs/oauth2-redirect", "/", "/v2/"])
 def test_nothing_besides_of_flowers_app(app: FastAPI, state: SqlLinkState, path: str) -> None:
     assert ask(private(app, state, Bells()), path)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/redoc", "/v2/fleet"])
+def test_nothing_besides_is_reached(app: FastAPI, state: SqlLinkState, path: str) -> None:
+    status, said = ask(private(app, state, Bells()), path, secret=SECRET)
+    assert (status, said) == (404, {"error": "no such path"})
 
 
 def test_devices_are_rung_for(app: FastAPI, state: SqlLinkState) -> None:
