@@ -11,7 +11,7 @@ import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from homefire.client.joining import Link
 from homefire.client.trust import trust
+from homefire.client.tunnel import connection_to
 from homefire.client.vault import Vault
 from homefire.client.vault_files import POLICY
 from homefire.common.errors import ConfigError, EnrolmentError
@@ -28,7 +29,7 @@ from homefire.common.protocol import VERSION
 from homefire.common.signatures import public_key, sign
 from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
 
-SETTING = "enrolment"
+SETTING, PENDING = "enrolment", "enrolling"
 TIMEOUT_SECONDS = 30.0
 LARGEST_ANSWER = 1 << 16
 _NO_KEYS = re.compile(r"^server_keys *= *\[\s*\]", re.MULTILINE)
@@ -63,18 +64,19 @@ def enroll(vault: Vault, text: str) -> Enrolled:
     Guarantees:
         Its server alone: the ticket's secret goes to nobody but the server that the ticket's
             authority vouches for.
-        Again is the same: a ticket whose answer was lost on the way can be redeemed again.
+        Again is the same: a ticket whose answer was lost on the way can be redeemed again; and a
+            device that is enrolled gets the server's new address by another ticket of it.
+        Nothing lost: where a ticket is refused, the enrolment before stays.
 
     Raises:
-        ConfigError: No ticket, or the policy file has keys already and is left alone.
+        ConfigError: No ticket, no proxy that can be used, or the policy file has keys already and
+            is left alone.
         EnrolmentError: The server refuses it, cannot be reached, or is another one.
     """
     ticket = Ticket.read(text)
-    pending = vault.setting(SETTING) or {}
-    if pending.get("server_key") != ticket.server_key or "ticket" not in pending:
-        pending = _fresh(ticket)
-        vault.set(SETTING, pending)  # before it is sent: its answer may be lost
-    key = serialization.load_ssh_private_key(pending["node_key"].encode(), None)
+    wanted = _wanted(ticket, _node_key(vault, ticket.server_key))
+    vault.set(PENDING, asdict(wanted))  # before it is sent: its answer may be lost
+    key = serialization.load_ssh_private_key(wanted.node_key.encode(), None)
     node = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
@@ -102,38 +104,41 @@ def enroll(vault: Vault, text: str) -> Enrolled:
     if ticket.registry is not None:
         authority = ticket.authority.encode()
         trust(vault, ticket.server_key, ticket.registry, root_certificates=authority)
-    vault.set(SETTING, {name: value for name, value in pending.items() if name != "ticket"})
-    return enrolled_with(vault)  # type: ignore[return-value]
+    vault.set(SETTING, asdict(wanted))
+    vault.set(PENDING, None)
+    return wanted
 
 
 def enrolled_with(vault: Vault) -> Enrolled | None:
     """The server that this device is enrolled with; None before."""
     found = vault.setting(SETTING)
-    return Enrolled(**found) if found and "ticket" not in found else None
+    return Enrolled(**found) if found else None
 
 
-def _fresh(ticket: Ticket) -> dict[str, Any]:
+def _wanted(ticket: Ticket, node_key: str) -> Enrolled:
+    where = (ticket.superlink, ticket.registry, ticket.authority, ticket.server_key)
+    return Enrolled(*where, node_key)
+
+
+def _node_key(vault: Vault, server_key: str) -> str:
+    """What this device's node shows to a server: the same as before, where it asked it before."""
+    for found in (vault.setting(PENDING), vault.setting(SETTING)):
+        if found and found["server_key"] == server_key:
+            return str(found["node_key"])
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,
         serialization.NoEncryption(),
     )
-    return {
-        "superlink": ticket.superlink,
-        "registry": ticket.registry,
-        "authority": ticket.authority,
-        "server_key": ticket.server_key,
-        "node_key": private.decode(),
-        "ticket": ticket.digest,
-    }
+    return private.decode()
 
 
 def _ask(ticket: Ticket, wanted: dict[str, str | int]) -> dict[str, Any]:
     host, _, port = ticket.superlink.rpartition(":")
     context = ssl.create_default_context(cadata=ticket.authority)
-    connection = http.client.HTTPSConnection(
-        host.strip("[]"), int(port), timeout=TIMEOUT_SECONDS, context=context
+    connection = connection_to(
+        host.strip("[]"), int(port), context=context, seconds=TIMEOUT_SECONDS
     )
     try:
         body = json.dumps(wanted)

@@ -19,6 +19,7 @@ from homefire.client.joining_changes import Change, Trouble
 
 LOG_FILE = "join.log"
 END_SECONDS = 10.0
+MOST_SECONDS = 1e9
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -55,7 +56,7 @@ class Processes:
     def _listen(self) -> None:
         if self.node.stdout is not None:
             for line in self.node.stdout:
-                self._events.put(json.loads(line))
+                self._events.put(_event(line))
 
     def changes(self) -> Iterator[Change]:
         """What the SuperNode said since this was called last."""
@@ -68,9 +69,9 @@ class Processes:
                 case {"event": "connected"}:
                     yield Change("connected")
                 case {"event": "retrying", "trouble": trouble, "seconds": seconds}:
-                    yield Change("disconnected", Trouble(trouble), seconds)
+                    yield Change("disconnected", _trouble(trouble), _seconds(seconds))
                 case {"event": "refused", "trouble": trouble}:
-                    self._refused = Trouble(trouble)
+                    self._refused = _trouble(trouble)
                 case {"event": "working" | "resting" as now}:
                     self.working = now == "working"
                     self.answered += now == "resting"
@@ -104,6 +105,24 @@ class Processes:
             if pipe is not None:
                 with suppress(BrokenPipeError):
                     pipe.close()
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """What the SuperNode says in a line; nothing where it is no event."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _trouble(said: object) -> Trouble:
+    known = [each for each in Trouble if each.value == said]
+    return known[0] if known else Trouble.OTHER
+
+
+def _seconds(said: object) -> float | None:
+    return float(said) if isinstance(said, int | float) and abs(said) < MOST_SECONDS else None
 
 
 @contextmanager

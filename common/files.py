@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from homefire.common.errors import ConfigError
 
+DISK_HINT = "Check the disk, its free room and the permissions; what was written before is whole."
 _POLL_SECONDS = 0.05
 _BLOCK = 1 << 16  # bytes
 
@@ -38,23 +39,38 @@ def replacing(
             umask leaves.
         temporary: The temporary file, where no two processes write the same file at once: what a
             killed one left of it is deleted by the next. By default every process has its own.
+
+    Raises:
+        OSError: It could not be written, and names it.
     """
     make_folder(path.parent)
     temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # Made anew: somebody may hold a leftover open that had other permissions.
     temporary.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with named(path):
+        try:
+            with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)  # the umask may have taken some away
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let an error say which file it is about: one of a write says only what is wrong."""
     try:
-        with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)  # the umask may have taken some away
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def make_folder(folder: Path) -> None:
@@ -70,7 +86,8 @@ def sync_folder(folder: Path) -> None:
     """Force to disk which names a folder holds."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -138,20 +155,21 @@ def append_line(path: Path, line: bytes, *, mode: int = 0o600) -> None:
         mode: The permissions of a file that is made.
 
     Raises:
-        OSError: It is not on the disk, or not all of it.
+        OSError: It is not on the disk, or not all of it; names the file.
     """
     fresh = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode)
-    try:
-        _cut_to_lines(descriptor)
-        written = os.write(descriptor, line + b"\n")
-        if written != len(line) + 1:
-            raise OSError(errno.ENOSPC, f"{written} of {len(line) + 1} bytes", str(path))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    if fresh:
-        sync_folder(path.parent)
+    with named(path):
+        try:
+            _cut_to_lines(descriptor)
+            written = os.write(descriptor, line + b"\n")
+            if written != len(line) + 1:
+                raise OSError(errno.ENOSPC, f"{written} of {len(line) + 1} bytes were written")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if fresh:
+            sync_folder(path.parent)
 
 
 def _cut_to_lines(descriptor: int) -> None:

@@ -50,11 +50,6 @@ class Ticket(Frozen):
         """The ticket as one line."""
         return PREFIX + urlsafe_b64encode(canonical_json(self.model_dump())).decode()
 
-    @property
-    def digest(self) -> str:
-        """What a server keeps of the secret."""
-        return secret_digest(self.secret)
-
     @classmethod
     def read(cls, text: str) -> "Ticket":
         """Read what `text` wrote.

@@ -1,5 +1,6 @@
 """The command line: `homefire` or `python -m homefire`."""
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from homefire import (
 )
 from homefire.bench_commands import bench_app
 from homefire.common.errors import ConfigError, HomefireError, PrivacyError
+from homefire.common.loopback import past_proxies
 from homefire.device_session import device_app, exit_code
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
@@ -325,6 +327,7 @@ def main() -> NoReturn:
     """Run the command line; an error of ours is two lines and an exit code that is not 0."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.update(past_proxies(os.environ))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         app()
@@ -333,6 +336,12 @@ def main() -> NoReturn:
         if error.hint:
             typer.echo(f"Hint: {error.hint}", err=True)
         sys.exit(exit_code(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        typer.echo(f"Error: {error.filename or 'a disk'}: {error.strerror}", err=True)
+        typer.echo("Hint: Make room on this disk; what was written before is whole.", err=True)
+        sys.exit(1)
     sys.exit(0)
 
 

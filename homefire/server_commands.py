@@ -2,9 +2,9 @@
 
 import asyncio
 import json
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import shlex
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,9 @@ ServerFolder = Annotated[
     Path, typer.Option("--home", envvar="HOMEFIRE_SERVER_HOME", help="Folder of the server.")
 ]
 HOME = Path("homefire-server")
+LOOK_SECONDS = 1.0
+ENDING_SECONDS = 60.0
+"""A server that opens no further round has ended its processes within that time."""
 
 
 @server_app.command()
@@ -37,31 +40,38 @@ def init(
     host: Annotated[
         list[str], typer.Option("--host", help="Name or address for devices. Repeatable.")
     ],
-    fleet: Annotated[str, typer.Option(help="Where devices connect.")] = "0.0.0.0:9092",
-    registry: Annotated[str, typer.Option(help="Where releases are.")] = "0.0.0.0:9093",
+    fleet: Annotated[
+        str, typer.Option(metavar="ADDRESS:PORT", help="Where devices connect.")
+    ] = "0.0.0.0:9092",
+    registry: Annotated[
+        str, typer.Option(metavar="ADDRESS:PORT", help="Where releases are.")
+    ] = "0.0.0.0:9093",
     private: Annotated[int, typer.Option(help="Port of this machine alone, Flower's.")] = 9095,
     operator: Annotated[int, typer.Option(help="Likewise, of page and metrics.")] = 9096,
+    users: Annotated[int, typer.Option(min=1, help="How many devices the run is for.")] = 1500,
     home: ServerFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
     """Make a server's folder: its authority, keys, and settings to look at.
 
     The first --host stands in tickets; the certificate is for all of them.
-    Nothing is ever served without TLS.
+    Nothing is ever served without TLS. federation.toml proposes a run for so
+    many --users, with cohorts, rounds and noise that fit.
 
     Example:
-      homefire server init --host fed.example.org
+      homefire server init --host fed.example.org --users 200
     """
     _need()
     from homefire.server import operator_home
 
     settings = {"fleet": fleet, "registry": registry, "private": private, "operator": operator}
-    made = operator_home.init(home.expanduser(), names=host, settings=settings)
+    made = operator_home.init(home.expanduser(), names=host, settings=settings, users=users)
     _show(
         as_json,
         {"home": str(made.folder), "server_key": made.server_key},
         f"A server in {made.folder}; its key is {made.server_key}.\n"
-        f"Look at {made.folder / operator_home.FEDERATION}, then: homefire server enroll",
+        f"Look at {made.folder / operator_home.FEDERATION}, then:\n"
+        f"  {_command('run', home)}\n  {_command('enroll', home)}",
     )
 
 
@@ -77,64 +87,52 @@ def enroll(
     read. On the device: homefire device enroll TICKET
     """
     _need()
-    tickets = [ticket.text for ticket in _home(home).tickets(count)]
+    from homefire.server.runs import has_begun
+
+    server = _home(home)
+    tickets = [ticket.text for ticket in server.tickets(count)]
+    if has_begun(server.output):
+        said = "A run has begun with those who were enrolled then: new devices take part from"
+        typer.echo(f"{said} the next run on ({_command('next', home)}).", err=True)
     _show(as_json, {"tickets": tickets}, "\n".join(tickets))
 
 
 @server_app.command()
 def run(home: ServerFolder = HOME) -> None:
-    """Serve until it is stopped (Ctrl-C, or `homefire server stop`).
+    """Serve until it is stopped, and say what goes on.
 
     Devices enrol and are served; the run starts when enough are enrolled, and
     goes on after whatever ended it. Only one server runs in a folder.
+
+    Ctrl-C ends it at once: a round that is under way is spent and brings no
+    release. `homefire server stop` lets it end first.
+
+    Nothing is started where a port is in use, or where the settings of a run
+    that has not begun make no sense. Where one has begun it says so, opens no
+    further round, and serves what was released.
     """
     _need()
     from homefire.server.logs import begin
+    from homefire.server.operating import operate
+    from homefire.server.readiness import check_ready
     from homefire.server.supervisor import Supervisor
 
     server = _home(home)
     begin(server.log("server"), "server", alone=False)
     with server.alone() as inherited:
+        if (wrong := check_ready(server)) is not None:
+            typer.echo(f"No further round is opened: {wrong.in_full}", err=True)
         if server.undo_drain():
             typer.echo("It was being stopped when it ended; now it opens rounds again.")
         supervisor = Supervisor(server, inherited)
         typer.echo(f"Devices: {server.config.fleet}, as {', '.join(server.config.names)}")
         typer.echo(f"Page: http://127.0.0.1:{server.config.operator}/ (metrics: /metrics)")
-        asyncio.run(_keep(supervisor))
+        asyncio.run(operate(supervisor, _say))
     typer.echo("Stopped.")
 
 
-async def _keep(supervisor: Any) -> None:
-    import uvicorn
-
-    from homefire.server.operator_page import make_app
-
-    class _Page(uvicorn.Server):
-        """Leaves the signals to us."""
-
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    config = uvicorn.Config(
-        make_app(supervisor.status),
-        host="127.0.0.1",
-        port=supervisor.home.config.operator,
-        access_log=False,
-        log_config=None,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
-    page = _Page(config)
-    serving = asyncio.create_task(page.serve())
-    await supervisor.keep(stop)
-    page.should_exit = True
-    await serving
+def _say(line: str) -> None:
+    typer.echo(f"{datetime.now():%H:%M:%S} {line}")
 
 
 @server_app.command()
@@ -161,17 +159,23 @@ def status(
 
 
 def _status(home: Any) -> dict[str, Any]:
-    """From the server that runs, or else from its files."""
+    """From the server that runs here, or else from its files.
+
+    Who answers at its port may be another server.
+    """
     import httpx
 
+    from homefire.common.errors import ConfigError
     from homefire.server.status import look
 
     try:
-        answer = httpx.get(f"http://127.0.0.1:{home.config.operator}/status.json", timeout=30)
+        url = f"http://127.0.0.1:{home.config.operator}/status.json"
+        answer = httpx.get(url, timeout=30, trust_env=False)
         found: dict[str, Any] = answer.raise_for_status().json()
-    except (httpx.HTTPError, ValueError):
-        return asdict(look(home))
-    return found
+        is_ours = found["server_key"] == home.server_key
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, ConfigError):
+        is_ours = False
+    return found if is_ours else asdict(look(home))
 
 
 def _lines(found: dict[str, Any]) -> dict[str, str]:
@@ -211,16 +215,42 @@ def _lines(found: dict[str, Any]) -> dict[str, str]:
 def stop(
     home: ServerFolder = HOME,
     undo: Annotated[bool, typer.Option("--undo", help="Let it go on.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it has ended.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """End the server after the round that it is in; the run can go on later."""
+    """End the server after the round that it is in; the run can go on later.
+
+    Nothing is lost, other than by Ctrl-C, which spends that round for nothing.
+    It takes as long as the round: up to the deadline in federation.toml.
+    """
+    if undo and wait:
+        raise typer.BadParameter("nothing ends with --undo", param_hint="--wait")
     _need()
-    server = _home(home)
+    server, said = _home(home), "It opens rounds again."
     if undo:
         server.undo_drain()
-        typer.echo("It opens rounds again.")
-        return
-    server.drain()
-    typer.echo("No further round is opened. `homefire server stop --undo` takes that back.")
+    else:
+        server.drain()
+        back = _command("stop --undo", home)
+        said = f"No further round is opened. `{back}` takes that back."
+    if wait:
+        if not as_json:
+            typer.echo(said)
+        _wait_for_end(server)
+        said = "It has ended."
+    _show(as_json, {"draining": not undo and not wait, "ended": wait}, said)
+
+
+def _wait_for_end(server: Any) -> None:
+    from homefire.common.errors import FederationError
+
+    asked = time.monotonic()
+    while server.is_served():
+        if server.is_draining():
+            asked = time.monotonic()
+        elif time.monotonic() - asked > ENDING_SECONDS:
+            raise FederationError("somebody took the stop back", hint="See: homefire server status")
+        time.sleep(LOOK_SECONDS)
 
 
 @server_app.command()
@@ -253,7 +283,7 @@ def releases(
     if as_json:
         typer.echo(json.dumps([each.model_dump(mode="json") for each in found]))
         return
-    table = Table("number", "run", "round", "ε", "issued", box=None)
+    table = Table("number", "run", "round", "ε", "issued", "good until", box=None)
     for each in found:
         epsilon = each.privacy.epsilon_release
         table.add_row(
@@ -261,7 +291,8 @@ def releases(
             each.run[:8],
             str(each.round),
             "∞" if epsilon is None else f"{epsilon:.2f}",
-            datetime.fromtimestamp(each.issued_at, UTC).isoformat(),
+            f"{datetime.fromtimestamp(each.issued_at, UTC):%Y-%m-%d %H:%M}Z",
+            f"{datetime.fromtimestamp(each.expires_at, UTC):%Y-%m-%d}",
         )
     Console().print(table)
 
@@ -273,9 +304,15 @@ def _export(server: Any, folder: Path, number: int | None) -> None:
     from homefire.server.registry import open_home
 
     published = open_home(server.folder).releases
-    if not published or (number or 0) > len(published):
+    if not published:
         raise ConfigError(
-            f"there is no release {number or 1}", hint=f"{len(published)} are published."
+            "nothing is published yet",
+            hint="The first round that ends brings a release; see: homefire server status",
+        )
+    if (number or 0) > len(published):
+        raise ConfigError(
+            f"there is no release {number}",
+            hint=f"The newest is {len(published)}; see: homefire server releases",
         )
     chosen = published[(number or len(published)) - 1]
     name = server.federation().base_model.name
@@ -290,7 +327,13 @@ def _export(server: Any, folder: Path, number: int | None) -> None:
 
 
 @server_app.command("next")
-def next_run(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
+def next_run(
+    give_up: Annotated[
+        bool, typer.Option("--give-up", help="Leave a run for good that is not over.")
+    ] = False,
+    home: ServerFolder = HOME,
+    as_json: AsJson = False,
+) -> None:
     """Make another run, after one that is over.
 
     It has the settings that federation.toml then holds, and takes those who
@@ -299,7 +342,7 @@ def next_run(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
     runs before did: each device's own ledger adds that up.
     """
     _need()
-    number = _home(home).begin_next()
+    number = _home(home).begin_next(give_up=give_up)
     _show(as_json, {"run": number}, f"Run {number} begins as soon as a server runs here.")
 
 
@@ -327,17 +370,18 @@ def devices(
 
 
 @server_app.command()
-def key(home: ServerFolder = HOME) -> None:
+def key(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
     """The public key that plans and releases are signed with.
 
     On a device: homefire device trust KEY
     """
     _need()
-    typer.echo(_home(home).server_key)
+    found = _home(home).server_key
+    _show(as_json, {"server_key": found}, found)
 
 
 @server_app.command()
-def renew(home: ServerFolder = HOME) -> None:
+def renew(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
     """Make a new certificate by the same authority; devices need not be told."""
     _need()
     from homefire.server.operator_home import LOOPBACK_NAMES
@@ -345,7 +389,8 @@ def renew(home: ServerFolder = HOME) -> None:
     server = _home(home)
     names = server.config.names
     server.certificates.renew([*names, *(n for n in LOOPBACK_NAMES if n not in names)])
-    typer.echo(f"Good until {server.certificates.expires():%Y-%m-%d}; restart the server.")
+    expires = f"{server.certificates.expires():%Y-%m-%d}"
+    _show(as_json, {"expires": expires}, f"Good until {expires}; restart the server.")
 
 
 def _home(folder: Path) -> Any:
@@ -354,6 +399,13 @@ def _home(folder: Path) -> Any:
     home = OperatorHome(folder.expanduser().absolute())  # its processes work elsewhere
     _ = home.config  # which says whether there is a server
     return home
+
+
+def _command(verb: str, home: Path) -> str:
+    """A command for this server, to be copied: with its folder, unless that goes without saying."""
+    usual = Path(os.environ.get("HOMEFIRE_SERVER_HOME") or HOME)
+    where = "" if home == usual else f" --home {shlex.quote(str(home.expanduser()))}"
+    return f"homefire server {verb}{where}"
 
 
 def _need() -> None:

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from homefire.common.base_model import load_base_model
 from homefire.common.config import FederationConfig, load_config
 from homefire.common.errors import ConfigError, HomefireError
+from homefire.common.files import DISK_HINT
 from homefire.common.peft_adapter import resolve_spec
 from homefire.server.federation import run_federation
 from homefire.server.line import HttpLine
@@ -58,8 +59,11 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
     """
     try:
         _run_operated(grid, home)
-    except (HomefireError, OSError) as error:
-        home.keep_trouble(error.in_full if isinstance(error, HomefireError) else str(error))
+    except HomefireError as error:
+        home.keep_trouble(error.in_full)
+        raise
+    except OSError as error:
+        home.keep_trouble(f"{error}. {DISK_HINT}")
         raise
 
 
@@ -68,7 +72,7 @@ def _run_operated(grid: Grid, home: OperatorHome) -> None:
     line = HttpLine(
         home.config.private,
         authority=home.certificates.authority,
-        secret=home.secret(OPERATOR_SECRET).read_text(encoding="ascii"),
+        secret=home.read_secret(OPERATOR_SECRET),
     )
     federation = replace(open_federation(home.federation()), enrolled=nodes, line=line)
     federation = replace(federation, start=start_of(home.folder, federation, home.server_key))

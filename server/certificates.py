@@ -22,6 +22,8 @@ AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
 CLOCK_SKEW = timedelta(hours=1)
 AUTHORITY, AUTHORITY_KEY, SERVER = "ca.crt", "ca.key", "server.pem"
 
+COPY = "Put its copy in place: devices trust no other authority."
+
 PrivateKey = ec.EllipticCurvePrivateKey
 
 
@@ -90,7 +92,9 @@ class Certificates:
         Raises:
             ConfigError: There is none, or it cannot be read.
         """
-        return _read_certificate(self.server).not_valid_after_utc
+        renewable = (self.folder / AUTHORITY_KEY).exists() and self.authority.exists()
+        hint = "Make another by the same authority: homefire server renew." if renewable else COPY
+        return _read_certificate(self.server, hint=hint).not_valid_after_utc
 
     def _sign(self, subjects: x509.SubjectAlternativeName) -> None:
         authority = _read_certificate(self.authority)
@@ -177,20 +181,23 @@ def _pem(key: PrivateKey) -> bytes:
     )
 
 
-def _read_certificate(path: Path) -> x509.Certificate:
+def _read_certificate(path: Path, *, hint: str = COPY) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: no certificate ({error})", hint="Make one: homefire server init."
-        ) from error
+        raise ConfigError(f"{path}: no certificate ({_reason(error)})", hint=hint) from error
 
 
 def _read_key(path: Path) -> PrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: no private key ({error})") from error
+        raise ConfigError(f"{path}: no private key ({_reason(error)})", hint=COPY) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{path}: not an elliptic-curve key")
+        raise ConfigError(f"{path}: not an elliptic-curve key", hint=COPY)
     return key
+
+
+def _reason(error: Exception) -> str:
+    """Without the path, which is named already."""
+    return getattr(error, "strerror", None) or str(error)

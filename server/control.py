@@ -129,11 +129,11 @@ class Control:
                 f"https://{self._address}/homefire/v1/door",
                 verify=ssl.create_default_context(cafile=self.home.certificates.authority),
                 timeout=5,
+                trust_env=False,  # no proxy stands before this machine
             )
-            found: dict[str, Any] = json.loads(answer.raise_for_status().content)
-        except (httpx.HTTPError, ValueError) as error:
+            return _told_by_door(answer.raise_for_status().content)
+        except (httpx.HTTPError, ValueError, RecursionError) as error:
             raise _silent(error) from error
-        return found
 
     def is_up(self) -> bool:
         """Whether the SuperLink answers."""
@@ -148,7 +148,7 @@ class Control:
         return f"{LOOPBACK}:{self.home.config.private}"
 
     def _call(self, name: str, request: Any) -> Any:
-        secret = self.home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
+        secret = self.home.read_secret(OPERATOR_SECRET)
         client = ControlHttpClient.from_server_address(
             self._address,
             insecure=False,
@@ -161,6 +161,21 @@ class Control:
             raise _silent(error) from error
         finally:
             client.close()
+
+
+def _told_by_door(content: bytes) -> dict[str, Any]:
+    """How many requests were served, and how many refused by reason.
+
+    Raises:
+        ValueError: Something else stands there; or RecursionError.
+    """
+    found = json.loads(content)
+    if not isinstance(found, dict) or not isinstance(refused := found.get("refused"), dict):
+        raise ValueError("no counts")
+    counts = [found.get("served"), *refused.values()]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("no counts")
+    return {"served": found["served"], "refused": refused}
 
 
 def _silent(error: Exception) -> FederationError:

@@ -6,6 +6,7 @@ lets in what devices need, under limits, and the redemption of tickets; nothing 
 
 import asyncio
 import json
+import math
 import time
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
@@ -30,6 +31,7 @@ from homefire.common.protocol import VERSION
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.admission import network_of
 from homefire.server.doorstep import WELCOME
+from homefire.server.fleet import ANOTHERS, LATE
 from homefire.server.operator_home import LimitsConfig
 
 Scope = MutableMapping[str, Any]
@@ -62,7 +64,7 @@ REASONS = frozenset(
         *("no such path", "no such method", "another host", "another version", "too many at once"),
         *("no key", "another time", "too often", "seen before", "header twice", "two lengths"),
         *("no length", "too large", "too slow", "gone", "no request", "no enrolment"),
-        *("enrolment failed", "removed"),
+        *("enrolment failed", "removed", "not enrolled", ANOTHERS, LATE),
     )
 )
 """Why a request is not let in."""
@@ -73,10 +75,10 @@ SIGNED_SECONDS = 330.0
 OTHER_TIME = {"code": 1 << 16, "detail": CLOCK_SIGN}
 """In the form of Flower's errors, which its SuperNode writes into its log."""
 
-NOT_REGISTERED = {"code": 2001, "detail": "the operator has removed this device"}
+NOT_REGISTERED = {"code": 2001, "detail": "this device is not enrolled here, or not any more"}
 """Likewise."""
 
-LARGEST_OF_STRANGERS = 16_384  # bytes of a body: one that redeems a ticket, or shows no known key
+LARGEST_OF_STRANGERS = 16_384  # bytes of a body that redeems a ticket
 MOST_RATES = 65_536  # addresses whose rates are remembered
 KEY, SIGNED_AT = FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), TIMESTAMP_HEADER.encode()
 VERSION_NAME = VERSION_HEADER.encode()
@@ -99,11 +101,11 @@ class Door:
         Fleet only: of Flower's API nothing but what devices need is reached.
         Bounded: no request has a longer body, or takes longer over it, than the limits say, and no
             device asks more often; what is under way at once is bounded too. Of a stranger no body
-            is read that is longer than one which redeems a ticket.
+            is read but one that redeems a ticket.
         Not twice: Flower's devices sign the time alone. A time that a device has signed is let in
             once, with whatever signature, and none that was signed before this was started.
         One version: a device that states another version of the protocol is told so.
-        Removed is out: of a device that the operator has removed nothing is let in.
+        Enrolled alone: Flower hears of nobody else, and of nobody whom the operator has removed.
         Clock first: a device whose clock is too far off is told so, and not merely refused.
         Counted only: what is kept of refusals is how many there were, by reason.
 
@@ -151,7 +153,7 @@ class Door:
         if scope["type"] != "http":
             return  # no web sockets here: the server closes them
         try:
-            known, largest = self._check(scope, _headers(scope))
+            largest = self._check(scope, _headers(scope))
         except _RefusedError as refusal:
             await self._refuse(refusal, send)
             return
@@ -169,15 +171,15 @@ class Door:
             self._under_way -= 1
         if body.refusal is None:
             self.served += 1
-            if known and answer.status < 400:  # Flower has authenticated it
+            if scope["path"] in OPEN and answer.status < 400:  # Flower has authenticated it
                 scope.get(WELCOME, _nothing)()
         elif answer.begun:
             self.refused[body.refusal.reason] += 1
         else:
             await self._refuse(body.refusal, send)
 
-    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[bool, int]:
-        """Refuse a request by its head, or say if its key is known and how long its body may be."""
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> int:
+        """Refuse a request by its head, or say how long its body may be."""
         path, fleet = scope["path"], scope["path"] in OPEN
         if not fleet and path != ENROL_PATH:
             raise _RefusedError(404, "no such path")
@@ -191,17 +193,18 @@ class Door:
             raise _RefusedError(503, "too many at once")
         shown = _key(headers) if fleet else b""
         known = fleet and self._is_known(shown)
-        largest = self.limits.body_bytes if known else LARGEST_OF_STRANGERS
+        largest = self.limits.body_bytes if fleet else LARGEST_OF_STRANGERS
         self._check_length(headers, largest)
         signed_at = headers.get(SIGNED_AT, b"")
-        if fleet and not self._is_recent(signed_at):
+        if fleet and not _is_recent(signed_at, self.now(), since=self._began):
             raise _RefusedError(400, "another time", OTHER_TIME)
         if not self._within_rate(shown if known else _stranger(scope, fleet), known):
             raise _RefusedError(429, "too often")
-        # Of strangers nothing is kept: Flower refuses them.
-        if known and not self._seen.first(shown + b" " + signed_at, self.clock()):
+        if fleet and not known:
+            raise _RefusedError(401, "not enrolled", NOT_REGISTERED)
+        if fleet and not self._seen.first(shown + b" " + signed_at, self.clock()):
             raise _RefusedError(401, "seen before")
-        return known, largest
+        return largest
 
     def _is_known(self, shown: bytes) -> bool:
         try:
@@ -210,16 +213,6 @@ class Door:
             return self.known(shown)
         except (HomefireError, OSError):  # who is enrolled cannot be read
             raise _RefusedError(503, "enrolment failed") from None
-
-    def _is_recent(self, stamp: bytes) -> bool:
-        """Whether Flower takes a signed time, and it is none of before this was started."""
-        try:
-            signed_at = datetime.fromisoformat(stamp.decode("ascii")).timestamp()
-        except (ValueError, OverflowError):
-            return True  # what is none, Flower refuses itself
-        age = self.now() - signed_at
-        fresh = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
-        return fresh and signed_at >= self._began
 
     def _check_length(self, headers: Mapping[bytes, bytes], largest: int) -> None:
         stated = headers.get(b"content-length")
@@ -385,6 +378,17 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
             raise _RefusedError(400, "header twice")
         found[lowered] = bytes(value)
     return found
+
+
+def _is_recent(stamp: bytes, now: float, *, since: float = -math.inf) -> bool:
+    """Whether Flower takes a signed time, and it is none of before; what is none, it refuses."""
+    try:
+        signed_at = datetime.fromisoformat(stamp.decode("ascii")).timestamp()
+    except (ValueError, OverflowError):
+        return True
+    age = now - signed_at
+    fresh = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+    return fresh and signed_at >= since
 
 
 def _nothing() -> None:

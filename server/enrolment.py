@@ -102,7 +102,7 @@ class Enrolment:
 
     Guarantees:
         Once: a ticket enrols one device, also where many ask at once; the device that redeemed it
-            may ask again and gets the same answer.
+            may ask again, also by another ticket, which stays good, and gets the same answer.
         Nothing to steal: the file holds digests of secrets.
         One person one device: an identity, or a node key, that is enrolled is not enrolled again.
         Removed for good: a device that was removed is not enrolled again with the same keys.
@@ -147,21 +147,28 @@ class Enrolment:
             if (known := book.redeemed.get(ticket)) is not None:
                 if (known.identity, known.node_key) != (request.identity, request.node_key):
                     raise EnrolmentError("this ticket was used by another device", hint=_ASK)
-                if known.identity in book.removed:
-                    raise EnrolmentError("the operator has removed this device", hint=_ASK_WHY)
-                return known
+                return self._still(book, known)
             if (expires := book.issued.get(ticket)) is None:
                 raise EnrolmentError("there is no such ticket", hint=_ASK)
             if self.now() > expires:
                 raise EnrolmentError("this ticket has expired", hint=_ASK)
-            if (
-                request.identity in book.identities
-                or request.node_key.encode("ascii") in book.node_keys
-            ):
-                raise EnrolmentError("this device is enrolled already")
+            known = book.identities.get(request.identity)
+            if known is not None and known.node_key == request.node_key:
+                return self._still(book, known)
+            if known is not None or request.node_key.encode("ascii") in book.node_keys:
+                raise EnrolmentError(
+                    "this device is enrolled already, with other keys",
+                    hint="Take part by the vault that was enrolled.",
+                )
             device = Device(register(request.node_key), request.identity, request.node_key)
             entry = {"node": device.node, "identity": device.identity, "key": device.node_key}
             self._append({"event": "redeemed", "ticket": ticket, **entry})
+        return device
+
+    @staticmethod
+    def _still(book: "_Book", device: Device) -> Device:
+        if device.identity in book.removed:
+            raise EnrolmentError("the operator has removed this device", hint=_ASK_WHY)
         return device
 
     def remove(self, identity: str) -> Device:

@@ -5,7 +5,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -41,6 +41,9 @@ from homefire.server.run_state import (
 
 LOG = logging.getLogger(__name__)
 SHORTEST_POLL, LONGEST_POLL = 0.05, 1.0  # seconds
+LAST_LOOK = 5.0
+"""Seconds after the deadline for which a SuperLink keeps what came before it."""
+
 TELL_SECONDS = 60.0
 LARGEST_ENVELOPE = 1 << 17
 """Bytes of a reply's record besides its vector: header, signature, names."""
@@ -251,7 +254,7 @@ def _collect(
             RecordDict({"plan": record}),
             dst_node_id=node,
             message_type=f"{MessageType.TRAIN}.{ACTION}",
-            ttl=deadline,
+            ttl=deadline + LAST_LOOK,
             group_id=str(plan.header.round),
         )
         for node in cohort
@@ -264,7 +267,9 @@ def _collect(
     inbox = Inbox(grid, largest=4 * federation.vector_size + LARGEST_ENVELOPE)
     for answer in _replies(inbox, waiting, deadline, federation.line):
         accept(current, answer)
-    if missing := unsent + len(waiting):
+    if late := inbox.abandon() + _withdraw(federation.line, waiting):
+        current.dropped["late"] += late
+    if missing := unsent + len(waiting) - late:
         current.dropped["no answer"] += missing
     return current
 
@@ -276,15 +281,26 @@ def _replies(
     end = time.monotonic() + deadline
     asking = Asking(line)
     pause = SHORTEST_POLL
-    while waiting and time.monotonic() < end:
+    over = False
+    while waiting and not over:
+        over = time.monotonic() >= end  # a last look: for what came since the one before
         arrived = False
         for identifier, answer in inbox.pull(asking.worthwhile(waiting, inbox.begun)):
             arrived = True
             waiting.pop(identifier, None)
             yield answer
         pause = SHORTEST_POLL if arrived else min(asking.longest_pause, 1.5 * pause)
-        if not arrived:
-            time.sleep(pause)
+        if not arrived and not over:
+            time.sleep(min(pause, max(0.0, end - time.monotonic())))
+
+
+def _withdraw(line: Line | None, unanswered: Collection[str]) -> int:
+    """Take back what was not answered in time; how many answers came too late to be fetched.
+
+    Guarantees:
+        Not for nothing: no device is given, or uploads, what no round awaits.
+    """
+    return line.withdraw(unanswered) if line is not None and unanswered else 0
 
 
 def _plan(federation: Federation, state: RunState, number: int) -> RoundPlan:

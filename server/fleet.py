@@ -23,12 +23,18 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from fastapi import FastAPI
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
+from flwr.proto.fleet_pb2 import (
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
 from flwr.server.superlink.linkstate import LinkState
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.error.http import http_error_translator
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -40,13 +46,14 @@ from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import Message
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from homefire.server.doorstep import WELCOME
 from homefire.server.operator_home import LimitsConfig
 
 Handler = Callable[[Any, LinkState], Message]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Found = TypeVar("Found")
 
 HOLD_SECONDS = 20.0
 """How long a device waits for a message; Flower's SuperNode gives up after 30."""
@@ -76,6 +83,7 @@ HANDLERS: dict[str, Handler] = {
 }
 FLEET = "/v1/fleet/"
 PULL_OBJECT = f"{FLEET}pull-object"
+ANOTHERS, LATE = "in another's name", "late answer"
 
 
 @dataclass(slots=True)
@@ -172,18 +180,22 @@ class Fleet:
     Guarantees:
         Authenticated: nothing is handled before Flower has authenticated the node, each time.
         Never to nobody: a message is looked for only while the device is there to take it.
+        Own name: a node answers what it was asked itself; Flower lets any node answer for another.
+        Late is counted: an answer to what is not awaited any more is counted, and not uploaded.
 
     Attributes:
         app: Flower's, whose state is used.
         bells: Who waits.
         hold: Seconds that a device waits at most.
         transfers: Who sends or fetches much.
+        refused: How many answers were not taken, by reason: `ANOTHERS`, `LATE`.
     """
 
     app: FastAPI
     bells: Bells = field(default_factory=Bells)
     hold: float = HOLD_SECONDS
     transfers: Transfers = field(default_factory=Transfers)
+    refused: "Counter[str]" = field(default_factory=Counter)
     _threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="fleet")
     )
@@ -211,6 +223,11 @@ class Fleet:
         handle = HANDLERS[path.removeprefix(FLEET)]
         if isinstance(asked, PullMessagesRequest):
             found = await self._messages(request, asked, handle)
+        elif isinstance(asked, PushMessagesRequest):
+            if any(m.metadata.src_node_id != asked.node.node_id for m in asked.messages_list):
+                self.refused[ANOTHERS] += 1
+                return JSONResponse({"error": ANOTHERS}, 401)
+            found = await self._answers(request, asked, handle)
         else:
             found = await self._work(request, asked, handle)
         return Response(found, media_type=PROTOBUF_MEDIA_TYPE)
@@ -227,6 +244,14 @@ class Fleet:
             return found
         return await self._work(request, asked, handle)
 
+    async def _answers(self, request: Any, asked: PushMessagesRequest, handle: Handler) -> bytes:
+        found = await self._work(request, asked, handle)
+        # Also of one that is sent again, because the first time nothing came back.
+        if not PushMessagesResponse.FromString(found).objects_to_push:
+            late = await self._thread(lambda state: _are_late(asked, state))
+            self.refused[LATE] += int(late)
+        return found
+
     async def _is_rung(self, node: int, request: Any) -> bool:
         """Wait until a node is rung for; not if it leaves, asks again, or waited long enough."""
         with self.bells.by(node) as bell:
@@ -240,12 +265,23 @@ class Fleet:
                 left.cancel()
 
     async def _work(self, request: Any, asked: Message, handle: Handler) -> bytes:
-        def work() -> bytes:
+        def work(state: LinkState) -> bytes:
             authenticate_node(request)
-            state = cast(LinkState, self.app.state.linkstate_factory.state())
             return bytes(handle(asked, state).SerializeToString())
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self._thread(work)
+
+    async def _thread(self, work: Callable[[SqlLinkState], Found]) -> Found:
+        def begin() -> Found:
+            return work(cast(SqlLinkState, self.app.state.linkstate_factory.state()))
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, begin)
+
+
+def _are_late(asked: PushMessagesRequest, state: SqlLinkState) -> bool:
+    """Whether nothing waits for these answers."""
+    questions = [each.metadata.reply_to_message_id for each in asked.messages_list]
+    return all(state.get_valid_message_ins(each) is None for each in questions)
 
 
 def _nothing() -> None:

@@ -79,9 +79,10 @@ class Inbox:
             asked; the content cannot change them.
 
     Assumes:
-        The SuperLink is honest, and its operator limits what it stores for devices. It compares
-        the named sender with the one that was asked, but not with the one that uploads: that a
-        contribution is its device's own, the contribution itself has to show.
+        The SuperLink is honest, and its operator limits what it stores for devices. Flower's
+        compares the named sender with the one that was asked, but not with the one that uploads
+        (`homefire.server.fleet` does): that a contribution is its device's own, the contribution
+        itself has to show.
     """
 
     def __init__(self, grid: Grid, *, largest: int) -> None:
@@ -111,6 +112,14 @@ class Inbox:
             else:
                 for message in self._grid.pull_messages([identifier]):
                     yield identifier, message
+
+    def abandon(self) -> int:
+        """Throw away the replies that are here in part; how many they were."""
+        begun, self._announced = self._announced, {}
+        for announced in begun.values():
+            if isinstance(self._grid, HttpGrid):
+                _remove(self._grid, announced.metadata.message_id)
+        return len(begun)
 
     def _pull_bounded(self, grid: HttpGrid, identifier: str) -> Answer | None:
         answer: Answer

@@ -12,6 +12,7 @@ import httpx
 LOG = logging.getLogger(__name__)
 RING_PATH = "/homefire/v1/ring"
 ANSWERED_PATH = "/homefire/v1/answered"
+WITHDRAW_PATH = "/homefire/v1/withdraw"
 SECONDS = 10.0
 LONGEST_PAUSE, LONGEST_PAUSE_WITH_LINE = 1.0, 0.3  # seconds
 SWEEP_SECONDS = 15.0
@@ -28,11 +29,15 @@ class Line(Protocol):
     def answered(self) -> frozenset[str] | None:
         """The messages whose answers wait to be fetched; None where that is not known."""
 
+    def withdraw(self, messages: Collection[str]) -> int:
+        """Take messages back that are not awaited any more; how many were answered, unfetched."""
+
 
 class HttpLine:
     """The line to a SuperLink's private listener.
 
-    It only saves time: where it is dead, devices and round loop find out in the slower way.
+    It only saves time: where it is dead, devices and round loop find out in the slower way, and
+    the SuperLink keeps what is not awaited any more until the run ends.
 
     Args:
         port: Of the listener, on this machine.
@@ -46,6 +51,7 @@ class HttpLine:
             verify=ssl.create_default_context(cafile=str(authority)),
             headers={"authorization": f"Bearer {secret}"},
             timeout=SECONDS,
+            trust_env=False,  # no proxy stands before this machine
         )
 
     def ring(self, nodes: Iterable[int]) -> None:
@@ -63,6 +69,15 @@ class HttpLine:
         except (httpx.HTTPError, ValueError, KeyError) as error:
             LOG.warning("what is answered is not known: %s", type(error).__name__)
             return None
+
+    def withdraw(self, messages: Collection[str]) -> int:
+        """Take messages back that are not awaited any more; how many were answered, unfetched."""
+        try:
+            answer = self._client.post(WITHDRAW_PATH, json={"messages": list(messages)})
+            return int(answer.raise_for_status().json()["late"])
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            LOG.warning("messages could not be taken back: %s", type(error).__name__)
+            return 0
 
 
 class Asking:

@@ -5,6 +5,7 @@ theirs only the place in their code is kept, where it can be looked up; of ours 
 numbers of rounds and counts, and names from a fixed set.
 """
 
+import errno
 import json
 import logging
 import os
@@ -45,7 +46,7 @@ WORDS = frozenset(
 OWN_WORDS = (ConfigError, FederationError, ModelError, PrivacyError, RegistryError)
 """Errors whose words are of the server's own files and settings."""
 
-FIELDS = ("time", "process", "level", "event", "values", "error", "words", "at", "times")
+FIELDS = ("time", "process", "level", "event", "values", "error", "errno", "words", "at", "times")
 
 
 class Lines(logging.Handler):
@@ -54,7 +55,8 @@ class Lines(logging.Handler):
     Guarantees:
         Allow-list: a line has `FIELDS` and no others. `event` is constant text of homefire's code
             or the name of a library, `values` are small numbers and `WORDS`, `error` is the kind of
-            an exception, `words` are those of `OWN_WORDS`, `at` is a file of code and a line.
+            an exception, `errno` the name of the system's number of it, such as EADDRINUSE, `words`
+            are those of `OWN_WORDS`, `at` is a file of code and a line.
         Bounded: the file and the one before it have `LARGEST` bytes and a line at most; a line that
             comes again and again is written once in `QUIET_SECONDS`, with how often it came.
 
@@ -131,17 +133,28 @@ def _is_harmless(value: object) -> bool:
 def _foreign(record: logging.LogRecord) -> dict[str, Any]:
     said = {"event": f"a line of {record.name.partition('.')[0]}"}
     error = record.exc_info[1] if record.exc_info is not None else None
+    if isinstance(record.msg, BaseException):  # so uvicorn says why it cannot listen
+        error = record.msg
     place = {"at": f"{record.module}.py:{record.lineno}"}
     return {**said, **(_error(error) if error is not None else {}), **place}
 
 
 def _error(error: BaseException) -> dict[str, Any]:
     said: dict[str, Any] = {"error": type(error).__name__}
+    if (number := _number(error)) is not None:
+        said["errno"] = number
     if isinstance(error, OWN_WORDS):
         said["words"] = error.in_full
     if frames := traceback.extract_tb(error.__traceback__):
         said["at"] = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
     return said
+
+
+def _number(error: BaseException) -> str | None:
+    """The name of a system's error; TLS and names of hosts have numbers of their own."""
+    if not isinstance(error, OSError) or type(error).__module__ != "builtins":
+        return None
+    return errno.errorcode.get(error.errno or 0)
 
 
 def begin(path: Path, process: str, *, alone: bool = True) -> None:

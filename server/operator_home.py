@@ -20,14 +20,16 @@
 
 import ipaddress
 import os
+import re
 import secrets
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from homefire.common.config import (
     FederationConfig,
@@ -44,6 +46,7 @@ from homefire.server.certificates import Certificates, check_names
 from homefire.server.enrolment import Device, Enrolment
 from homefire.server.run_state import SIGNING_KEY
 from homefire.server.runs import RUNS, all_runs, follow, has_begun, keystore, make_run
+from homefire.server.templates import USERS, federation_toml, policy_toml
 
 SERVER, FEDERATION, POLICY = "server.toml", "federation.toml", "device-policy.toml"
 ROSTER, DRAIN, TROUBLE = "roster.txt", "drain", "trouble"
@@ -54,6 +57,8 @@ QUORUM = 0.5
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 EXECUTOR_SECRET, OPERATOR_SECRET = "executor", "operator"
+SECRET_BYTES = 32
+_SECRET = re.compile("[0-9a-f]{64}")
 
 
 class LimitsConfig(Frozen):
@@ -74,8 +79,8 @@ class ServerConfig(Frozen):
     """Where a server listens, and under which names."""
 
     names: tuple[str, ...] = Field(min_length=1, description="Names and addresses for devices.")
-    fleet: str = Field("0.0.0.0:9092", pattern=r"^\S+:[0-9]{1,5}$", description="For devices.")
-    registry: str = Field("0.0.0.0:9093", pattern=r"^\S+:[0-9]{1,5}$", description="Of releases.")
+    fleet: str = Field("0.0.0.0:9092", description="For devices.")
+    registry: str = Field("0.0.0.0:9093", description="Of releases.")
     private: int = Field(9095, ge=1, le=65535, description="Flower's APIs; this machine alone.")
     operator: int = Field(9096, ge=1, le=65535, description="Page and metrics; likewise.")
     ticket_hours: float = Field(168.0, gt=0, description="How long a ticket can be redeemed.")
@@ -83,11 +88,15 @@ class ServerConfig(Frozen):
 
     @field_validator("fleet", "registry")
     @classmethod
-    def _listens(cls, value: str) -> str:
+    def _listens(cls, value: str, info: ValidationInfo) -> str:
         host, _, port = value.rpartition(":")
-        if not 1 <= int(port) <= 65535:
+        try:
+            ipaddress.ip_address(host.strip("[]"))  # of this machine: names could be others'
+        except ValueError as error:
+            example = cls.model_fields[str(info.field_name)].default
+            raise ValueError(f"give ADDRESS:PORT, such as {example}, not {value!r}") from error
+        if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
             raise ValueError(f"{port} is no port: 1 to 65535")
-        ipaddress.ip_address(host.strip("[]"))  # of this machine: names could be others'
         return value
 
     @model_validator(mode="after")
@@ -135,8 +144,16 @@ class OperatorHome:
 
     @property
     def output(self) -> Path:
-        """Of the newest run."""
-        return all_runs(self.folder)[-1]
+        """Of the newest run.
+
+        Raises:
+            ConfigError: There is none, as after a lost disk.
+        """
+        if not (runs := all_runs(self.folder)):
+            raise ConfigError(
+                f"{self.folder}: there is no run here", hint="Begin one: homefire server next"
+            )
+        return runs[-1]
 
     @property
     def server_key(self) -> str:
@@ -156,6 +173,22 @@ class OperatorHome:
     def secret(self, name: str) -> Path:
         """The file of a secret."""
         return self.folder / "secrets" / name
+
+    def read_secret(self, name: str) -> str:
+        """A secret, 64 hex digits; space around it is none of it.
+
+        Raises:
+            ConfigError: It is missing or none: an empty one would let everybody in.
+        """
+        path = self.secret(name)
+        try:
+            found = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", "not text")
+            raise ConfigError(f"{path}: cannot be read ({reason})", hint=_again(path)) from error
+        if not _SECRET.fullmatch(found):
+            raise ConfigError(f"{path}: not a secret of 64 hex digits", hint=_again(path))
+        return found
 
     def log(self, process: str) -> Path:
         """The file that a process logs into."""
@@ -211,8 +244,11 @@ class OperatorHome:
             ) from error
         return [device for device in self.enrolment.ever() if device.identity in keys]
 
-    def begin_next(self) -> str:
+    def begin_next(self, *, give_up: bool = False) -> str:
         """Make another run, after the newest one is over; `homefire server run` begins it.
+
+        Args:
+            give_up: Leave the newest run for good, also where it is not over; no server may run.
 
         Returns:
             Its number.
@@ -222,7 +258,11 @@ class OperatorHome:
             FederationError: The newest run is not over, or has not begun.
             LedgerError: Its ledger is damaged, rolled back or in use.
         """
-        self.federation()
+        if give_up:
+            with self.alone():
+                return follow(self.folder, give_up=True).name
+        if all_runs(self.folder):
+            self.federation()
         return follow(self.folder).name
 
     def is_draining(self) -> bool:
@@ -333,38 +373,59 @@ class OperatorHome:
         ]
 
 
-def init(folder: Path, *, names: Sequence[str], settings: dict[str, Any]) -> OperatorHome:
+def init(
+    folder: Path, *, names: Sequence[str], settings: dict[str, Any], users: int = USERS
+) -> OperatorHome:
     """Make a server's folder.
 
     Args:
         folder: Empty, or not there yet.
         names: Host names and addresses that devices connect to; the first stands in tickets.
         settings: The rest of `server.toml`.
+        users: Of the run that `federation.toml` proposes.
 
     Raises:
-        ConfigError: There is something in the folder, or a name or setting is wrong.
+        ConfigError: There is something in the folder, or none can be made there, or a name or
+            setting is wrong.
     """
     home = OperatorHome(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty", hint="Name another folder.")
     wanted = {"names": list(names), **settings}
     config = validate(ServerConfig, wanted, where="homefire server init")
     check_names(config.names)  # before anything is written
+    try:
+        _make_folders(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: no server can be made there ({error.strerror})",
+            hint="Give --home a folder that is empty, or not there yet, where you may write.",
+        ) from error
+    home.certificates.make([*config.names, *(n for n in LOOPBACK_NAMES if n not in config.names)])
+    for name in (EXECUTOR_SECRET, OPERATOR_SECRET):
+        write_atomically(home.secret(name), secrets.token_hex(SECRET_BYTES).encode(), mode=0o600)
+    key = public_key(keystore(folder).signing_key(SIGNING_KEY))  # drawn here, and once
+    make_run(folder)
+    write_atomically(folder / FEDERATION, federation_toml(users).encode(), mode=0o600)
+    write_atomically(folder / POLICY, policy_toml(key).encode(), mode=0o600)
+    # Last: whoever finds this file finds all of it.
+    write_atomically(folder / SERVER, _server_toml(config).encode(), mode=0o600)
+    return home
+
+
+def _make_folders(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty", hint="Name another folder.")
     make_folder(folder.parent)
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
     for part in ("tls", "secrets", "flower", "logs", "registry", RUNS):
         (folder / part).mkdir(mode=0o700)
-    home.certificates.make([*config.names, *(n for n in LOOPBACK_NAMES if n not in config.names)])
-    for name in (EXECUTOR_SECRET, OPERATOR_SECRET):
-        write_atomically(home.secret(name), secrets.token_hex(32).encode(), mode=0o600)
-    key = public_key(keystore(folder).signing_key(SIGNING_KEY))  # drawn here, and once
-    make_run(folder)
-    write_atomically(folder / FEDERATION, FEDERATION_TEMPLATE.encode(), mode=0o600)
-    write_atomically(folder / POLICY, POLICY_TEMPLATE.format(key=key).encode(), mode=0o600)
-    # Last: whoever finds this file finds all of it.
-    write_atomically(folder / SERVER, _server_toml(config).encode(), mode=0o600)
-    return home
+
+
+def _again(path: Path) -> str:
+    return (
+        f"Make another: (umask 077; openssl rand -hex {SECRET_BYTES} > {shlex.quote(str(path))}). "
+        "It stays on this machine; devices need not be told."
+    )
 
 
 def _server_toml(config: ServerConfig) -> str:
@@ -376,49 +437,4 @@ registry = "{config.registry}"
 private = {config.private}
 operator = {config.operator}
 ticket_hours = {config.ticket_hours:g}
-"""
-
-
-FEDERATION_TEMPLATE = """# The run. It starts when so many devices are enrolled, and takes those.
-name = "federation"
-users = 1500
-
-[base_model]
-name = "smollm2-135m"
-
-[shared]
-method = "ffa"
-rank = 4
-alpha = 8
-targets = ["q_proj", "v_proj"]
-
-[local]
-steps = 4
-batch_size = 4
-max_tokens = 96
-learning_rate = 0.01
-
-[federation]
-rounds = 40
-cohort = 75
-deadline = 3600.0
-quorum = 0.5
-
-[optimizer]
-name = "momentum"
-learning_rate = 1.0
-momentum = 0.9
-
-# `homefire privacy plan` says what these cost before anything is run.
-[privacy]
-mechanism = "banded-sqrt"
-clip_norm = 1.0
-epsilon = 8.0
-delta = 1e-6
-participations = 2
-separation = 20
-"""
-
-POLICY_TEMPLATE = """# What a device accepts from this server: for policy.toml in a vault.
-server_keys = ["{key}"]
 """

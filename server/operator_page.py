@@ -89,6 +89,9 @@ def _families(status: Status) -> list[Metric]:
         ("homefire_rounds_released", "Rounds that were released", _newest(status)),
         ("homefire_rounds_planned", "Rounds of the run", status.planned_rounds),
     ]
+    if status.published:
+        newest = status.published[-1]["number"]
+        gauges.append(("homefire_releases_published", "Releases of all runs", newest))
     if (budget := status.budget) is not None:
         gauges += [
             ("homefire_epsilon_now", "Epsilon of the releases so far", budget.epsilon_now),

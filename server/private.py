@@ -1,15 +1,15 @@
 """The private listener: Flower's own programs, the operator's calls, and our own beside them.
 
-Of our own there are three. How the door is doing asks for nothing; the other two are the round
-loop's, ask for the operator's secret, and save it from asking for each message by itself: which
-devices a message was left for, and which messages are answered.
+Of our own there are four. How the door is doing asks for nothing; the others are the round loop's
+and ask for the operator's secret: which devices a message was left for, which messages are
+answered, and which are not awaited any more.
 """
 
 import hmac
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
@@ -23,12 +23,16 @@ from starlette.requests import Request
 
 from homefire.server.door import Door, send_json
 from homefire.server.fleet import Bells
-from homefire.server.line import ANSWERED_PATH, RING_PATH
+from homefire.server.line import ANSWERED_PATH, RING_PATH, WITHDRAW_PATH
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
+Item = TypeVar("Item", int, str)
 DOOR_PATH = "/homefire/v1/door"
 RUNTIME = "/v1/runtime/"
-LARGEST_RING = 1 << 24  # bytes
+OWN = (RING_PATH, ANSWERED_PATH, WITHDRAW_PATH)
+FLOWERS = ("/v1/", "/health")
+LARGEST = 1 << 24  # bytes of a request of the round loop
+AT_ONCE = 500  # messages that are named in one statement
 
 
 @dataclass(slots=True)
@@ -36,7 +40,10 @@ class Private:
     """An ASGI app for this machine alone.
 
     Guarantees:
-        With the secret alone: without it nobody is rung for, and nothing is said of messages.
+        With the secret alone: without it nobody is rung for, nothing is said of messages, and none
+            is taken back.
+        Nothing besides: of Flower's app its APIs and its health are reached, not the pages that
+            describe them.
 
     Attributes:
         app: Flower's.
@@ -62,24 +69,55 @@ class Private:
         elif path == DOOR_PATH:
             told = {"served": self.door.served, "refused": dict(self.door.refused)}
             await send_json(send, 200, told)
-        elif path in (RING_PATH, ANSWERED_PATH):
+        elif path in OWN:
             await self._own(Request(scope, receive), send)
         elif path.startswith(RUNTIME):
             await self._runtime({**scope, "app": self.app}, receive, send)
-        else:
+        elif path.startswith(FLOWERS):
             await self.app(scope, receive, send)
+        else:
+            await send_json(send, 404, {"error": "no such path"})
 
     async def _own(self, request: "Request[Any]", send: Any) -> None:
         shown = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(shown, f"Bearer {self.secret}".encode()):
             await send_json(send, 401, {"error": "no secret"}, keep=True)
-        elif request.url.path == RING_PATH:
-            self.bells.ring(int(node) for node in json.loads(await request.body())["nodes"])
-            await send_json(send, 200, {}, keep=True)
+            return
+        path, state = request.url.path, self.app.state.linkstate_factory.state()
+        try:
+            if path == RING_PATH:
+                self.bells.ring(await _listed(request, "nodes", int))
+                said: dict[str, Any] = {}
+            elif path == ANSWERED_PATH:
+                said = {"answered": await run_in_threadpool(answered, state)}
+            else:
+                messages = await _listed(request, "messages", str)
+                said = {"late": await run_in_threadpool(withdraw, state, messages)}
+        except ValueError:
+            await send_json(send, 400, {"error": "no request"}, keep=True)
         else:
-            state = self.app.state.linkstate_factory.state()
-            found = await run_in_threadpool(answered, state)
-            await send_json(send, 200, {"answered": found}, keep=True)
+            await send_json(send, 200, said, keep=True)
+
+
+async def _listed(request: "Request[Any]", name: str, kind: type[Item]) -> list[Item]:
+    """The list of this name, and nothing else, in a request's JSON.
+
+    Raises:
+        ValueError: There is none, or too much.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > LARGEST:
+            raise ValueError("too large")
+    try:
+        asked = json.loads(body)
+    except RecursionError as error:
+        raise ValueError("too deep") from error
+    found = asked.get(name) if isinstance(asked, dict) else None
+    if not isinstance(found, list) or any(type(each) is not kind for each in found):
+        raise ValueError(f"no list of {name}")
+    return found
 
 
 def answered(state: SqlLinkState) -> list[str]:
@@ -87,6 +125,21 @@ def answered(state: SqlLinkState) -> list[str]:
     waiting = select(MessageRes.reply_to_message_id).where(MessageRes.delivered_at == "")
     with state.session() as session:
         return [str(identifier) for identifier in session.scalars(waiting)]
+
+
+def withdraw(state: SqlLinkState, messages: Sequence[str]) -> int:
+    """Forget messages and their answers, content and all; how many answers there were."""
+    late = 0
+    for at in range(0, len(messages), AT_ONCE):
+        some = messages[at : at + AT_ONCE]
+        answers = select(MessageRes.message_id).where(MessageRes.reply_to_message_id.in_(some))
+        with state.session() as session:
+            found = [str(identifier) for identifier in session.scalars(answers)]
+            state.delete_messages(set(some))
+        for identifier in (*some, *found):
+            state.object_store.delete(identifier)
+        late += len(found)
+    return late
 
 
 def runtime_stack(app: FastAPI) -> App:

@@ -20,6 +20,7 @@ from homefire.server.logs import begin
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.releases import SERVER_KEYS, SIGNING_KEY
 
+REGISTRY = "registry"
 LOG = logging.getLogger("homefire.server.registry")  # also where it runs as a program
 
 
@@ -36,7 +37,7 @@ def open_home(home: Path) -> RegistryFolder:
         raise ConfigError(
             f"{keys.place}: there is no signing key", hint="Name the server's folder by --home."
         )
-    return RegistryFolder.open(home / "registry", keys.signing_key(SIGNING_KEY), keys)
+    return RegistryFolder.open(home / REGISTRY, keys.signing_key(SIGNING_KEY), keys)
 
 
 def main(arguments: list[str]) -> int:

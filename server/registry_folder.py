@@ -229,28 +229,26 @@ class RegistryFolder:
         for number in count(len(self._releases) + 1):
             path = self._statement_file(number)
             try:
-                text, _, signature = path.read_bytes().removesuffix(b"\n").partition(b"\n")
+                content = path.read_bytes()
             except FileNotFoundError:
                 return
-            published = self._published(number, path, text, signature)
-            self._releases.append(published)
+            self._releases.append(self._published(number, path, content))
 
-    def _published(self, number: int, path: Path, text: bytes, signature: bytes) -> Published:
+    def _published(self, number: int, path: Path, content: bytes) -> Published:
         file = self._file(number)
         try:
-            signed = Signed(text, bytes.fromhex(signature.decode("ascii")))
-            statement = read_statement(ReleaseStatement, signed, key=public_key(self.key))
+            statement, signed = _parse(content, public_key(self.key))
             whole = statement.number == number and file.stat().st_size == statement.file_size
         except (ValueError, ProtocolError, FileNotFoundError) as error:
-            raise self._damaged(path, str(error)) from error
+            raise _damaged(path, str(error)) from error
         if not whole:
-            raise self._damaged(path, "it is another number's, or its file has another length")
+            raise _damaged(path, "it is another number's, or its file has another length")
         return Published(statement, signed, file)
 
     def _check(self, known: Anchor | None) -> None:
         names = {path.name for path in self.folder.glob("[0-9]*.json")}
         if lost := names - {f"{n:06d}.json" for n in range(1, len(self._releases) + 1)}:
-            raise self._damaged(self.folder / min(lost), "one before it is missing")
+            raise _damaged(self.folder / min(lost), "one before it is missing")
         if known is None:
             return
         if len(self._releases) < known.length:
@@ -270,7 +268,7 @@ class RegistryFolder:
             return
         newest = self._releases[-1]
         if _sha256(newest.file.read_bytes()) != newest.statement.file_digest:
-            raise self._damaged(newest.file, "it does not have its digest")
+            raise _damaged(newest.file, "it does not have its digest")
 
     def _keep_anchor(self, known: Anchor | None) -> None:
         if not self._releases:
@@ -279,14 +277,41 @@ class RegistryFolder:
         anchor = Anchor(newest.number, newest.digest)
         self.store.catch_up(ANCHOR, known, anchor, where=str(self.folder))
 
-    def _damaged(self, path: Path, why: str) -> RegistryError:
-        return RegistryError(f"{path}: {why}", hint="Put an undamaged copy in place.")
-
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
 
     def _statement_file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.json"
+
+
+def newest_statements(folder: Path, server_key: str, *, most: int) -> list[ReleaseStatement]:
+    """What the newest files of a registry state, oldest first; for looking, not for serving.
+
+    Args:
+        folder: Of the registry; nothing in it is changed.
+        server_key: That signed them.
+        most: How many.
+
+    Raises:
+        RegistryError: One of them is damaged.
+    """
+    found = []
+    for path in sorted(folder.glob("[0-9]*.json"))[-most:]:
+        try:
+            found.append(_parse(path.read_bytes(), server_key)[0])
+        except (OSError, ValueError, ProtocolError) as error:
+            raise _damaged(path, str(error)) from error
+    return found
+
+
+def _parse(content: bytes, key: str) -> tuple[ReleaseStatement, Signed]:
+    text, _, signature = content.removesuffix(b"\n").partition(b"\n")
+    signed = Signed(text, bytes.fromhex(signature.decode("ascii")))
+    return read_statement(ReleaseStatement, signed, key=key), signed
+
+
+def _damaged(path: Path, why: str) -> RegistryError:
+    return RegistryError(f"{path}: {why}", hint="Put an undamaged copy in place.")
 
 
 def _statement(

@@ -14,7 +14,7 @@ from homefire.common.errors import ConfigError, FederationError
 from homefire.common.files import make_folder, sync_folder
 from homefire.common.keystore import Keystore
 from homefire.server.releases import SERVER_KEYS, SIGNING_KEY
-from homefire.server.run_state import LEDGER, Federation, Start, rounds_spent
+from homefire.server.run_state import LEDGER, RUN_KEY, Federation, Start, rounds_spent
 
 RUNS = "runs"
 
@@ -61,14 +61,27 @@ def make_run(home: Path) -> Path:
     return output
 
 
-def follow(home: Path) -> Path:
-    """Make the folder of the run that follows one which is over.
+def follow(home: Path, *, give_up: bool = False) -> Path:
+    """Make the folder of the run that follows one which is over, or of the first.
+
+    Args:
+        home: The server's folder.
+        give_up: Leave the newest run, over or not, damaged or not.
+
+    Guarantees:
+        Given up for good: nobody can draw the noise of a run that was given up again, and so no
+            round of it can be repeated.
 
     Raises:
         FederationError: The newest run is not over, or did not begin.
         LedgerError: Its ledger is damaged, rolled back or in use.
     """
-    newest = all_runs(home)[-1]
+    if not (runs := all_runs(home)):
+        return make_run(home)
+    newest = runs[-1]
+    if give_up:
+        Keystore.beside(newest).destroy(RUN_KEY)
+        return make_run(home)
     if not has_begun(newest):
         raise FederationError(
             f"run {newest.name} has not begun yet",
@@ -78,7 +91,7 @@ def follow(home: Path) -> Path:
     if not over:
         raise FederationError(
             f"run {newest.name} is not over: {spent} of its rounds are spent",
-            hint="Let it end first: what its noise stands on cannot change.",
+            hint="Let it end first, or leave it for good: homefire server next --give-up",
         )
     return make_run(home)
 

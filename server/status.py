@@ -4,6 +4,7 @@ Nothing here is of one device: no key, address or number of a node, no time of a
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ from homefire.common.protocol import STATISTICS, RefusalReason
 from homefire.server.door import REASONS
 from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import PrivacyPlan, plan_privacy
+from homefire.server.registry import REGISTRY
+from homefire.server.registry_folder import newest_statements
 from homefire.server.releases import Release, ReleaseStore
 
-SHOWN_ROUNDS = 500
+SHOWN_ROUNDS, SHOWN_RELEASES = 500, 20
 NUMBER_BYTES = 4
 DROPPED = frozenset(
     (
@@ -37,6 +40,11 @@ DROPPED = frozenset(
 REFUSED = frozenset(get_args(RefusalReason))
 PROCESSES = frozenset(("superlink", "registry", "executor"))
 OTHER = "other"
+HIDDEN = "…"
+LONGEST = 1000  # letters of a sentence
+NUMBERS = re.compile(r"(?<![0-9A-Za-z])(?:[0-9]{13,}|[0-9a-fA-F]{16,}|[0-9A-Za-z]{40,})")
+"""Numbers of nodes, and keys."""
+
 LEAST_FREE = 256 << 20  # bytes
 WARN_DAYS = 30
 
@@ -71,10 +79,12 @@ class Status:
     Guarantees:
         Fixed names: whatever is counted by name is counted by one of a fixed set; what is not in it
             is `other`.
+        Nobody's number: no node's and no key is in words, whatever error they are of.
 
     Attributes:
         state: What is going on, in words.
         names: Of the server.
+        server_key: That plans and releases are signed with; by it one server is told from another.
         processes: Whether each runs, and how often it was started.
         enrolled: Devices.
         needed: Devices that the run starts with.
@@ -89,12 +99,16 @@ class Status:
         bytes_down: Of the releases in all plans.
         budget: None where the settings cannot be read.
         door: Requests at the public listener: `served`, and `refused` by reason.
-        releases: Rounds that have one.
+        releases: Rounds of the newest run that have one.
+        published: The newest releases of all runs, oldest first: `number`, `run` (the first digits
+            of its id), `round`, `epsilon` (what its run promises; None without bound), and
+            `issued_at` and `expires_at` in seconds since 1970.
         trouble: What the operator should look at; nothing if all is well.
     """
 
     state: str
     names: tuple[str, ...]
+    server_key: str = ""
     processes: dict[str, dict[str, Any]] = field(default_factory=dict)
     enrolled: int = 0
     needed: int | None = None
@@ -110,12 +124,15 @@ class Status:
     budget: Budget | None = None
     door: dict[str, Any] = field(default_factory=dict)
     releases: list[int] = field(default_factory=list)
+    published: list[dict[str, Any]] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
+        put("state", plain(self.state))
+        put("trouble", [plain(each) for each in self.trouble])
         put("dropped", only(self.dropped, DROPPED))
         put("refused", only(self.refused, REFUSED))
         put("processes", {n: each for n, each in self.processes.items() if n in PROCESSES})
@@ -123,6 +140,14 @@ class Status:
             refused = only(self.door.get("refused", {}), REASONS)
             put("door", {"served": int(self.door.get("served", 0)), "refused": refused})
         put("rounds", [_plain(each) for each in self.rounds])
+        put("published", [_of_release(each) for each in self.published])
+
+
+def plain(words: str) -> str:
+    """Words for people, without numbers that could be somebody's, nor what a terminal acts on."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in words)
+    shown = NUMBERS.sub(HIDDEN, shown)
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}{HIDDEN}"
 
 
 def only(counts: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
@@ -142,6 +167,15 @@ def _plain(each: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _of_release(each: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a published release."""
+    numbers = ("number", "round", "epsilon", "issued_at", "expires_at")
+    run = str(each.get("run"))
+    return {name: each.get(name) for name in numbers} | {
+        "run": run if re.fullmatch("[0-9a-f]{8}", run) else OTHER
+    }
+
+
 def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     """What the files of a server say.
 
@@ -153,6 +187,12 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     rounds = read_rounds(home.output / "rounds.jsonl")
     releases = sorted(int(path.stem) for path in (home.output / "releases").glob("[0-9]*"))
     federation, budget, size = None, None, 0
+    server_key, published = "", list[dict[str, Any]]()
+    try:
+        server_key = home.server_key
+        published = _published(home, server_key)
+    except HomefireError as error:
+        trouble.append(error.in_full)
     try:
         federation = home.federation()
         newest = _newest(home)
@@ -168,6 +208,7 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     return Status(
         state=state,
         names=config.names,
+        server_key=server_key,
         enrolled=len(enrolment.devices()),
         needed=None if federation is None else federation.users,
         tickets=enrolment.open_tickets(),
@@ -180,8 +221,25 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         bytes_down=NUMBER_BYTES * size * sum(each["cohort"] for each in rounds),
         budget=budget,
         releases=releases,
+        published=published,
         trouble=trouble,
     )
+
+
+def _published(home: OperatorHome, server_key: str) -> list[dict[str, Any]]:
+    """What is told of the newest releases."""
+    found = newest_statements(home.folder / REGISTRY, server_key, most=SHOWN_RELEASES)
+    return [
+        {
+            "number": each.number,
+            "run": each.run[:8],
+            "round": each.round,
+            "epsilon": each.privacy.epsilon_release,
+            "issued_at": each.issued_at,
+            "expires_at": each.expires_at,
+        }
+        for each in found
+    ]
 
 
 def _signs(home: OperatorHome) -> list[str]:

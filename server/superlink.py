@@ -11,11 +11,12 @@ import asyncio
 import hmac
 import math
 import os
+import sqlite3
 import sys
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ from flwr.superlink.cli.flower_superlink import (
 )
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.control.control_handlers import register_node
+from sqlalchemy.exc import SQLAlchemyError
 
-from homefire.common.errors import EnrolmentError
+from homefire.common.errors import EnrolmentError, FederationError
+from homefire.common.files import DISK_HINT
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
 from homefire.server.door import Door
@@ -55,6 +58,7 @@ from homefire.server.private import Private
 DATABASE = "superlink.db"
 LOOPBACK = "127.0.0.1"
 LOOK_SECONDS = 1.0
+WIPE_SECONDS = 5.0
 LOCK_SECONDS = 20.0
 """How long a request waits for the database; after Flower's own five a contribution is lost."""
 
@@ -82,9 +86,15 @@ class OperatorOnly(NoOpControlAuthnPlugin):
 
 
 def make_app(home: OperatorHome) -> FastAPI:
-    """Flower's app, as this server runs it."""
+    """Flower's app, as this server runs it.
+
+    Raises:
+        ConfigError: A secret is missing or none.
+    """
     config = home.config
     tls = home.certificates
+    home.read_secret(EXECUTOR_SECRET)  # Flower would take any file for one
+    secret = home.read_secret(OPERATOR_SECRET)
     # Flower reads its settings from the command line and nowhere else.
     options = {
         "--host": LOOPBACK,
@@ -98,19 +108,19 @@ def make_app(home: OperatorHome) -> FastAPI:
     }
     given = [part for option in options.items() for part in option]
     flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-    be_patient()
+    set_pragmas()
     with _arguments(["flower-superlink", *given, *flags]):
         parsed = _parse_superlink_lifespan_config()
-    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
     app = create_app(replace(parsed, authn_plugin=OperatorOnly(secret)), SuperLinkLifespan)
     calm(_state(app))
     return app
 
 
-def be_patient() -> None:
-    """Let Flower wait longer where its database is in use."""
-    pragmas = {**dict(SQLITE_PRAGMAS), "busy_timeout": str(int(1000 * LOCK_SECONDS))}
-    sql_mixin.SQLITE_PRAGMAS = tuple(pragmas.items())  # type: ignore[attr-defined]
+def set_pragmas() -> None:
+    """Let Flower wait longer where its database is in use, and overwrite what it deletes there."""
+    own = {"busy_timeout": str(int(1000 * LOCK_SECONDS)), "secure_delete": "ON"}  # see `wipe`
+    inner: Any = sql_mixin
+    inner.SQLITE_PRAGMAS = tuple({**dict(SQLITE_PRAGMAS), **own}.items())
 
 
 def calm(state: LinkState, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -124,6 +134,25 @@ def calm(state: LinkState, *, clock: Callable[[], float] = time.monotonic) -> No
             look()
 
     state._cleanup_expired_task_tokens = now_and_then  # type: ignore[attr-defined]
+
+
+def wipe(database: Path) -> None:
+    """Empty a database's write-ahead log, where deleted content stays; another time if it is busy.
+
+    Guarantees:
+        Nowhere: with `secure_delete`, nothing that was deleted is in the database's files.
+    """
+    log = database.with_name(f"{database.name}-wal")
+    with suppress(FileNotFoundError, sqlite3.Error):
+        if log.stat().st_size:
+            with closing(sqlite3.connect(database, timeout=1.0)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+async def _keep_wiping(database: Path) -> None:
+    while True:
+        await asyncio.sleep(WIPE_SECONDS)
+        await asyncio.to_thread(wipe, database)
 
 
 @contextmanager
@@ -194,6 +223,8 @@ def _register(app: FastAPI, node_key: str) -> int:
     account: Any = NoOpControlAuthnPlugin().validate_tokens_in_metadata([])[1]
     try:
         made = register_node(RegisterNodeRequest(public_key=node_key.encode()), account, state)
+    except SQLAlchemyError as error:
+        raise FederationError("Flower's database does not take a node", hint=DISK_HINT) from error
     except Exception as error:
         raise EnrolmentError(
             "the node's key is not one that Flower takes", hint="NIST P-256, P-384 or P-521, PEM."
@@ -219,7 +250,8 @@ async def serve(home: OperatorHome) -> None:
     fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
     waiting = fleet.bells.__len__
     door = Door(fleet, names, enroller(home, enrolment, app), limits, known, removed, waiting)
-    secret = home.secret(OPERATOR_SECRET).read_text(encoding="ascii")
+    fleet.refused = door.refused
+    secret = home.read_secret(OPERATOR_SECRET)
     private = Private(app, door, fleet.bells, secret)
     common: dict[str, Any] = {
         "ssl_certfile": str(tls.server),
@@ -250,7 +282,9 @@ async def serve(home: OperatorHome) -> None:
         if inner.started:
             await asyncio.to_thread(know_again, app, home.enrolment.devices())
             tasks.create_task(outer.serve())
+        wiping = tasks.create_task(_keep_wiping(home.folder / "flower" / DATABASE))
         await asyncio.wait([private_listener])
+        wiping.cancel()
         fleet.bells.end()
         outer.should_exit = True
 

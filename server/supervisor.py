@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from homefire.common.errors import FederationError, HomefireError
+from homefire.common.errors import HomefireError
+from homefire.common.files import DISK_HINT
+from homefire.common.loopback import past_proxies
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
 from homefire.server.releases import ReleaseStore
@@ -80,7 +82,12 @@ class Child:
             self._pause = FIRST_PAUSE if steady else min(LONGEST_PAUSE, 2 * self._pause)
             self._process, self._not_before = None, now + self._pause
         if now >= self._not_before:
-            self._start(now)
+            try:
+                self._start(now)
+            except OSError as error:
+                LOG.warning("%s cannot be started: %s", self.name, error)
+                self._pause = min(LONGEST_PAUSE, 2 * self._pause)
+                self._not_before = now + self._pause
 
     def _start(self, now: float) -> None:
         home = self.folder / "flower" / self.name
@@ -91,7 +98,7 @@ class Child:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
                 self.command,
                 cwd=home,
-                env={**os.environ, **ENVIRONMENT, "PATH": _path(), "FLWR_HOME": str(home)},
+                env=_environment(home),
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
@@ -180,7 +187,7 @@ class Supervisor:
         }
         try:
             online, door = self.control.nodes().get("online", 0), self.control.door()
-        except FederationError:
+        except HomefireError:
             online, door = None, {}
         down = [
             f"{child.name} does not run: see logs/{child.name}.log"
@@ -220,6 +227,8 @@ class Supervisor:
                 self._follow(self._run)
         except HomefireError as error:
             self.state = f"waiting: {error.in_full}"
+        except OSError as error:
+            self.state = f"waiting: {error}. {DISK_HINT}"
 
     def _begin(self) -> None:
         """Start a run as soon as one may be started."""
@@ -272,6 +281,11 @@ class Supervisor:
 
 DRAINED = "drained"
 ENDED = "the run is over: releases are served"
+
+
+def _environment(home: Path) -> dict[str, str]:
+    own = {"PATH": _path(), "FLWR_HOME": str(home)}
+    return {**os.environ, **past_proxies(os.environ), **ENVIRONMENT, **own}
 
 
 def _path() -> str:

@@ -3,15 +3,25 @@
     python tests/server_torture.py --kills 100 --seed 0
 
 `homefire server run` serves three vaults, which take part by `homefire device join`. What is killed
-is the supervisor, its SuperLink, its executor, the ServerApp, the registry, or a device.
+is the supervisor, its SuperLink, its executor, the ServerApp, the registry, a device, or all of the
+server at once, as where the power fails. Half of the kills come at any time; the others at once
+after a file shows a moment that matters: a round was opened, its sum is in the ledger and its
+release is not on the disk, the release is there and is not published, or is being published.
 
 After every kill the next round is released without anybody's help, except that a killed supervisor
-or device is started again; and all through: the ledger only grows, its entries are in an order in
-which a run writes them, no round has two of a kind; every release is signed, of a round that was
-summed and never of one that was burnt, and stays as it is; every release is published, in order,
-under numbers that only grow; no device was charged twice for a round, nor are more contributions in
-a sum than devices were charged for it; nothing of a killed supervisor is left. At the end the
-server is drained, goes on, and is drained again.
+or device is started again; and all through:
+
+- the ledger only grows, its entries are in an order in which a run writes them, no round has two of
+  a kind, and it holds what the keystore's anchor says;
+- every release is signed, of a round that was summed before and never of one that was burnt, names
+  a state of this ledger in which the sum is, and stays as it is;
+- no round is opened before all releases of the rounds before are published; they are in order,
+  under numbers that only grow, with the bytes that their statements name;
+- no device was charged twice for a round, nor are more contributions in a sum than devices were
+  charged for it;
+- nothing of a killed supervisor is left.
+
+At the end the server is drained, goes on, and is drained again.
 """
 
 import argparse
@@ -26,6 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,19 +52,26 @@ from vault_torture import cheapen_passphrases, require
 from homefire.client import Personalizer
 from homefire.client.vault import open_vault
 from homefire.common.errors import HomefireError
-from homefire.common.privacy.ledger import check_lines, empty
+from homefire.common.keystore import Keystore
+from homefire.common.privacy.ledger import Anchor, check_lines, empty
 from homefire.common.records import Record
 from homefire.common.release_statement import ReleaseStatement, Signed, read_statement
 from homefire.server.operator_home import OperatorHome, init
-from homefire.server.releases import ReleaseStore
+from homefire.server.releases import Release, ReleaseStore
 from homefire.server.run_ledger import KIND, RunLedger
 from homefire.server.run_state import LEDGER
 
-Target = Literal["ServerApp", "superlink", "executor", "supervisor", "registry", "device"]
+Target = Literal[
+    "ServerApp", "superlink", "executor", "supervisor", "registry", "device", "everything"
+]
+Moment = Literal["any time", "opened", "summed", "released", "publishing"]
+MOMENTS: tuple[Moment, ...] = ("summed", "publishing", "released", "opened")
+State = Literal["collecting", "no release yet", "not published", "half published", "between rounds"]
 DEVICES, COHORT, ROUNDS, DEADLINE = 3, 2, 5000, 8.0
 LONGEST_LIFE = 5.0  # seconds between a recovery and the next kill
 PATIENCE = 240.0  # seconds in which the next round must be released
 SOON = 30.0  # seconds in which a process ends that has lost its parent
+POLL = 0.0005  # seconds between two looks for a moment
 
 FEDERATION = """
 name = "torture"
@@ -120,6 +138,7 @@ class Seen:
     """What was there at an earlier look, and must still be."""
 
     ledger: bytes = b""
+    anchors: list[Anchor] = field(default_factory=list)
     releases: dict[int, bytes] = field(default_factory=dict)
     statements: list[bytes] = field(default_factory=list)
 
@@ -129,12 +148,14 @@ class ServerTorture:
 
     Attributes:
         seen: How often each process was killed.
+        found: Likewise, and what the files of the server then said of the run.
         outcomes: How long it took until the next release, by process.
     """
 
     def __init__(self, folder: Path, seed: int, undo: ExitStack) -> None:
         self.rng = random.Random(seed)  # noqa: S311
         self.seen: Counter[Target] = Counter()
+        self.found: Counter[tuple[Target, State]] = Counter()
         self.outcomes: dict[Target, list[float]] = {each: [] for each in get_args(Target)}
         self._before = Seen()
         self.folder = folder
@@ -188,7 +209,7 @@ class ServerTorture:
             return psutil.Process(self.rng.choice(there).pid) if there else None
         if self.server is None or self.server.poll() is not None:
             return None
-        if target == "supervisor":
+        if target in ("supervisor", "everything"):
             return psutil.Process(self.server.pid)
         mark = f"homefire.server.{target.lower()}"
         for each in descendants(self.server.pid):
@@ -198,32 +219,84 @@ class ServerTorture:
         return None
 
     def kill_once(self) -> None:
-        """Kill one process at a random moment, see that the run goes on, and examine."""
+        """Kill one process at some moment, see that the run goes on, and examine."""
         target = min(get_args(Target), key=lambda each: (self.seen[each], self.rng.random()))
         wait_until(lambda: self.find(target) is not None, target, self.said)
-        time.sleep(self.rng.uniform(0, LONGEST_LIFE))
-        if (doomed := self.find(target)) is None:
+        # In turn, so that few kills meet the moment that is shortest.
+        moment = MOMENTS[self.seen[target] // 2 % 4] if self.seen[target] % 2 == 0 else "any time"
+        if (doomed := self._at(moment, target)) is None:
             return  # it came to its end just now
-        below, before, began = descendants(doomed.pid), self.newest(), time.monotonic()
+        below, began = descendants(doomed.pid), time.monotonic()
         doomed.kill()
+        if target == "everything":
+            for each in below:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+        wait_until(lambda: not alive(doomed), "its end", self.said, SOON)
         self.seen[target] += 1
+        self.found[target, self.state()] += 1
+        # What is left may still release the round that is open.
+        opened = self._ledger().opened
         self.examine()
-        if target == "supervisor":
+        self._start_again(target, below)
+        self._wait_for_release(after=opened)
+        self.outcomes[target].append(time.monotonic() - began)
+        self.examine()
+
+    def _start_again(self, target: Target, below: list[psutil.Process]) -> None:
+        """Do what a person, or the machine's own supervisor, does."""
+
+        def are_gone() -> bool:
+            return not any(map(alive, below))
+
+        if target in ("supervisor", "everything"):
             assert self.server is not None
             self.server.wait()
             if self.rng.random() < 0.5:  # else it waits for them itself
-                wait_until(lambda: not any(map(alive, below)), "the end of all", self.said, SOON)
+                wait_until(are_gone, "the end of all", self.said, SOON)
             self.serve()
+            wait_until(are_gone, "the end of a killed supervisor's processes", self.said, SOON)
         elif target == "device":
             for member in self.members:
                 if member.process is not None and member.process.poll() is not None:
-                    wait_until(lambda: not any(map(alive, below)), "its end", self.said, SOON)
+                    wait_until(are_gone, "the end of a device's processes", self.said, SOON)
                     member.join()
-        self._wait_for_release(after=before)
-        self.outcomes[target].append(time.monotonic() - began)
-        if target == "supervisor":
-            require(not any(map(alive, below)), "processes of a killed supervisor are left")
-        self.examine()
+
+    def _at(self, moment: Moment, target: Target) -> psutil.Process | None:
+        """A process of that kind, as soon as the moment has come; None if it is gone by then."""
+        if moment == "any time":
+            time.sleep(self.rng.uniform(0, LONGEST_LIFE))
+            return self.find(target)
+        doomed, deadline = self.find(target), time.monotonic() + PATIENCE
+        ledger, releases = self.home.output / LEDGER, ReleaseStore(self.home.output / "releases")
+        registry = self.home.folder / "registry"
+        size, newest, entry = ledger.stat().st_size, self.newest(), b""
+        while time.monotonic() < deadline:
+            if moment in ("opened", "summed"):
+                with ledger.open("rb") as file:
+                    file.seek(size)
+                    entry = file.read()
+                kind = b'"kind":"open"' if moment == "opened" else b'"kind":"sum"'
+                come = kind in entry
+            elif moment == "released":
+                come = max(releases.rounds(), default=0) > newest
+            else:
+                come = _half_published(registry)
+            if come:
+                return doomed if doomed is not None and alive(doomed) else None
+            time.sleep(POLL)
+        raise AssertionError(f"the moment {moment!r} did not come\n{self.said()}")
+
+    def state(self) -> State:
+        """What the server's files say of the run."""
+        ledger, releases = self._ledger(), ReleaseStore(self.home.output / "releases").rounds()
+        if _half_published(self.home.folder / "registry"):
+            return "half published"
+        if max(releases, default=0) > max(self._published(), default=0):
+            return "not published"
+        if ledger.opened in ledger.burnt or ledger.opened in releases:
+            return "between rounds"
+        return "no release yet" if ledger.opened in ledger.sums else "collecting"
 
     def _wait_for_release(self, *, after: int) -> None:
         wait_until(lambda: self.newest() > after, "another release", self.said)
@@ -235,22 +308,26 @@ class ServerTorture:
             resting: Nothing is under way.
         """
         accepted = self._logged()  # before the ledgers are read: what came was charged before
-        published = self._published()
-        releases = self._releases()
+        anchor = Keystore.beside(self.home.output).anchor(KIND)
         ledger = self._ledger()
+        known = [empty(KIND), *self._before.anchors]
+        require(anchor is None or anchor in known, "the ledger is not that of its anchor")
+        releases = self._releases()
         for number, count in accepted.items():
             require(number in ledger.sums and number not in ledger.burnt, f"{number} was burnt")
+            require(number in releases, f"round {number} was logged and has no release")
             require(count <= DEVICES, f"round {number}: {count} contributions")
+        published = self._published()
+        ledger_now = self._ledger()
         for number in releases:
-            require(not number or number in ledger.sums, f"round {number} has no sum")
-            require(number not in ledger.burnt, f"round {number} was burnt, and released")
+            require(not number or number in ledger_now.sums, f"round {number} has no sum")
+            require(number not in ledger_now.burnt, f"round {number} was burnt, and released")
         for number in range(1, ledger.opened):
-            known = number in releases or number in ledger.burnt
-            # What was released while we looked came after.
-            require(known or number > max(releases, default=0), f"round {number} is lost")
+            found = number in releases or number in ledger.burnt
+            require(found, f"round {number} is lost")
+            gone = number in releases and number not in published
+            require(not gone, f"round {ledger.opened} was opened before {number} was published")
         require(published == sorted(set(published)), f"published: {published}")
-        lost = {number for number in releases if 0 < number < max(published, default=0)}
-        require(lost <= set(published), f"never published: {sorted(lost - set(published))}")
         if resting:
             require(published == [n for n in sorted(releases) if n], "a release is not published")
         charged = Counter(number for member in self.members for number in member.charged())
@@ -274,7 +351,8 @@ class ServerTorture:
         content = content[: content.rfind(b"\n") + 1]
         require(content.startswith(self._before.ledger), "the ledger lost or changed a line")
         self._before.ledger = content
-        entries, _ = check_lines(path, content.splitlines(), empty(KIND))
+        entries, anchors = check_lines(path, content.splitlines(), empty(KIND))
+        self._before.anchors = anchors[1:]
         nowhere: Any = None
         found = RunLedger(nowhere, nowhere)  # it is only read
         for entry in entries:
@@ -286,11 +364,21 @@ class ServerTorture:
         for number in store.rounds():
             found[number] = store.path(number).read_bytes()
             if number not in self._before.releases:
-                store.read(number).verify(self.key)
+                self._check_release(store.read(number))
         for number, content in self._before.releases.items():
             require(found.get(number) == content, f"release {number} is lost, or another one")
         self._before.releases = found
         return found
+
+    def _check_release(self, release: Release) -> None:
+        release.verify(self.key)
+        self._ledger()
+        state = Anchor(release.about["ledger"]["length"], release.about["ledger"]["head"])
+        require(state in self._before.anchors, f"release {release.round} is of another ledger")
+        lines = self._before.ledger.splitlines()[: state.length]
+        entries = [json.loads(line)["entry"] for line in lines]
+        sums = [entry["round"] for entry in entries if entry["kind"] == "sum"]
+        require(sums[-1:] == [release.round] or not release.round, "released before its sum")
 
     def _published(self) -> list[int]:
         folder = self.home.folder / "registry"
@@ -306,7 +394,17 @@ class ServerTorture:
             statement = read_statement(ReleaseStatement, signed, key=self.key)
             require(statement.number == number, f"number {statement.number} in place of {number}")
             rounds.append(statement.round)
+            if number > len(before):
+                self._check_file(statement)
         return rounds
+
+    def _check_file(self, statement: ReleaseStatement) -> None:
+        file = self.home.folder / "registry" / f"{statement.number:06d}.safetensors"
+        found = sha256(file.read_bytes()).hexdigest()
+        require(found == statement.file_digest, f"number {statement.number} has another file")
+        release = ReleaseStore(self.home.output / "releases").read(statement.round)
+        same = release.about["digest"] == statement.release_digest
+        require(same, f"number {statement.number} is not the release of its round")
 
     def end(self) -> None:
         """Drain, go on, drain again; the last check."""
@@ -346,6 +444,12 @@ class ServerTorture:
         logs = [*self.folder.glob("*.log"), *(self.home.folder / "logs").glob("*.log")]
         texts = [f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(logs)]
         return "\n".join([*texts, self.home.trouble, str(self.ask().get("state"))])
+
+
+def _half_published(registry: Path) -> bool:
+    """Whether a release's file is there and what publishes it is not."""
+    numbers = [path.stem for path in registry.glob("[0-9]*.safetensors")]
+    return bool(numbers) and not (registry / f"{max(numbers)}.json").exists()
 
 
 def make_server(folder: Path, model: Path) -> OperatorHome:
@@ -422,7 +526,11 @@ def main() -> None:
                 seen, took = torture.seen.copy(), torture.outcomes[target][-1]
                 count = f"{seen.total()} of {options.kills} kills"
                 print(f"{count}: {target}, next release after {took:.0f} s", flush=True)
-        outcomes = torture.outcomes
+        outcomes, found = torture.outcomes, torture.found
+    for state in get_args(State):
+        met = {each: found[each, state] for each in get_args(Target) if found[each, state]}
+        named = ", ".join(f"{each} {count}" for each, count in met.items())
+        print(f"{state}: {sum(met.values())} kills ({named})")
     for target, times in outcomes.items():
         if times:
             middle = sorted(times)[len(times) // 2]

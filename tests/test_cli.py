@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import typer.main
 import homefire
 from homefire import __main__ as command_line
 from homefire.common import claims, model_cache
+from homefire.common.loopback import VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -39,6 +41,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """Runs a command in an empty folder; gives exit code, output and errors."""
     for name, value in command_line._ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "models.example")
     monkeypatch.setenv("HOMEFIRE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
@@ -228,6 +232,11 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 # The rest
+
+
+def test_every_command_reaches_this_machine_past_proxies(cli: Cli) -> None:
+    assert cli("--version")[0] == 0
+    assert {os.environ[name] for name in VARIABLES} == {"models.example,127.0.0.1,localhost,::1"}
 
 
 def test_version(cli: Cli) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -9,15 +10,20 @@ import pytest
 import typer.main
 
 from homefire.__main__ import app
-from homefire.common.config import load_config, read_toml, validate
+from homefire.common.config import FederationConfig, load_config, read_toml, validate
 from homefire.common.policy import DevicePolicy
+from homefire.server.logs import FIELDS
+from homefire.server.operator_page import metrics
+from homefire.server.status import Budget, Status
 from homefire.simulations.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
+OPERATING = ROOT / "docs" / "OPERATING.md"
 DOCUMENTS = sorted(
     [
         *ROOT.glob("*.md"),
         *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "deploy").rglob("*.md"),
         *(ROOT / "simulations").rglob("*.md"),
     ]
 )
@@ -25,7 +31,8 @@ DOCUMENTS = sorted(
 
 def blocks(document: Path, language: str = "") -> list[str]:
     text = document.read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
 def commands() -> list[str]:
@@ -46,7 +53,7 @@ def parse(group: click.Command, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("line", commands())
 def test_commands_are_understood(line: str) -> None:
-    parse(typer.main.get_command(app), shlex.split(line)[1:])
+    parse(typer.main.get_command(app), shlex.split(line, comments=True)[1:])
 
 
 def test_a_command_that_does_not_exist_is_noticed() -> None:
@@ -77,6 +84,31 @@ def test_the_example_policy_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(example.replace("…", "0" * 64, 1), encoding="utf-8")
     assert load_config(DevicePolicy, path).participations == 5
+
+
+def test_the_federation_of_three_is_valid(tmp_path: Path) -> None:
+    (example,) = blocks(OPERATING, "toml")
+    path = tmp_path / "federation.toml"
+    path.write_text(example, encoding="utf-8")
+    tables = {**read_toml(path), "output": tmp_path, "roster": tmp_path / "roster.txt"}
+    assert validate(FederationConfig, tables, where="OPERATING").users == 3
+
+
+def test_every_metric_and_no_other_is_told() -> None:
+    budget = Budget("banded-sqrt", 1e-6, 1.0, 2.0, 1.0, 2.0, 1)
+    last = {"round": 1, "cohort": 1, "accepted": 1, "seconds": 1.0}
+    few = Status("running", ("x",), online=1, planned_rounds=2, rounds=[last], budget=budget)
+    full = replace(few, published=[{"number": 1}])
+    told = re.findall(r"`(homefire_[a-z_]+)`", OPERATING.read_text(encoding="utf-8"))
+    made = re.findall(r"^# TYPE (\S+) ", metrics(full).decode(), re.MULTILINE)
+    assert set(told) == set(made)
+
+
+def test_every_field_of_a_log_is_told() -> None:
+    text = " ".join(OPERATING.read_text(encoding="utf-8").split())
+    assert (
+        f"one JSON object of {', '.join(f'`{name}`' for name in FIELDS)} and nothing else" in text
+    )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -2,20 +2,43 @@
 
 import json
 import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 from tiny_flower import free_port
-from tiny_operators import enrol_made_up
+from tiny_operators import enrol_made_up, made_home, settings_of_run, until
+from tiny_registries import RUN, SPEC, about, vector
+from tiny_vaults import served_on_a_port
 from typer.testing import CliRunner
 
 from homefire.common.config import load_config
 from homefire.common.errors import ConfigError, EnrolmentError, FederationError, HomefireError
+from homefire.common.keystore import Keystore
 from homefire.common.policy import DevicePolicy
+from homefire.common.privacy.mechanism import participation_charge
 from homefire.common.ticket import Ticket
 from homefire.server.operator_home import OperatorHome
+from homefire.server.operator_page import make_app
+from homefire.server.planning import plan_privacy
+from homefire.server.readiness import check_ready
+from homefire.server.registry import open_home
+from homefire.server.releases import SERVER_KEYS, SIGNING_KEY, ReleaseStore
+from homefire.server.run_ledger import RunLedger
+from homefire.server.run_state import LEDGER
+from homefire.server.status import look
 from homefire.server_commands import server_app
 
 KEY = re.compile("[0-9a-f]{64}")
@@ -81,6 +104,65 @@ def test_init_says_what_to_do_next(tmp_path: Path) -> None:
     assert KEY.fullmatch(told["server_key"])
     assert told["home"] == str(tmp_path / "b")
     assert run("key", "--home", str(tmp_path / "b")).strip() == told["server_key"]
+
+
+def test_commands_that_init_prints_can_be_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "my server"
+    said = run("init", "--host", "x", "--home", str(odd))
+    command = next(line for line in said.splitlines() if "homefire server enroll" in line)
+    _, _, *arguments = shlex.split(command)
+    assert Ticket.read(run(*arguments).strip()).secret
+    monkeypatch.chdir(tmp_path)
+    assert "  homefire server enroll\n" in run("init", "--host", "x")
+    assert (tmp_path / "homefire-server").is_dir()
+    monkeypatch.setenv("HOMEFIRE_SERVER_HOME", str(tmp_path / "named"))
+    assert "  homefire server enroll\n" in run("init", "--host", "x")
+
+
+@pytest.mark.parametrize("users", [1, 2, 7, 19, 20, 21, 39, 200, 1500, 3_000_000])
+def test_init_proposes_a_run_for_as_many_as_are_asked_for(tmp_path: Path, users: int) -> None:
+    run("init", "--host", "x", "--home", str(tmp_path / "a"), "--users", str(users))
+    home = OperatorHome(tmp_path / "a")
+    config = home.federation()
+    plan = plan_privacy(config)
+    assert config.users == users
+    assert plan.statement.epsilon_release == pytest.approx(8.0, rel=1e-3)
+    policy = load_config(DevicePolicy, home.folder / "device-policy.toml")
+    header = (config.federation.cohort, policy.smallest_cohort)
+    text = (home.folder / "federation.toml").read_text()
+    assert (f"smallest_cohort = {config.federation.cohort}" in text) == (header[0] < header[1])
+    mu = participation_charge(plan.mechanism) ** 0.5
+    assert 1 / mu >= policy.smallest_noise_multiplier
+
+
+def test_init_refuses_no_users(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    assert server("init", "--host", "x", "--home", str(folder), "--users", "0").exit_code == 2
+    assert not folder.exists()
+
+
+def test_init_says_why_a_folder_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/zz")):
+        error = refused("init", "--host", "x", "--home", str(folder))
+        assert f"{folder}: no server can be made there" in str(error)
+        assert "--home" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--fleet", "99999", "fleet: give ADDRESS:PORT, such as 0.0.0.0:9092, not '99999'"),
+        ("--registry", "x:1", "registry: give ADDRESS:PORT, such as 0.0.0.0:9093, not 'x:1'"),
+        ("--fleet", "0.0.0.0:http", "http is no port: 1 to 65535"),
+        ("--fleet", "0.0.0.0:99999", "99999 is no port: 1 to 65535"),
+    ],
+)
+def test_init_says_what_an_address_is(tmp_path: Path, option: str, value: str, said: str) -> None:
+    folder = str(tmp_path / "a")
+    assert said in str(refused("init", "--host", "x", "--home", folder, option, value))
 
 
 def test_init_leaves_a_folder_alone_that_is_not_empty(home: Path, tmp_path: Path) -> None:
@@ -156,6 +238,69 @@ def test_status_of_a_server_that_does_not_run(home: Path) -> None:
     assert "trouble" in run("status")
 
 
+@pytest.mark.parametrize("told", ["another server", "no key", "a list", "no JSON"])
+def test_status_is_of_this_server_where_another_answers(home: Path, told: str) -> None:
+    """Two folders with the same ports."""
+    ours, theirs = OperatorHome(home), made_home(home.with_name("theirs"))
+    other = replace(look(theirs), state="running", enrolled=77, names=("theirs.example",))
+    answers: dict[str, Any] = {
+        "no key": {"state": "running"},
+        "a list": ["running"],
+        "no JSON": "<html>",
+    }
+    app = make_app(lambda: other)
+    if told in answers:
+        app = Starlette(routes=[Route("/status.json", lambda _: JSONResponse(answers[told]))])
+    with served_on_a_port(app) as url:
+        point_at(ours, url)
+        found = json.loads(run("status", "--json"))
+        assert (found["state"], found["enrolled"]) == ("stopped", 0)
+        assert found["server_key"] == ours.server_key
+        mine = replace(look(ours), state="running", enrolled=5)
+    with served_on_a_port(make_app(lambda: mine)) as url:
+        point_at(ours, url)
+        assert json.loads(run("status", "--json"))["enrolled"] == 5
+
+
+def point_at(home: OperatorHome, url: str) -> None:
+    """Let a folder's settings name the port where something is served."""
+    path, port = home.folder / "server.toml", url.rpartition(":")[2].strip("/")
+    path.write_text(re.sub(r"(?m)^operator = .*$", f"operator = {port}", path.read_text()))
+
+
+def test_status_lists_the_newest_releases_of_all_runs(home: Path) -> None:
+    publish(home, 3)
+    told = json.loads(run("status", "--json"))["published"]
+    assert [each["number"] for each in told] == [1, 2, 3]
+    newest = told[-1]
+    assert (newest["run"], newest["round"], newest["epsilon"]) == (RUN[:8], 3, 3.5)
+    assert newest["expires_at"] - newest["issued_at"] == 365 * 86_400
+    (home / "federation.toml").write_text("users = 0\n")
+    assert json.loads(run("status", "--json"))["published"] == told
+    (home / "registry" / "000003.json").write_text("{}\n")
+    found = json.loads(run("status", "--json"))
+    assert (found["published"], len(found["trouble"])) == ([], 2)
+
+
+def publish(home: Path, count: int) -> None:
+    """Publish so many releases, as a run would."""
+    keystore = Keystore(home / SERVER_KEYS)
+    key = keystore.signing_key(SIGNING_KEY)
+    store = ReleaseStore(home.with_name("elsewhere"))
+    for number in range(1, count + 1):
+        store.write(number, vector(number), about(), key)
+    registry = open_home(home)
+    for number in range(1, count + 1):
+        registry.publish(store, number, SPEC)
+
+
+def test_status_of_a_server_whose_key_is_gone(home: Path) -> None:
+    (home / "keys" / "server-signing").unlink()
+    found = json.loads(run("status", "--json"))
+    assert found["server_key"] == ""
+    assert any("there is no signing key" in said for said in found["trouble"])
+
+
 def test_status_checks_whether_all_processes_run(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +341,28 @@ def test_no_other_key_is_drawn_where_the_servers_is_gone(home: Path) -> None:
 def test_releases_before_the_first(home: Path) -> None:
     assert json.loads(run("releases", "--json")) == []
     assert "number" in run("releases")
+
+
+def test_releases_says_what_there_is_to_export(home: Path, tmp_path: Path) -> None:
+    error = refused("releases", "--export", str(tmp_path / "out"))
+    assert "nothing is published yet" in str(error)
+    assert "homefire server status" in error.hint
+    publish(home, 2)
+    error = refused("releases", "--export", str(tmp_path / "out"), "--number", "3")
+    assert "there is no release 3" in str(error)
+    assert "The newest is 2" in error.hint
+    assert not (tmp_path / "out").exists()
+    lines = run("releases").splitlines()
+    assert "good until" in lines[0]
+    assert re.search(r"3\.50 +\d{4}-\d\d-\d\d \d\d:\d\dZ +\d{4}-\d\d-\d\d", lines[1])
+
+
+def test_enroll_says_from_when_on_devices_take_part(home: Path) -> None:
+    assert server("enroll").stderr == ""
+    begin_run(OperatorHome(home))
+    done = server("enroll", "--json")
+    assert "take part from the next run on (homefire server next)" in done.stderr
+    assert len(json.loads(done.stdout)["tickets"]) == 1
 
 
 def test_next_says_why_there_is_none_yet(home: Path) -> None:
@@ -240,6 +407,119 @@ def test_stop_and_undo(home: Path) -> None:
         assert not operated.is_draining()
         assert "a server runs here already" in str(refused("run"))
     run("stop", "--undo")
+
+
+# Run and stop
+
+
+def wrong_settings(home: Path) -> None:
+    path = home / "federation.toml"
+    path.write_text(path.read_text().replace("epsilon = 8.0", "epsilon = -8.0"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda home: wrong_settings(home), "epsilon"),
+        (lambda home: (home / "federation.toml").unlink(), "no such file"),
+        (lambda home: (home / "tls" / "server.pem").unlink(), "no certificate"),
+        (lambda home: (home / "secrets" / "executor").write_text(""), "not a secret"),
+        (lambda home: (home / "secrets" / "operator").write_text("a"), "not a secret"),
+        (lambda home: (home / "keys" / "server-signing").unlink(), "no signing key"),
+    ],
+)
+def test_run_refuses_what_cannot_be_served(
+    tmp_path: Path, spoil: Callable[[Path], None], said: str
+) -> None:
+    folder = made_home(tmp_path / "server").folder
+    assert check_ready(OperatorHome(folder)) is None
+    spoil(folder)
+    assert said in str(refused("run", "--home", str(folder)))
+    assert not list((folder / "flower").iterdir())
+
+
+def begin_run(home: OperatorHome) -> None:
+    """What a ServerApp leaves of its first moments."""
+    ledger = RunLedger.open(home.output / LEDGER, Keystore.beside(home.output))
+    ledger.start({"run": "0" * 32, "rounds": 4})
+    ledger.ledger.close()
+
+
+@pytest.mark.slow
+def test_run_says_what_goes_on_and_ends_when_it_is_stopped(tmp_path: Path) -> None:
+    home = made_home(tmp_path / "server")
+    (home.folder / "federation.toml").write_text(settings_of_run(users=2))
+    own = ["--home", str(home.folder)]
+    command = [sys.executable, "-m", "homefire", "server"]
+    with subprocess.Popen(  # noqa: S603 - our own command
+        [*command, "run", *own], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            lines: list[str] = []
+            while not any("waiting: 0 devices" in line for line in lines):
+                lines.append(process.stdout.readline())
+                assert lines[-1], lines
+            ended = json.loads(run("stop", "--wait", "--json", *own))
+            assert ended == {"draining": False, "ended": True}
+            rest = process.stdout.read()
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+    assert rest.endswith("Stopped.\n")
+    assert lines[0].startswith("Devices: ")
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d waiting: 0 devices are enrolled, .* needs 2.*\n", lines[-1]
+    )
+    assert not home.is_draining()
+
+
+def test_stop_waits_until_it_has_ended(home: Path) -> None:
+    operated = OperatorHome(home)
+    with ThreadPoolExecutor() as pool:
+        with operated.alone():
+            said = pool.submit(run, "stop", "--wait")
+            until(operated.is_draining, lambda: "it is not asked to end")
+            operated.undo_drain()  # as a server does that ends
+            time.sleep(1.5)
+            assert not said.done()
+        assert said.result().splitlines()[-1] == "It has ended."
+    assert server("stop", "--wait", "--undo").exit_code == 2
+
+
+def test_stop_does_not_wait_for_ever(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody takes it back meanwhile."""
+    monkeypatch.setattr("homefire.server_commands.ENDING_SECONDS", -1.0)
+    operated = OperatorHome(home)
+    monkeypatch.setattr(OperatorHome, "is_draining", lambda _: False)
+    with operated.alone():
+        assert "somebody took the stop back" in str(refused("stop", "--wait"))
+
+
+def test_stop_key_and_renew_for_machines(home: Path) -> None:
+    operated = OperatorHome(home)
+    with operated.alone():
+        assert json.loads(run("stop", "--json")) == {"draining": True, "ended": False}
+        assert json.loads(run("stop", "--undo", "--json")) == {"draining": False, "ended": False}
+    assert json.loads(run("key", "--json")) == {"server_key": operated.server_key}
+    expires = json.loads(run("renew", "--json"))["expires"]
+    assert expires == f"{operated.certificates.expires():%Y-%m-%d}"
+
+
+def test_help_says_what_ctrl_c_costs() -> None:
+    assert "a round that is under way is spent" in run("run", "--help")
+    said = run("stop", "--help")
+    assert "up to the deadline" in said
+    assert "Ctrl-C" in said
+
+
+def test_run_starts_nothing_where_a_port_is_in_use(tmp_path: Path) -> None:
+    folder = made_home(tmp_path / "server").folder
+    port = OperatorHome(folder).config.operator
+    with socket.create_server(("127.0.0.1", port)):
+        error = refused("run", "--home", str(folder))
+    assert f"port {port} is in use" in str(error)
+    assert not list((folder / "flower").iterdir())
 
 
 @pytest.mark.parametrize(

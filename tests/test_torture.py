@@ -41,6 +41,10 @@ def test_two_kills_while_vaults_take_part_lose_no_charge_and_let_nothing_out() -
 
 
 def test_a_kill_of_each_process_of_a_server_loses_no_release_and_spends_nothing_twice() -> None:
-    said = killed("server_torture.py", 6)
-    for target in ("ServerApp", "superlink", "executor", "supervisor", "registry", "device"):
+    said = killed("server_torture.py", 7)
+    for target in (
+        *("ServerApp", "superlink", "executor", "supervisor", "registry", "device"),
+        "everything",
+    ):
         assert f"{target}: 1 kills" in said
+    assert re.search("no release yet: [1-9]", said), "none between the ledger's entry and a release"

@@ -4,11 +4,14 @@ Disks are mounted where only a child process sees them, so that nothing stays wh
 """
 
 import ctypes
+import errno
 import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,6 +123,67 @@ def on_read_only_disk(folder: Path, body: Callable[[], object]) -> None:
         body()
 
     _check(run_in_child(run))
+
+
+@dataclass
+class SmallDisk:
+    """A disk that is filled, and of which room is made again.
+
+    Attributes:
+        folder: Where it is mounted.
+    """
+
+    folder: Path
+
+    def fill(self, *, leave: int = 0) -> None:
+        """Fill it but for so many bytes."""
+        self.make_room()
+        found = os.statvfs(self.folder)
+        size = found.f_bavail * found.f_frsize - leave
+        with self._ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+
+    def make_room(self) -> None:
+        """Take away what fills it."""
+        self._ballast.unlink(missing_ok=True)
+
+    @property
+    def _ballast(self) -> Path:
+        return self.folder / "ballast"
+
+
+@contextmanager
+def full_after(steps: int) -> Iterator[list[str]]:
+    """Let every writing step after so many fail, as on a full disk; the first leaves half a line.
+
+    Args:
+        steps: How many succeed.
+
+    Yields:
+        What was written, in order: names of functions.
+    """
+    done: list[str] = []
+
+    def full(name: str) -> bool:
+        done.append(name)
+        return len(done) > steps
+
+    def failing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*arguments: Any, **named: Any) -> Any:
+            looks = name == "open" and not arguments[1] & os.O_CREAT
+            if looks or (name == "open" and os.path.exists(arguments[0])) or not full(name):
+                return real(*arguments, **named)
+            if name == "write" and len(done) == steps + 1:
+                return real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+            where = [os.fspath(arguments[0])] if name in ("open", "mkdir") else []
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *where)
+
+        return write
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "write", "fsync", "mkdir"):
+            patch.setattr(os, name, failing(name, getattr(os, name)))
+        yield done
 
 
 class _NoMountsError(Exception):

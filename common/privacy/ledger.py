@@ -26,7 +26,7 @@ from typing import Any
 
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import LedgerError
-from homefire.common.files import make_folder, sync_folder
+from homefire.common.files import DISK_HINT, make_folder, sync_folder
 
 POLL_SECONDS = 0.02
 """How often a waiting process looks whether the lock is free."""
@@ -297,6 +297,4 @@ def _io_errors(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LedgerError(
-            f"{path}: {what} ({error})", hint="Check the disk, its free room and the permissions."
-        ) from error
+        raise LedgerError(f"{path}: {what} ({error})", hint=DISK_HINT) from error

@@ -17,6 +17,8 @@ const time = (seconds) => {
   const minutes = Math.round(seconds / 60);
   return minutes < 100 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 };
+const moment = (seconds) => new Date(1000 * seconds).toISOString().slice(0, 16).replace("T", " ");
+const day = (seconds) => moment(seconds).slice(0, 10);
 const total = (counts) => Object.values(counts).reduce((sum, count) => sum + count, 0);
 const cell = (text, kind = "") => {
   const made = document.createElement("td");
@@ -86,6 +88,15 @@ function line(rounds) {
   axis($("loss"), told, high.toFixed(2), low.toFixed(2));
 }
 
+function releases(published) {
+  $("releases-section").hidden = published.length === 0;
+  $("releases").tBodies[0].replaceChildren(...published.slice(-SHOWN).reverse().map((each) => row(
+    ...[whole.format(each.number), each.run, whole.format(each.round), epsilon(each.epsilon), moment(each.issued_at)]
+      .map((text) => cell(text, "number")),
+    cell(day(each.expires_at), 1000 * each.expires_at < Date.now() ? "number bad" : "number"),
+  )));
+}
+
 function mood(status) {
   const first = status.state.split(":")[0].split(" ")[0];
   if (first === "halted" || Object.values(status.processes).some((each) => !each.runs)) return "bad";
@@ -145,6 +156,7 @@ function show(status) {
   )));
   bars(rounds);
   line(rounds);
+  releases(status.published);
   counts("dropped", status.dropped);
   counts("refused", status.refused);
   counts("door", status.door.refused ?? {});

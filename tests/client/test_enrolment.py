@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,42 @@ def test_a_ticket_is_redeemed_once_and_kept_in_the_vault(me: Personalizer, serve
     assert (trust.key, trust.registry) == (ticket.server_key, ticket.registry)
     (device,) = server.home.enrolment.devices()
     assert device.identity == server.asked[0]["identity"]
-    with pytest.raises(EnrolmentError, match=r"enrolled already|used by another"):
-        me.enroll(ticket.text)
+
+
+def test_again_is_the_same_where_it_is_enrolled_already(me: Personalizer, server: Server) -> None:
+    ticket = server.ticket()
+    me.enroll(ticket.text)
+    before = enrolled_with(me.vault)
+    me.enroll(ticket.text)
+    assert enrolled_with(me.vault) == before
+    assert server.asked[0] == server.asked[1]
+    assert len(server.home.enrolment.devices()) == 1
+
+
+def test_again_is_the_same_and_brings_the_servers_new_address(
+    me: Personalizer, server: Server
+) -> None:
+    me.enroll(server.ticket().text)
+    before, ticket = enrolled_with(me.vault), server.ticket()
+    assert before is not None
+    _, _, port = ticket.superlink.rpartition(":")
+    moved = ticket.model_copy(update={"superlink": f"localhost:{port}"})
+    assert me.enroll(moved.text) == f"localhost:{port}"
+    assert enrolled_with(me.vault) == replace(before, superlink=f"localhost:{port}")
+    assert len(server.home.enrolment.devices()) == 1
+    assert server.home.enrolment.open_tickets() == 1
+
+
+def test_nothing_lost_where_a_ticket_is_refused(me: Personalizer, server: Server) -> None:
+    me.enroll(server.ticket().text)
+    before = enrolled_with(me.vault)
+    unknown = server.ticket().model_copy(update={"secret": "ab" * 32})
+    elsewhere = unknown.model_copy(update={"server_key": "cd" * 32})
+    for ticket in (unknown, elsewhere):
+        with pytest.raises(EnrolmentError, match="no such ticket"):
+            me.enroll(ticket.text)
+        assert enrolled_with(me.vault) == before
+    assert before is not None
 
 
 def test_key_and_certificate_are_in_memory_alone_and_a_child_reads_them(

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 import homefire.__main__  # noqa: F401 - adds all verbs
 from homefire.client import Personalizer, device, keys
 from homefire.client import conditions as conditions_module
+from homefire.client import joining as joining_module
 from homefire.client.app import app, known_keys
 from homefire.client.conditions import (
     BetweenRounds,
@@ -225,6 +227,58 @@ def test_other_conditions_end_a_round_at_once(
 
     Membership(me.vault, NOWHERE, PASSPHRASE, [charging], changes.append).run(stop)
     assert [each.state for each in changes] == ["connecting", "ended", "waiting"]
+
+
+class Waiting:
+    """Stands for an event: keeps for how long somebody waits for it."""
+
+    def __init__(self, times: int) -> None:
+        self.waits: list[float] = []
+        self._times = times
+
+    def is_set(self) -> bool:
+        """After so many waits."""
+        return len(self.waits) == self._times
+
+    def wait(self, seconds: float) -> None:
+        """Do not."""
+        self.waits.append(seconds)
+
+
+def test_a_server_that_is_away_is_tried_ever_more_slowly_and_not_by_all_at_once(
+    me: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust(me, "a" * 64)
+    said: list[Change] = []
+    monkeypatch.setattr(Membership, "_listen", lambda self, stop: Trouble.NO_ANSWER)
+    stop: Any = Waiting(12)
+    Membership(me.vault, NOWHERE, on_change=said.append).run(stop)
+    for number, seconds in enumerate(stop.waits):
+        expected = min(300.0, 5.0 * 2**number)
+        assert 0.8 * expected <= seconds <= 1.2 * expected
+    assert len(set(stop.waits)) == 12, "each wait is another"
+    assert [change.seconds for change in said] == stop.waits
+    assert {(change.state, change.trouble) for change in said} == {
+        ("disconnected", Trouble.NO_ANSWER)
+    }
+
+
+def test_a_connection_that_lasted_starts_the_pauses_anew(
+    me: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust(me, "a" * 64)
+    clock, lasts = [0.0], iter([1.0, 1.0, 1.0, 301.0, 1.0])
+
+    def listen(*_: object) -> Trouble:
+        clock[0] += next(lasts)
+        return Trouble.BROKEN_OFF
+
+    monkeypatch.setattr(Membership, "_listen", listen)
+    monkeypatch.setattr(joining_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    stop: Any = Waiting(5)
+    Membership(me.vault, NOWHERE).run(stop)
+    for seconds, expected in zip(stop.waits, (5, 10, 20, 5, 10), strict=True):
+        assert 0.8 * expected <= seconds <= 1.2 * expected
 
 
 def test_no_server_is_trusted_until_a_person_says_so(me: Personalizer) -> None:

@@ -25,6 +25,7 @@ from tiny_vaults import CANARY, PASSPHRASE
 from homefire.client import Personalizer
 from homefire.client.joining import Link, Membership
 from homefire.client.joining_changes import Change, State, Trouble, trouble_of
+from homefire.common.ticket import CLOCK_SIGN
 
 pytestmark = [
     pytest.mark.slow,
@@ -217,6 +218,7 @@ def test_only_while_allowed(me: Personalizer) -> None:
         ("[Errno -2] Name or service not known", Trouble.NO_HOST),
         ("[Errno 101] Network is unreachable", Trouble.NO_WAY),
         ("[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)", Trouble.NO_TLS),
+        (f"400 Bad Request: [code: 65536] {CLOCK_SIGN}", Trouble.CLOCK),
         ("Exit Code: 305\n[code: 2001] not here", Trouble.KEY_NEEDED),
         ("Exit Code: 305\n[code: 2004] not here", Trouble.NOT_ADMITTED),
         ("anything else", Trouble.OTHER),

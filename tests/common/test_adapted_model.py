@@ -272,7 +272,7 @@ def test_after_any_activations_only_the_last_one_counts(
 
 
 @pytest.mark.parametrize("trained", ["shared", "private"])
-def test_training_one_adapter_changes_not_a_bit_of_anything_else(
+def test_only_the_trained_adapter_can_change_and_not_a_bit_of_anything_else(
     model: AdaptedModel, trained: str
 ) -> None:
     for name, spec in model.specs.items():

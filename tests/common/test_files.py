@@ -2,16 +2,29 @@
 
 import os
 import stat
+import subprocess
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_disks import full_after
 
 from homefire.common import files
 from homefire.common.errors import ConfigError
-from homefire.common.files import expand, make_folder, replacing, write_atomically
+from homefire.common.files import (
+    append_line,
+    expand,
+    hold,
+    is_held,
+    make_folder,
+    replacing,
+    write_atomically,
+)
 
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -207,3 +220,123 @@ def test_expand_names_the_variable_that_is_missing(
     with pytest.raises(ConfigError, match="HOMEFIRE_TEST is not set") as caught:
         expand("${HOMEFIRE_TEST}/a")
     assert "HOMEFIRE_TEST" in caught.value.hint
+
+
+# Locks that are held
+
+
+def test_a_lock_is_free_held_and_free_again(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    assert not is_held(lock)
+    assert not lock.exists(), "to look makes nothing"
+    first = hold(lock)
+    assert first is not None
+    assert is_held(lock)
+    assert hold(lock) is None
+    os.close(first)
+    assert not is_held(lock)
+    assert lock.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_lock_is_held_as_long_as_any_process_has_it(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    descriptor = hold(lock)
+    assert descriptor is not None
+    child = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, pass_fds=[descriptor])
+    os.close(descriptor)
+    assert is_held(lock)
+    child.kill()
+    child.communicate()
+    assert not is_held(lock)
+
+
+def test_a_lock_is_not_inherited_by_accident(tmp_path: Path) -> None:
+    descriptor = hold(tmp_path / "lock")
+    assert descriptor is not None
+    child = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, close_fds=False)
+    os.close(descriptor)
+    assert not is_held(tmp_path / "lock")
+    child.communicate()
+
+
+def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    first = hold(lock)
+    assert first is not None
+    began = time.monotonic()
+    assert hold(lock, wait=0.2) is None
+    assert time.monotonic() - began >= 0.2
+    Timer(0.1, os.close, [first]).start()
+    second = hold(lock, wait=20)
+    assert second is not None
+    os.close(second)
+
+
+def test_no_descriptor_is_left_where_a_lock_is_not_free(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    first = hold(lock)
+    assert first is not None
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        assert hold(lock) is None
+        assert is_held(lock)
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(first)
+
+
+# Lines
+
+
+def test_lines_are_added_and_belong_to_their_owner(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    for line in (b"one", b"two"):
+        append_line(path, line)
+    assert path.read_bytes() == b"one\ntwo\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("left", [b"", b"ha", b"x" * 70_000])
+def test_what_a_kill_left_of_a_line_is_cut_off(tmp_path: Path, left: bytes) -> None:
+    """Also a piece that is longer than what is looked through at once."""
+    path = tmp_path / "lines"
+    for before in (b"", b"one\n", b"one\n" + b"y" * 70_000 + b"\n"):
+        path.write_bytes(before + left)
+        append_line(path, b"two")
+        assert path.read_bytes() == before + b"two\n"
+
+
+def test_a_line_is_on_the_disk_and_so_is_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    append_line(tmp_path / "lines", b"one")
+    assert synced == [str(tmp_path / "lines"), str(tmp_path)]
+    append_line(tmp_path / "lines", b"two")
+    assert synced[2:] == [str(tmp_path / "lines")]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_line_that_did_not_fit_leaves_the_file_whole(tmp_path: Path, steps: int) -> None:
+    path = tmp_path / "lines"
+    append_line(path, b"one")
+    with full_after(steps), suppress(OSError):
+        append_line(path, b"a line that is longer")
+    append_line(path, b"three")
+    lines = path.read_bytes().splitlines()
+    assert lines in ([b"one", b"three"], [b"one", b"a line that is longer", b"three"])
+
+
+def test_an_error_names_the_file(tmp_path: Path) -> None:
+    for write in (append_line, write_atomically):
+        for steps in range(2):
+            path = tmp_path / f"{write.__name__}{steps}"
+            with full_after(steps), pytest.raises(OSError, match=r"No space|bytes were") as caught:
+                write(path, b"content")
+            assert path.name in str(caught.value), "or what is written in its place"

@@ -106,6 +106,23 @@ def test_what_cannot_be_certified_changes_nothing(
     assert {path: path.read_bytes() for path in certificates.folder.iterdir()} == before
 
 
+def test_a_certificate_that_is_gone_can_be_made_anew_while_the_authority_is_there(
+    certificates: Certificates,
+) -> None:
+    certificates.server.unlink()
+    with pytest.raises(ConfigError, match=r"no certificate \(No such file") as caught:
+        certificates.expires()
+    assert caught.value.hint.endswith("homefire server renew.")
+    certificates.renew(["a.example"])
+    assert certificates.expires() > datetime.now(UTC)
+    certificates.server.unlink()
+    (certificates.folder / "ca.key").unlink()
+    for act in (certificates.expires, lambda: certificates.renew(["a.example"])):
+        with pytest.raises(ConfigError) as caught:
+            act()
+        assert "Put its copy in place" in caught.value.hint
+
+
 def test_without_an_authority_nothing_is_signed(tmp_path: Path) -> None:
     made = Certificates(tmp_path)
     for act in (lambda: made.renew(["a.example"]), made.expires):

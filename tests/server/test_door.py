@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
-from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH
+from homefire.common.protocol import VERSION
+from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.door import OPEN, Door
 from homefire.server.doorstep import WELCOME
 from homefire.server.enrolment import FORMS, Request
@@ -172,7 +173,6 @@ def test_fleet_only_whatever_the_path(path: str) -> None:
         ({"headers": {"content-length": "3", "transfer-encoding": "chunked"}}, 400, "two lengths"),
         ({"headers": {"homefire-version": "2"}}, 426, "another version"),
         ({"headers": {"homefire-version": ""}}, 426, "another version"),
-        ({"headers": {"flwr-public-key": "eHg=", "content-length": "20000"}}, 413, "too large"),
     ],
 )
 def test_a_strange_request_is_refused(
@@ -218,7 +218,7 @@ def test_bounded_how_often_a_device_asks(door: Door) -> None:
     # Keys that nobody has enrolled share the rate of the address that they come from.
     keys = [b64encode(f"made up {n}".encode()).decode() for n in range(6)]
     made_up = [Asking(PULL, headers={"flwr-public-key": key}).at(door).status for key in keys]
-    assert made_up == 5 * [200] + [429]
+    assert made_up == 5 * [401] + [429]
     # Who guesses there, redeems, or comes from elsewhere is another matter.
     guessed = [Asking(ENROL_PATH, b"{}").at(door).status for _ in range(6)]
     assert guessed == 5 * [403] + [429]
@@ -259,11 +259,14 @@ def test_bounded_who_waits_for_a_plan_takes_no_place_from_others(door: Door) -> 
     assert asyncio.run(ask(held=1)) == 4 * [200]
 
 
-def test_bounded_of_a_stranger_less_is_read(door: Door) -> None:
+@pytest.mark.parametrize("path", sorted(OPEN))
+def test_enrolled_alone_flower_hears_of_nobody_else(door: Door, path: str) -> None:
     made_up = {"flwr-public-key": b64encode(b"made up").decode()}
-    asked = Asking(PULL, *[b"x" * 1024] * 17, headers=made_up).at(door)
-    assert (asked.status, asked.error) == (413, "too large")
-    assert Asking(PULL, *[b"x" * 1024] * 16, headers=made_up).at(door).status == 200
+    asked = Asking(path, *[b"x" * 1024] * 17, headers=made_up).at(door)
+    assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
+    assert len(asked._parts) == 17  # not a byte of it was read
+    assert isinstance(door.app, Flower)
+    assert not door.app.bodies
 
 
 class Translating(Flower):
@@ -308,7 +311,7 @@ def test_not_twice(door: Door) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(OPEN))
-def test_removed_is_out(door: Door, path: str) -> None:
+def test_enrolled_alone_nobody_who_was_removed(door: Door, path: str) -> None:
     door.removed = lambda shown: True
     asked = Asking(path).at(door)
     assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
@@ -329,7 +332,8 @@ def test_not_twice_nothing_is_kept_of_strangers(door: Door) -> None:
     door.limits = LIMITS.model_copy(update={"burst": 50})
     for number in range(50):
         key = b64encode(f"key {number}".encode()).decode()
-        assert Asking(PULL, headers={"flwr-public-key": key}).at(door).status == 200
+        asked = Asking(PULL, headers={"flwr-public-key": key}).at(door)
+        assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
     assert not door._seen._known
     assert not door._rates
     assert len(door._strangers) == 1
@@ -379,6 +383,17 @@ def test_clock_first(door: Door) -> None:
     assert dict(door.refused) == {"another time": 2}
 
 
+def test_one_version_a_device_that_states_another_is_told_so(door: Door) -> None:
+    for stated in ("2", "0", "", "one", "1.0", "11", "\u0661"):
+        raw = stated.encode().decode("latin-1")
+        asked = Asking(PULL, headers={VERSION_HEADER: raw}).at(door)
+        assert (asked.status, asked.error) == (426, "another version")
+        asked = Asking(ENROL_PATH, b"{}", headers={VERSION_HEADER: raw}).at(door)
+        assert (asked.status, asked.error) == (426, "another version")
+    assert Asking(PULL, headers={VERSION_HEADER: str(VERSION)}).at(door).status == 200
+    assert Asking(PULL).at(door).status == 200, "one that says nothing speaks version 1"
+
+
 # Tickets
 
 
@@ -388,6 +403,17 @@ def test_a_ticket_is_redeemed(door: Door) -> None:
     asked = Asking(ENROL_PATH, b'{"secret": "other"}').at(door)
     assert asked.status == 403
     assert json.loads(asked.body) == {"error": "there is no such ticket", "hint": "Ask."}
+
+
+def test_a_ticket_that_could_not_be_kept_is_the_servers_trouble(door: Door) -> None:
+    def full(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise OSError(28, "No space left on device", "/home/operator/enrolment.jsonl")
+
+    door.enrol = full
+    asked = Asking(ENROL_PATH, b'{"secret": "good"}').at(door)
+    assert (asked.status, asked.error) == (503, "the server cannot enrol now")
+    assert b"operator" not in asked.body
+    assert dict(door.refused) == {"enrolment failed": 1}
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 10_000])

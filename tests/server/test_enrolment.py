@@ -110,6 +110,17 @@ def test_one_person_one_device(enrolment: Enrolment) -> None:
     assert enrolment.open_tickets() == 2
 
 
+def test_once_also_where_the_same_device_asks_by_another_ticket(enrolment: Enrolment) -> None:
+    key, link = Ed25519PrivateKey.generate(), SuperLink()
+    first, second = (enrolment.issue(valid_seconds=DAY) for _ in range(2))
+    device = enrolment.redeem(request(first, key=key), link)
+    assert enrolment.redeem(request(second, key=key), link) == device
+    assert enrolment.devices() == [device]
+    assert enrolment.open_tickets() == 1
+    enrolment.redeem(request(second, node="another"), link)
+    assert len(enrolment.devices()) == 2
+
+
 def test_expired_unknown_and_unsigned_are_refused(enrolment: Enrolment, clock: Clock) -> None:
     link = SuperLink()
     secret = enrolment.issue(valid_seconds=60)

@@ -16,11 +16,14 @@ from fastapi import FastAPI
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, TIMESTAMP_HEADER
+from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
     PullMessagesRequest,
     PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
 )
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
@@ -39,6 +42,7 @@ from flwr.supercore.state.schema.linkstate_models import MessageRes
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.main import _get_middleware, create_app
 from flwr.superlink.routers.fleet.router import router
+from flwr.superlink.servicer.fleet import fleet_handlers
 from sqlalchemy import text
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
@@ -47,19 +51,21 @@ from starlette.responses import Response
 from homefire.server.door import OPEN, App, Door
 from homefire.server.doorstep import WELCOME
 from homefire.server.fleet import (
+    ANOTHERS,
     FLEET,
     HANDLERS,
     LARGE,
+    LATE,
     PIECE,
     Bells,
     Fleet,
     Transfers,
     _send,
 )
-from homefire.server.line import ANSWERED_PATH, RING_PATH
+from homefire.server.line import ANSWERED_PATH, RING_PATH, WITHDRAW_PATH
 from homefire.server.operator_home import LimitsConfig
-from homefire.server.private import Private, answered, runtime_stack
-from homefire.server.superlink import be_patient, calm
+from homefire.server.private import Private, answered, runtime_stack, withdraw
+from homefire.server.superlink import calm, set_pragmas
 from homefire.simulations.load.keys import Keys
 
 Found = TypeVar("Found")
@@ -192,6 +198,23 @@ def leave_message(state: SqlLinkState, node: int) -> Message:
     )
     assert stored
     return message
+
+
+def pushing(asked: Message, *, by: int) -> PushMessagesRequest:
+    """The answer of the node that was asked, sent by that one or another."""
+    reply = Message(RecordDict({"contribution": ConfigRecord({"n": 2})}), reply_to=asked)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    return PushMessagesRequest(
+        node=Node(node_id=by),
+        messages_list=[message_to_proto(remove_content_from_message(reply))],
+        message_object_trees=[get_object_tree(reply)],
+    )
+
+
+@pytest.fixture
+def every_run_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a ServerApp, Flower would take no answer."""
+    monkeypatch.setattr(fleet_handlers, "check_abort", lambda *_: None)
 
 
 def run(work: Awaitable[Found]) -> Found:
@@ -534,15 +557,32 @@ def ask(listener: Private, path: str, body: bytes = b"", secret: str | None = No
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 
-@pytest.mark.parametrize("path", [RING_PATH, ANSWERED_PATH])
+@pytest.mark.parametrize("path", [RING_PATH, ANSWERED_PATH, WITHDRAW_PATH])
 @pytest.mark.parametrize("secret", [None, "", "0" * 64])
 def test_with_the_secret_alone(
     app: FastAPI, state: SqlLinkState, path: str, secret: str | None
 ) -> None:
     bells = Bells()
-    assert ask(private(app, state, bells), path, b'{"nodes": [7]}', secret)[0] == 401
+    asked = leave_message(state, Device(state).node).metadata.message_id
+    body = json.dumps({"nodes": [7], "messages": [asked]}).encode()
+    assert ask(private(app, state, bells), path, body, secret)[0] == 401
     assert bells.rung(7) == 0
-    assert ask(private(app, state, bells), path, b'{"nodes": [7]}', SECRET)[0] == 200
+    assert state.num_message_ins() == 1
+    assert ask(private(app, state, bells), path, body, SECRET)[0] == 200
+    assert state.num_message_ins() == (0 if path == WITHDRAW_PATH else 1)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"nodes": 7}', b'{"nodes": ["7"]}', b"\xff"])
+def test_what_is_no_request_of_the_round_loop_is_refused(
+    app: FastAPI, state: SqlLinkState, body: bytes
+) -> None:
+    for path in (RING_PATH, WITHDRAW_PATH):
+        assert ask(private(app, state, Bells()), path, body, SECRET)[0] == 400
+
+
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/docs/oauth2-redirect", "/", "/v2/"])
+def test_nothing_besides_of_flowers_app(app: FastAPI, state: SqlLinkState, path: str) -> None:
+    assert ask(private(app, state, Bells()), path)[0] == 404
 
 
 def test_devices_are_rung_for(app: FastAPI, state: SqlLinkState) -> None:
@@ -573,7 +613,7 @@ def test_a_database_in_use_is_waited_for(app: FastAPI, tmp_path: Path) -> None:
     """After Flower's five seconds a contribution would be lost; a SuperNode gives up after 30."""
     kept = sql_mixin.SQLITE_PRAGMAS  # type: ignore[attr-defined]
     try:
-        be_patient()
+        set_pragmas()
         factory: Any = app.state.linkstate_factory
         state = SqlLinkState(
             str(tmp_path / "other.db"),
@@ -583,9 +623,56 @@ def test_a_database_in_use_is_waited_for(app: FastAPI, tmp_path: Path) -> None:
         state.initialize()
         with state.session() as session:
             assert session.execute(text("PRAGMA busy_timeout")).scalar() == 20_000
+            assert session.execute(text("PRAGMA secure_delete")).scalar() == 1
             assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
     finally:
         sql_mixin.SQLITE_PRAGMAS = kept  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("every_run_runs")
+def test_own_name_a_node_does_not_answer_for_another(app: FastAPI, state: SqlLinkState) -> None:
+    """Flower's handler would take it."""
+    victim, other, fleet = Device(state), Device(state), Fleet(app)
+    asked = leave_message(state, victim.node)
+    push = pushing(asked, by=other.node)
+    found = asyncio.run(other.ask(fleet, "push-messages", push, PushMessagesResponse.FromString))
+    assert found[0] == 401
+    assert (dict(fleet.refused), state.num_message_res()) == ({ANOTHERS: 1}, 0)
+    push = pushing(asked, by=victim.node)
+    found = asyncio.run(victim.ask(fleet, "push-messages", push, PushMessagesResponse.FromString))
+    assert found[0] == 200
+    assert (dict(fleet.refused), state.num_message_res()) == ({ANOTHERS: 1}, 1)
+
+
+@pytest.mark.usefixtures("every_run_runs")
+def test_late_is_counted(app: FastAPI, state: SqlLinkState) -> None:
+    """Also one that is sent again is no late one, while it waits to be fetched."""
+    device, fleet = Device(state), Fleet(app)
+    asked = leave_message(state, device.node)
+    push = pushing(asked, by=device.node)
+    for _ in range(2):
+        asyncio.run(device.ask(fleet, "push-messages", push, PushMessagesResponse.FromString))
+    assert not fleet.refused
+    assert withdraw(state, [asked.metadata.message_id]) == 1
+    status, said = asyncio.run(
+        device.ask(fleet, "push-messages", push, PushMessagesResponse.FromString)
+    )
+    assert (status, list(said.objects_to_push)) == (200, [])  # type: ignore[union-attr]
+    assert (dict(fleet.refused), state.num_message_res()) == ({LATE: 1}, 0)
+
+
+def test_not_for_nothing_what_is_taken_back_is_given_to_nobody(
+    app: FastAPI, state: SqlLinkState
+) -> None:
+    device, fleet = Device(state), Fleet(app, hold=0.05)
+    asked = leave_message(state, device.node)
+    assert withdraw(state, ["another", asked.metadata.message_id]) == 0
+    wanted = PullMessagesRequest(node=Node(node_id=device.node))
+    status, found = asyncio.run(
+        device.ask(fleet, "pull-messages", wanted, PullMessagesResponse.FromString)
+    )
+    assert (status, list(found.messages_list)) == (200, [])  # type: ignore[union-attr]
+    assert asked.metadata.message_id not in state.object_store
 
 
 def test_flower_looks_for_dead_programs_once_a_second(state: SqlLinkState) -> None:

@@ -1,6 +1,6 @@
 """The round loop's line to the SuperLink: what it saves, and that nothing depends on it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,10 @@ class Known:
     def answered(self) -> frozenset[str] | None:
         """What was told."""
         return self.found
+
+    def withdraw(self, messages: Collection[str]) -> int:
+        """None was answered."""
+        return 0
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from homefire.server.certificates import Certificates
 from homefire.server.doorstep import PublicServer
@@ -220,3 +222,32 @@ def test_so_many(port: int) -> None:
             answers.append(b"")
         far.close()
     assert sorted(answers) == [b""] * 2 + [b"HTTP/1.1 200"] * CONNECTIONS
+
+
+LINES = st.lists(
+    st.sampled_from(
+        [
+            *(b"POST / HTTP/1.1", b"GET /late HTTP/1.0", b"host: x", b"content-length: 3", b"abc"),
+            *(b"transfer-encoding: chunked", b"0", b"expect: 100-continue", b"", b" folded: y"),
+            *(b"connection: upgrade", b"upgrade: websocket", b"PRI * HTTP/2.0", b"\x16\x03\x01"),
+        ]
+    )
+    | st.binary(max_size=40),
+    max_size=10,
+).map(b"\r\n".join)
+
+
+@settings(max_examples=60)
+@given(raw=LINES | st.binary(max_size=300))
+def test_whatever_bytes_come_a_listener_answers_in_http_or_hangs_up(port: int, raw: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as far:
+        answer = b""
+        try:
+            far.sendall(raw)
+            far.shutdown(socket.SHUT_WR)
+            while part := far.recv(1 << 16):
+                answer += part
+        except ConnectionError:
+            pass
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 ")
+    assert b" 500 " not in answer.partition(b"\r\n")[0]

@@ -1,8 +1,11 @@
 """Logs of a server say what went on, and nothing of anybody."""
 
+import errno
 import json
 import logging
 import os
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -88,6 +91,21 @@ def test_allow_list_of_errors_the_words_of_our_own_files_alone(
     assert [line.get("words") for line in found] == ["too few. Wait."] * 2 + [None] * 4
     assert {line["error"] for line in found} == {"FederationError", "EnrolmentError", "KeyError"}
     assert all(line["at"].startswith("test_logs.py:") for line in found)
+
+
+def test_allow_list_of_the_systems_errors_the_number_alone(lines: Lines, tmp_path: Path) -> None:
+    taken = OSError(errno.EADDRINUSE, CANARY, CANARY)
+    lines.emit(record("uvicorn.error", taken))  # as uvicorn says that it cannot listen
+    lines.emit(record("homefire.server.x", "trouble: %s", raised(PermissionError(13, CANARY))))
+    foreign = (ssl.SSLError(98, CANARY), socket.gaierror(98, CANARY), OSError(99999, CANARY))
+    for number, error in enumerate((*foreign, OSError(CANARY))):
+        lines.emit(record("homefire.server.x", "trouble: %s", error, line=number))
+    found = read(tmp_path / "one.log")
+    assert (found[0]["error"], found[0]["errno"]) == ("OSError", "EADDRINUSE")
+    assert (found[1]["error"], found[1]["errno"]) == ("PermissionError", "EACCES")
+    assert not any("errno" in line for line in found[2:])
+    assert len(found) == 6
+    assert CANARY not in (tmp_path / "one.log").read_text()
 
 
 @given(

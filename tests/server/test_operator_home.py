@@ -15,10 +15,13 @@ from homefire.common.files import hold, write_atomically
 from homefire.common.signatures import public_key
 from homefire.server import operator_home
 from homefire.server.operator_home import (
+    EXECUTOR_SECRET,
     LONGEST_TROUBLE,
+    OPERATOR_SECRET,
     OperatorHome,
     init,
 )
+from homefire.server.superlink import make_app
 
 
 @pytest.fixture
@@ -100,6 +103,45 @@ def test_a_server_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
     init(tmp_path / "server", names=["localhost"], settings={})
     assert written[-1] == "server.toml"
     assert len(written) == 5
+
+
+# Secrets
+
+
+@pytest.mark.parametrize("name", [EXECUTOR_SECRET, OPERATOR_SECRET])
+def test_a_secret_is_read_without_the_space_around_it(home: OperatorHome, name: str) -> None:
+    secret = home.read_secret(name)
+    assert re.fullmatch("[0-9a-f]{64}", secret)
+    home.secret(name).write_text(f" {secret}\r\n")
+    assert home.read_secret(name) == secret
+
+
+@pytest.mark.parametrize("name", [EXECUTOR_SECRET, OPERATOR_SECRET])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\n", b"a" * 63, b"a" * 65, b"g" * 64, b"\xff" * 64, b"a\n" * 32]
+)
+def test_what_is_no_secret_lets_nobody_in(
+    home: OperatorHome, name: str, content: bytes | None
+) -> None:
+    path = home.secret(name)
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(str(path))) as caught:
+        home.read_secret(name)
+    assert f"openssl rand -hex 32 > {path}" in caught.value.hint
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        make_app(home)
+    assert not list((home.folder / "flower").iterdir())
+
+
+def test_the_remedy_for_a_secret_is_one(home: OperatorHome) -> None:
+    path = home.secret(OPERATOR_SECRET)
+    path.unlink()
+    with pytest.raises(ConfigError) as caught:
+        home.read_secret(OPERATOR_SECRET)
+    command = caught.value.hint.removeprefix("Make another: ").partition(". It stays")[0]
+    subprocess.run(["/bin/sh", "-c", command], check=True)  # noqa: S603 - printed by us
+    assert home.read_secret(OPERATOR_SECRET)
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 # Who takes part

@@ -1,6 +1,7 @@
 """The operator's page in a real browser, and the metrics by Prometheus' own reader."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -40,6 +41,20 @@ def round_log(number: int, **changes: Any) -> dict[str, Any]:
     return {**told, **changes}
 
 
+def release(number: int, **changes: Any) -> dict[str, Any]:
+    """What is told of a release: one every hour, good for a year."""
+    issued = 1_795_000_000 + 3600 * number
+    told = {
+        "number": number,
+        "run": "0123abcd",
+        "round": number,
+        "epsilon": 8.0,
+        "issued_at": issued,
+        "expires_at": issued + 365 * 86_400,
+    }
+    return {**told, **changes}
+
+
 BUDGET = Budget("banded-sqrt", 1e-6, 2.31, 8.0, 2.31, 8.0, 28)
 BEFORE = Status(
     state="waiting: 412 devices are enrolled, and the run needs 1500",
@@ -68,12 +83,14 @@ RUNNING = replace(
     budget=BUDGET,
     door={"served": 912_345, "refused": {"no such path": 1204, "too often": 77, "no key": 3}},
     releases=list(range(13)),
+    published=[release(number) for number in range(1, 13)],
 )
 NEARLY = replace(
     RUNNING,
     rounds=[round_log(number) for number in range(1, 381)],
     planned_rounds=400,
     releases=list(range(381)),
+    published=[release(number, run="fedc9876") for number in range(1361, 1381)],
     budget=replace(BUDGET, mechanism="gaussian", epsilon_now=7.71, rounds_left=20),
 )
 DOWN = replace(
@@ -97,6 +114,7 @@ NONE = replace(
     state="the run is over: releases are served",
     rounds=[round_log(1, train_loss=None)],
     releases=[0, 1],
+    published=[release(1, epsilon=None, expires_at=1_795_100_000)],
     planned_rounds=1,
     budget=Budget("none", None, None, None, None, None, 0),
 )
@@ -178,6 +196,7 @@ def test_before_the_first_round(opened: Opened) -> None:
     expect(page.locator("#no-rounds")).to_be_visible()
     expect(page.locator("#charts")).to_be_hidden()
     expect(page.locator("#notice")).to_be_hidden()
+    expect(page.locator("#releases-section")).to_be_hidden()
     expect(page.locator("#dropped")).to_have_text("none")
 
 
@@ -194,6 +213,27 @@ def test_many_rounds_with_drop_outs(opened: Opened) -> None:
     expect(page.locator("#door tr").first).to_have_text("no such path1,204")
     expect(page.locator("#budget")).to_have_attribute("aria-valuenow", "29")
     assert page.title() == "12/40 · homefire server"
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_the_newest_releases_are_listed(opened: Opened) -> None:
+    page = opened(lambda: NEARLY)
+    expect(page.locator("#releases tbody tr")).to_have_count(12)
+    first = page.locator("#releases tbody tr").first.locator("td")
+    told = ["1,380", "fedc9876", "1,380", "8.00", "2027-01-14 23:06", "2028-01-14"]
+    expect(first).to_have_text(told)
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_release_that_is_no_longer_good_is_marked(opened: Opened) -> None:
+    page = opened(lambda: NONE)
+    page.clock.set_fixed_time(1_795_000_000)
+    expect(page.locator("#releases td.bad")).to_have_count(0)
+    page.clock.set_fixed_time(1_795_200_000)
+    expect(page.locator("#releases td.bad")).to_have_text("2026-11-19")
+    expect(page.locator("#releases tbody td").nth(3)).to_have_text("∞")
 
 
 @in_a_browser
@@ -291,6 +331,8 @@ def test_metrics_are_what_prometheus_reads() -> None:
     assert found["homefire_requests_refused_total"]["too often"] == 77
     assert found["homefire_process_starts_total"] == dict.fromkeys(PROCESSES, 1)
     assert found["homefire_round_accepted"] == {"": 64}
+    assert found["homefire_releases_published"] == {"": 12}
+    assert "homefire_releases_published" not in read(BEFORE)
     assert "homefire_devices_online" not in read(DOWN)
     assert read(NONE)["homefire_rounds_released"] == {"": 1}
 
@@ -302,7 +344,7 @@ COUNTS = st.dictionaries(
 
 
 @given(COUNTS, COUNTS, COUNTS, st.text(), st.text())
-def test_allow_list_whatever_a_status_was_made_of(
+def test_fixed_names_whatever_a_status_was_made_of(
     dropped: dict[str, int], refused: dict[str, int], door: dict[str, int], name: str, key: str
 ) -> None:
     status = replace(
@@ -312,6 +354,7 @@ def test_allow_list_whatever_a_status_was_made_of(
         door={"served": 1, "refused": door, key: name},
         processes={name: {"runs": True, "starts": 1}},
         rounds=[round_log(1, dropped=dropped, refused=refused, **{f"x{key}": name})],
+        published=[release(1, run=name, **{f"x{key}": name})],
     )
     found = read(status)
     for metric, allowed in (
@@ -327,6 +370,10 @@ def test_allow_list_whatever_a_status_was_made_of(
     (told,) = asdict(status)["rounds"]
     assert set(told["dropped"]) <= DROPPED | {OTHER}
     assert set(told) == set(round_log(1))
+    (shown,) = asdict(status)["published"]
+    assert set(shown) == set(release(1))
+    assert shown["run"] in (OTHER, name)
+    assert shown["run"] == OTHER or re.fullmatch("[0-9a-f]{8}", name)
 
 
 def test_allow_list_of_the_whole_text() -> None:
@@ -341,6 +388,8 @@ def test_allow_list_of_the_whole_text() -> None:
         door={"served": 1, "refused": strange},
         processes={CANARY: {"runs": True, "starts": 1}},
         rounds=[round_log(1, dropped=strange, refused=strange, device=CANARY)],
+        published=[release(1, run=CANARY, device=CANARY)],
+        server_key=CANARY,
     )
     assert CANARY.encode() not in metrics(status)
     assert read(status)["homefire_requests_refused_total"] == {OTHER: 3}

@@ -356,7 +356,7 @@ def ended(process: Any, number: int = signal.SIGTERM) -> tuple[int, str]:
     return process.returncode, said
 
 
-def test_the_program_serves_and_stops_and_names_nobody(home: Path, tls: tuple[Path, Tls]) -> None:
+def test_nobody_named_the_program_serves_and_stops(home: Path, tls: tuple[Path, Tls]) -> None:
     process, address = started(home, tls[1])
     try:
         with RegistryLink(address, tls[0].read_bytes()) as link:

@@ -13,7 +13,7 @@ from tiny_registries import KEY, OTHER_RUN, RUN, SPEC, TRUSTED, about, open_regi
 from homefire.common.adapter import AdapterConfig, AdapterSpec
 from homefire.common.errors import AdapterError, LedgerError, RegistryError, SignatureError
 from homefire.common.release_statement import LatestStatement, read_statement
-from homefire.server.registry_folder import DAY, RegistryFolder
+from homefire.server.registry_folder import DAY, RegistryFolder, newest_statements
 from homefire.server.releases import ReleaseStore
 
 
@@ -57,6 +57,21 @@ def test_numbers_grow_by_one_over_all_runs(home: Path, store: ReleaseStore) -> N
         folder.publish(releases, round_number, SPEC)
     expected = [(1, RUN, 1), (2, RUN, 3), (3, OTHER_RUN, 2), (4, OTHER_RUN, 3)]
     assert numbers(folder) == numbers(open_registry(home)) == expected
+
+
+def test_the_newest_are_listed_without_opening_it(home: Path, store: ReleaseStore) -> None:
+    folder = open_registry(home)
+    for number in (1, 2, 3):
+        folder.publish(store, number, SPEC)
+    before = {path: path.stat() for path in folder.folder.iterdir()}
+    newest = newest_statements(folder.folder, TRUSTED, most=2)
+    assert newest == [each.statement for each in folder.releases[1:]]
+    assert {path: path.stat() for path in folder.folder.iterdir()} == before
+    assert newest_statements(home / "none", TRUSTED, most=2) == []
+    for content in (b"", b"{}\nzz", b"{}\n" + b"00" * 64):
+        (folder.folder / "000003.json").write_bytes(content)
+        with pytest.raises(RegistryError, match=r"000003\.json"):
+            newest_statements(folder.folder, TRUSTED, most=2)
 
 
 def test_publishing_again_changes_nothing(home: Path, store: ReleaseStore) -> None:

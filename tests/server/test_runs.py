@@ -1,5 +1,6 @@
 """The runs of one server: each whole, one signer, none before the one before is over."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,34 @@ def test_none_follows_one_that_is_under_way(home: OperatorHome) -> None:
         run_federation(SmallGrid(), made, drained=lambda: len(made.store.rounds()) == 3)
         follow(home.folder)
     assert all_runs(home.folder) == [home.output]
+
+
+def test_given_up_for_good(home: OperatorHome) -> None:
+    made = federation(home.output, home)
+    run_federation(SmallGrid(), made, drained=lambda: len(made.store.rounds()) == 3)
+    with home.alone(), pytest.raises(FederationError, match="runs here already"):
+        home.begin_next(give_up=True)
+    assert home.begin_next(give_up=True) == "0002"
+    assert made.keystore.get(RUN_KEY) is None
+    with pytest.raises(LedgerError, match="run key is gone"):
+        run_federation(SmallGrid(), made)
+    assert finish(home).start is not None  # from where that one was left
+
+
+def test_given_up_also_where_it_is_damaged(home: OperatorHome) -> None:
+    finish(home)
+    (home.output / LEDGER).write_bytes(b"nothing\n")
+    assert home.begin_next(give_up=True) == "0002"
+
+
+def test_the_first_run_after_a_lost_disk(home: OperatorHome) -> None:
+    finish(home)
+    shutil.rmtree(home.folder / "runs")
+    with pytest.raises(ConfigError, match="no run here") as refused:
+        home.participants()
+    assert "homefire server next" in refused.value.hint
+    assert home.begin_next() == "0001"
+    assert finish(home).store.latest().about["server_key"] == home.server_key
 
 
 def test_none_follows_a_ledger_that_was_put_back(home: OperatorHome) -> None:
@@ -261,7 +290,7 @@ def test_removed_for_good(home: OperatorHome) -> None:
     assert not watching.is_enrolled(node_key)
     assert watching.is_removed(node_key)
     assert home.enrolment.devices() == []
-    with pytest.raises(EnrolmentError, match="enrolled already"):
+    with pytest.raises(EnrolmentError, match="removed this device"):
         enrol(home, 1)
     assert home.enrolment.devices() == []
 

@@ -24,15 +24,13 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
     decode_dss_signature,
     encode_dss_signature,
 )
-from flwr.cli.build import build_fab_from_files
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
-from flwr.proto.fab_pb2 import Fab
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE as PROTOBUF
 from tiny_flower import Flower, free_port
+from tiny_hands import ACQUIRE, bundle, hostile_bundle, registered
 from tiny_operators import (
     HERE,
     Member,
@@ -51,7 +49,6 @@ from tiny_operators import (
 from homefire.client.enrolment import _ask
 from homefire.common.errors import ConfigError, EnrolmentError
 from homefire.common.ticket import ENROL_PATH, Ticket
-from homefire.server.control import BUNDLE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(175)]
 
@@ -80,17 +77,6 @@ def bare(flowers: tuple[Place, Flower]) -> Place:
 @pytest.fixture(scope="module")
 def member(server: Operated) -> Member:
     return server.enrol()
-
-
-def registered(bare: Place) -> Member:
-    """A device whose key a stranger registers at Flower's own."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    made = ask(bare.control(), "RegisterNode", RegisterNodeRequest(public_key=pem(key).encode()))
-    return Member(key, Ed25519PrivateKey.generate(), made.node_id)
-
-
-def bundle() -> Fab:
-    return Fab(content=build_fab_from_files(BUNDLE)[0])
 
 
 def denied(client: Any, call: str, request: Any) -> int:
@@ -132,8 +118,6 @@ def test_a_control_call_with_another_secret_is_refused(server: Operated, shown: 
 
 # Stolen task tokens
 
-ACQUIRE = AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
-
 
 def test_flower_itself_hands_out_task_tokens(bare: Place) -> None:
     ask(bare.control(), "StartRun", StartRunRequest(fab=bundle()))
@@ -153,39 +137,13 @@ def test_task_tokens_are_not_handed_out(server: Operated) -> None:
 
 # Pushed code
 
-HOSTILE = {
-    "pyproject.toml": BUNDLE["pyproject.toml"]
-    .replace(b"homefire_operated:nothing", b"hostile:app")
-    .replace(b"homefire_operated:app", b"hostile:server"),
-    "hostile.py": b"""
-from pathlib import Path
-from flwr.app import Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-
-app = ClientApp()
-server = ServerApp()
-
-@app.train("contribute")
-def train(message, context):
-    Path(MARKER).touch()
-    return Message(RecordDict(), reply_to=message)
-
-@server.main()
-def main(grid, context):
-    nodes = grid.get_node_ids()
-    grid.send_and_receive([Message(RecordDict(), dst_node_id=node, message_type="train.contribute")
-                           for node in nodes], timeout=60)
-""",
-}
-
 
 def test_flower_itself_runs_code_of_anybody_on_every_device(
     flowers: tuple[Place, Flower], tmp_path: Path
 ) -> None:
     """On ours a stranger starts no run; and whoever starts one, a device runs its own code.
 
-    The latter is `test_own_code_runs_whatever_bundle_a_server_sends`.
+    The latter is `test_own_code_runs_whatever_an_enrolled_device_is_sent`.
     """
     bare, programs = flowers
     device, marker = registered(bare), tmp_path / "marker"
@@ -206,9 +164,7 @@ def test_flower_itself_runs_code_of_anybody_on_every_device(
         return any(n.node_id == device.node and n.status == "online" for n in nodes)
 
     until(is_online, programs.logs)
-    code = HOSTILE["hostile.py"].replace(b"MARKER", repr(str(marker)).encode())
-    content, _ = build_fab_from_files({**HOSTILE, "hostile.py": code})
-    ask(bare.control(), "StartRun", StartRunRequest(fab=Fab(content=content)))
+    ask(bare.control(), "StartRun", StartRunRequest(fab=hostile_bundle(marker)))
     until(marker.exists, programs.logs, 120)
 
 
@@ -416,8 +372,9 @@ def test_a_strangers_body_is_not_read(server: Operated) -> None:
     assert b" 413 " in server.public.say(keyed)
     endless = head(PULL, "transfer-encoding: chunked", "flwr-public-key: eHg=", stamp)
     answer = server.public.say(endless, *[b"1000\r\n" + bytes(4096) + b"\r\n"] * 8)
-    assert b" 413 " in answer or answer == b""  # it is closed before all has been sent
-    assert server.refused()["too large"] >= 2
+    assert b" 401 " in answer or answer == b""  # it is closed before all has been sent
+    assert server.refused()["too large"] >= 1
+    assert server.refused()["not enrolled"] >= 1
     assert b" 401 " in server.public.say(HUGE)
 
 

@@ -217,7 +217,9 @@ def test_passes_keep_their_own_prompt_and_adapters(tiny_model: Path) -> None:
     assert found == expected
 
 
-def test_replies_in_turns_on_one_model_are_those_of_each_alone(model: AdaptedModel) -> None:
+def test_same_model_passes_and_sampling_give_the_same_reply_in_turns_or_alone(
+    model: AdaptedModel,
+) -> None:
     settings = Sampling(max_tokens=15, temperature=1.0)
     starts = [[Pass(PROMPT, WORN)], [Pass(PROMPT, {})]]
     alone = [finish(generate(model, start, never_ending, settings))[0] for start in starts]

@@ -156,6 +156,7 @@ def test_releases_hold_one_vector_as_long_as_the_shared_adapter(
         "run",
         "base_model",
         "adapter_digest",
+        "start",
         "privacy",
         "deployment",
         "ledger",

@@ -1,0 +1,128 @@
+"""Clocks that are off, or are set: what a server and a device make of them."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
+from tiny_registries import RUN, SPEC, TRUSTED, open_registry, run_of
+
+from homefire.client.registry_link import Newest
+from homefire.client.updates import verified
+from homefire.common.errors import FrozenRegistryError, UpdateError, WrongClockError
+from homefire.common.release_statement import ReleaseStatement
+from homefire.server.door import _is_recent
+from homefire.server.enrolment import Enrolment
+from homefire.server.registry_folder import DAY, RELEASE_SECONDS, RegistryFolder
+
+NOW = 1_800_000_000.0
+HOUR = 3600.0
+
+
+class Clock:
+    """A clock that is set."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        """Seconds since 1970."""
+        return self.now
+
+
+# A device's, at the door
+
+
+@pytest.mark.parametrize(
+    ("ahead", "recent"),
+    [
+        (0.0, True),
+        (SYSTEM_TIME_TOLERANCE - 0.1, True),
+        (SYSTEM_TIME_TOLERANCE + 0.1, False),
+        (HOUR, False),
+        (-TIMESTAMP_TOLERANCE - SYSTEM_TIME_TOLERANCE + 0.1, True),
+        (-TIMESTAMP_TOLERANCE - SYSTEM_TIME_TOLERANCE - 0.1, False),
+        (-HOUR, False),
+        (-NOW, False),
+    ],
+)
+def test_a_devices_clock_may_be_as_far_off_as_flower_takes_it(ahead: float, recent: bool) -> None:
+    stamp = (datetime.fromtimestamp(NOW, UTC) + timedelta(seconds=ahead)).isoformat()
+    assert _is_recent(stamp.encode(), NOW) is recent
+
+
+# The server's: tickets
+
+
+def test_tickets_of_a_clock_that_is_set_back_live_longer_and_none_is_lost(tmp_path: Path) -> None:
+    clock = Clock()
+    enrolment = Enrolment(tmp_path, clock)
+    enrolment.issue(valid_seconds=HOUR)
+    clock.now += 2 * HOUR
+    assert enrolment.open_tickets() == 0
+    clock.now -= 2 * HOUR
+    assert enrolment.open_tickets() == 1
+    clock.now -= DAY
+    enrolment.issue(valid_seconds=HOUR)
+    assert enrolment.open_tickets() == 2
+    clock.now += DAY + HOUR - 1
+    assert enrolment.open_tickets() == 1, "the one that was issued by the later clock"
+
+
+# The server's: releases
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def registry(tmp_path: Path, clock: Clock) -> RegistryFolder:
+    return open_registry(tmp_path / "server", clock=clock)
+
+
+def publish(registry: RegistryFolder, number: int) -> ReleaseStatement:
+    store = run_of(registry.folder.parent / "run", number)
+    return registry.publish(store, number, SPEC).statement
+
+
+def taken(registry: RegistryFolder, *, at: float) -> ReleaseStatement:
+    """What a device takes whose clock says so."""
+    found = registry.latest()
+    assert found is not None
+    latest, newest = found
+    asked = Newest(latest, newest.signed, int(registry.clock()))
+    return verified(asked, TRUSTED, now=at)
+
+
+def test_releases_of_a_clock_that_is_set_back_go_on_by_number(
+    registry: RegistryFolder, clock: Clock
+) -> None:
+    clock.now += 10 * DAY
+    first = publish(registry, 1)
+    with pytest.raises(WrongClockError, match="10 days later") as caught:
+        taken(registry, at=NOW)
+    assert "the server's is wrong" in caught.value.hint
+    clock.now = NOW
+    assert taken(registry, at=NOW) == first, "its word of the newest is given anew"
+    second = publish(registry, 2)
+    assert (second.number, second.round, second.run) == (2, 2, RUN)
+    assert second.issued_at < first.issued_at
+    assert taken(registry, at=NOW) == second
+
+
+def test_a_release_of_a_clock_that_was_far_behind_is_offered_again_once_it_is_right(
+    registry: RegistryFolder, clock: Clock
+) -> None:
+    clock.now = NOW - RELEASE_SECONDS - DAY
+    publish(registry, 1)
+    with pytest.raises(UpdateError):
+        taken(registry, at=NOW)
+    clock.now = NOW
+    with pytest.raises(FrozenRegistryError, match="release 1 was good until"):
+        taken(registry, at=NOW)
+    again = publish(registry, 1)
+    assert (again.number, again.round) == (2, 1)
+    assert taken(registry, at=NOW) == again
+    assert publish(registry, 1) == again
