@@ -19,7 +19,13 @@ from hypothesis import strategies as st
 
 from homefire.server.certificates import Certificates
 from homefire.server.doorstep import PublicServer
-from homefire.server.listener import LARGEST_HEAD, OTHER_FILES, bounded_protocol, make_room
+from homefire.server.listener import (
+    LARGEST_HEAD,
+    OTHER_FILES,
+    TLS_BUFFER,
+    bounded_protocol,
+    make_room,
+)
 
 CONNECTIONS, SECONDS = 3, 0.4
 HEAD = b"POST / HTTP/1.1\r\nhost: here\r\n"
@@ -161,13 +167,16 @@ def test_bodies_are_no_heads(port: int, parts: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1 << 16, 403_200, 1_000_003])
-def test_a_body_by_tls_arrives_whole_however_it_is_cut(tmp_path: Path, length: int) -> None:
+def test_a_body_by_tls_arrives_whole_however_it_is_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, length: int
+) -> None:
     """Reading stands still where much lies unread, and must go on with half a record left."""
+    monkeypatch.setattr(SSLProtocol, "max_size", TLS_BUFFER)
     certificates = Certificates(tmp_path)
     certificates.make(["127.0.0.1"])
     context = ssl.create_default_context(cafile=certificates.authority)
     with serving(20, certificates.server) as port:
-        for step in (length, 16_384, 10_007):
+        for step in (length, 16_384, 12_007, 10_007, 9_001):
             body = memoryview(bytes(length))
             with context.wrap_socket(connect(port), server_hostname="127.0.0.1") as far:
                 head = f"POST /slow HTTP/1.1\r\ncontent-length: {length}\r\nconnection: close"
