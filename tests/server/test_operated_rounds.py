@@ -2,17 +2,22 @@
 
 import json
 import logging
-from dataclasses import replace
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 from tiny_servers import ROUNDS, USERS, SmallGrid, released, silent, small_federation
 
 from homefire.common.config import RoundsConfig
 from homefire.server import federation as federation_module
+from homefire.server.door import REASONS
 from homefire.server.federation import run_federation
+from homefire.server.fleet import ANOTHERS, LATE
 from homefire.server.nodes import ascending
 from homefire.server.run_state import Federation
+from homefire.server.status import DROPPED
 
 
 def operated(output: Path, *, quorum: float = 0.5) -> Federation:
@@ -123,3 +128,52 @@ def test_while_it_waits_it_says_so_now_and_then(
     caplog.set_level(logging.INFO)
     run_federation(Coming({1}, {1}, {1, 2, 3}), operated(tmp_path / "run"))
     assert caplog.text.count("1 of 6 devices are here, 3 are needed") == 1
+
+
+class Waiting(SmallGrid):
+    """Nothing comes from the devices of some nodes."""
+
+    def __init__(self, *silenced: int) -> None:
+        super().__init__(silent)
+        self._silenced = set(silenced)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """What came, if anything."""
+        there = [i for i in message_ids if self._node(i) not in self._silenced]
+        return super().pull_messages(there)
+
+    def _node(self, identifier: str) -> int:
+        waiting = self._pending.get(identifier)
+        return 0 if waiting is None else int(waiting.metadata.dst_node_id)
+
+
+@dataclass
+class Known:
+    """A line to a SuperLink where so many answers came too late."""
+
+    late: int
+    withdrawn: list[int] = field(default_factory=list)
+
+    def ring(self, nodes: Iterable[int]) -> None:
+        """Nobody waits."""
+
+    def answered(self) -> None:
+        """It is not known."""
+
+    def withdraw(self, messages: Collection[str]) -> int:
+        """Take them back."""
+        self.withdrawn.append(len(messages))
+        return self.late
+
+
+def test_not_for_nothing_what_was_not_answered_in_time_is_withdrawn(tmp_path: Path) -> None:
+    """Answers that came too late are counted by a name that the page knows; all others are none."""
+    rounds = RoundsConfig(rounds=2, cohort=USERS, deadline=0.3, quorum=0.5)
+    federation, line = small_federation(tmp_path / "run", federation=rounds), Known(late=1)
+    enrolled = ascending(range(1, USERS + 1))
+    logs = run_federation(Waiting(2, 5), replace(federation, enrolled=enrolled, line=line))
+    assert line.withdrawn == [2, 2]
+    assert [log.accepted for log in logs] == [USERS - 2] * 2
+    assert [log.dropped for log in logs] == [{"late": 1, "no answer": 1}] * 2
+    assert logs[0].dropped.keys() <= DROPPED
+    assert {ANOTHERS, LATE} <= REASONS
