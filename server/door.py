@@ -6,7 +6,6 @@ lets in what devices need, under limits, and the redemption of tickets; nothing 
 
 import asyncio
 import json
-import math
 import time
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
@@ -196,8 +195,7 @@ class Door:
         largest = self.limits.body_bytes if fleet else LARGEST_OF_STRANGERS
         self._check_length(headers, largest)
         signed_at = headers.get(SIGNED_AT, b"")
-        self._began = min(self._began, self.now())  # the clock may be set back
-        if fleet and not _is_recent(signed_at, self.now(), since=self._began):
+        if fleet and not self._is_recent(signed_at):
             raise _RefusedError(400, "another time", OTHER_TIME)
         if not self._within_rate(shown if known else _stranger(scope, fleet), known):
             raise _RefusedError(429, "too often")
@@ -214,6 +212,17 @@ class Door:
             return self.known(shown)
         except (HomefireError, OSError):  # who is enrolled cannot be read
             raise _RefusedError(503, "enrolment failed") from None
+
+    def _is_recent(self, stamp: bytes) -> bool:
+        """Whether Flower takes a signed time, and it is none of before this was started."""
+        try:
+            signed_at = datetime.fromisoformat(stamp.decode("ascii")).timestamp()
+        except (ValueError, OverflowError):
+            return True  # what is none, Flower refuses itself
+        now = self.now()
+        age, self._began = now - signed_at, min(self._began, now)  # the clock may be set back
+        fresh = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+        return fresh and signed_at >= self._began
 
     def _check_length(self, headers: Mapping[bytes, bytes], largest: int) -> None:
         stated = headers.get(b"content-length")
@@ -379,17 +388,6 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
             raise _RefusedError(400, "header twice")
         found[lowered] = bytes(value)
     return found
-
-
-def _is_recent(stamp: bytes, now: float, *, since: float = -math.inf) -> bool:
-    """Whether Flower takes a signed time, and it is none of before; what is none, it refuses."""
-    try:
-        signed_at = datetime.fromisoformat(stamp.decode("ascii")).timestamp()
-    except (ValueError, OverflowError):
-        return True
-    age = now - signed_at
-    fresh = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
-    return fresh and signed_at >= since
 
 
 def _nothing() -> None:

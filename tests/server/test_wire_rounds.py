@@ -178,7 +178,7 @@ def in_flight(server: Operated) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_contribution_is_nowhere_once_it_is_in_a_sum(server: Operated, tmp_path: Path) -> None:
+def test_nowhere_is_a_contribution_once_it_is_in_a_sum(server: Operated, tmp_path: Path) -> None:
     """While it was on its way it lay there, for the operator's account alone."""
     first, second = devices = hands(server, 2)
     folder = server.home.folder / "flower"
