@@ -279,7 +279,8 @@ class LightDevice:
         if answer.status != 200:
             self.tally.refused[f"{name} {answer.status}"] += 1
             raise RefusedError(name, answer.status)
-        return kind.FromString(answer.body)
+        found: Found = kind.FromString(answer.body)
+        return found
 
 
 def _plan(contents: Mapping[str, bytes], tree: ObjectTree) -> RoundPlan:
