@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from homefire.client.joining import Link
-from homefire.client.trust import trust
+from homefire.client.trust import may_trust, trust
 from homefire.client.tunnel import connection_to
 from homefire.client.vault import Vault
 from homefire.client.vault_files import POLICY
@@ -74,6 +74,8 @@ def enroll(vault: Vault, text: str) -> Enrolled:
         EnrolmentError: The server refuses it, cannot be reached, or is another one.
     """
     ticket = Ticket.read(text)
+    if ticket.registry is not None:
+        may_trust(vault, ticket.server_key)  # before anything is changed or asked
     wanted = _wanted(ticket, _node_key(vault, ticket.server_key))
     vault.set(PENDING, asdict(wanted))  # before it is sent: its answer may be lost
     key = serialization.load_ssh_private_key(wanted.node_key.encode(), None)

@@ -52,13 +52,10 @@ def trust(
         ConfigError: No key, address or certificate; or another key is trusted already.
     """
     _check_address(registry)
-    known = trusted(vault)
     check_public_key(key)
-    if known is not None and known.key != key and not replace_key:
-        raise ConfigError(
-            f"this device trusts key {known.key[:16]}…, not {key[:16]}…",
-            hint="If the operator told you of a new key, say so: --replace-key (replace_key=True).",
-        )
+    known = trusted(vault)
+    if not replace_key:
+        may_trust(vault, key)
     pem = None if root_certificates is None else _read_certificates(root_certificates)
     new = Trust(key, registry, pem)
     if known is None or known.key != key:
@@ -68,6 +65,21 @@ def trust(
     else:
         vault.set(TRUST, asdict(new))
     return new
+
+
+def may_trust(vault: Vault, key: str) -> None:
+    """Check that no other key is trusted.
+
+    Raises:
+        ConfigError: One is.
+    """
+    known = trusted(vault)
+    if known is not None and known.key != key:
+        raise ConfigError(
+            f"this device trusts key {known.key[:16]}…, not {key[:16]}…",
+            hint="If the operator told you of a new key, say so: homefire device trust KEY "
+            "--replace-key (replace_key=True).",
+        )
 
 
 def trusted(vault: Vault) -> Trust | None:

@@ -21,8 +21,8 @@ server_app = typer.Typer(
     help="""A server that many devices take part at.
 
     Everything lies in one folder (--home, or HOMEFIRE_SERVER_HOME), keys and
-    all. Back it up, and never put an older copy back: docs/OPERATING.md says
-    why, and what to do.
+    all. Never put an older copy of it back: docs/OPERATING.md says why, what
+    to back up, and what to do.
     """,
     no_args_is_help=True,
 )

@@ -68,14 +68,22 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
 
 
 def _run_operated(grid: Grid, home: OperatorHome) -> None:
-    nodes = ascending(device.node for device in home.participants())
+    taking_part = home.participants()
+    nodes = ascending(device.node for device in taking_part)
+    enrolment = home.enrolment
+
+    def gone() -> int:
+        left = {device.identity for device in enrolment.devices()}
+        return sum(device.identity not in left for device in taking_part)
+
     line = HttpLine(
         home.config.private,
         authority=home.certificates.authority,
         secret=home.read_secret(OPERATOR_SECRET),
     )
-    federation = replace(open_federation(home.federation()), enrolled=nodes, line=line)
-    federation = replace(federation, start=start_of(home.folder, federation, home.server_key))
+    federation = replace(open_federation(home.federation()), enrolled=nodes, line=line, gone=gone)
+    if not federation.store.rounds():
+        federation = replace(federation, start=start_of(home.folder, federation, home.server_key))
     registry = open_home(home.folder)
 
     def publish(_: int = 0) -> None:

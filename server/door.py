@@ -78,6 +78,7 @@ NOT_REGISTERED = {"code": 2001, "detail": "this device is not enrolled here, or 
 """Likewise."""
 
 LARGEST_OF_STRANGERS = 16_384  # bytes of a body that redeems a ticket
+MOST_OF_ONE = 32  # requests under way of one device, or of one address of strangers
 MOST_RATES = 65_536  # addresses whose rates are remembered
 KEY, SIGNED_AT = FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), TIMESTAMP_HEADER.encode()
 VERSION_NAME = VERSION_HEADER.encode()
@@ -99,8 +100,8 @@ class Door:
     Guarantees:
         Fleet only: of Flower's API nothing but what devices need is reached.
         Bounded: no request has a longer body, or takes longer over it, than the limits say, and no
-            device asks more often; what is under way at once is bounded too. Of a stranger no body
-            is read but one that redeems a ticket.
+            device asks more often; what is under way at once is bounded too, of one and of all. Of
+            a stranger no body is read but one that redeems a ticket.
         Not twice: Flower's devices sign the time alone. A time that a device has signed is let in
             once, with whatever signature, and none that was signed before this was started.
         One version: a device that states another version of the protocol is told so.
@@ -139,6 +140,7 @@ class Door:
     refused: Counter[str] = field(default_factory=Counter)
     served: int = 0
     _under_way: int = 0
+    _of: Counter[bytes] = field(default_factory=Counter)
     _rates: dict[bytes, "_Bucket"] = field(default_factory=dict)  # of devices
     _strangers: "OrderedDict[bytes, _Bucket]" = field(default_factory=OrderedDict)
     _began: float = field(init=False)
@@ -152,11 +154,12 @@ class Door:
         if scope["type"] != "http":
             return  # no web sockets here: the server closes them
         try:
-            largest = self._check(scope, _headers(scope))
+            who, largest = self._check(scope, _headers(scope))
         except _RefusedError as refusal:
             await self._refuse(refusal, send)
             return
         self._under_way += 1
+        self._of[who] += 1
         body = _Body(receive, largest, self.limits.seconds)
         answer = _Answer(send, body)
         try:
@@ -168,6 +171,9 @@ class Door:
             body.refusal = body.refusal or refusal
         finally:
             self._under_way -= 1
+            self._of[who] -= 1
+            if not self._of[who]:
+                del self._of[who]
         if body.refusal is None:
             self.served += 1
             if scope["path"] in OPEN and answer.status < 400:  # Flower has authenticated it
@@ -177,19 +183,9 @@ class Door:
         else:
             await self._refuse(body.refusal, send)
 
-    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> int:
-        """Refuse a request by its head, or say how long its body may be."""
-        path, fleet = scope["path"], scope["path"] in OPEN
-        if not fleet and path != ENROL_PATH:
-            raise _RefusedError(404, "no such path")
-        if scope["method"] != "POST":
-            raise _RefusedError(405, "no such method")
-        if _host(headers.get(b"host", b"")) not in self.names:
-            raise _RefusedError(421, "another host")
-        if headers.get(VERSION_NAME, b"1") != str(VERSION).encode():
-            raise _RefusedError(426, "another version")
-        if self._under_way - self.held() >= self.limits.connections:
-            raise _RefusedError(503, "too many at once")
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[bytes, int]:
+        """Refuse a request by its head, or say whose it is, and how long its body may be."""
+        fleet = self._check_place(scope, headers)
         shown = _key(headers) if fleet else b""
         known = fleet and self._is_known(shown)
         largest = self.limits.body_bytes if fleet else LARGEST_OF_STRANGERS
@@ -203,7 +199,25 @@ class Door:
             raise _RefusedError(401, "not enrolled", NOT_REGISTERED)
         if fleet and not self._seen.first(shown + b" " + signed_at, self.clock()):
             raise _RefusedError(401, "seen before")
-        return largest
+        who = shown or _stranger(scope, fleet)
+        if self._of[who] >= MOST_OF_ONE:
+            raise _RefusedError(429, "too often")
+        return who, largest
+
+    def _check_place(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
+        """Refuse what is not for here, or say whether it is for Flower."""
+        path, fleet = scope["path"], scope["path"] in OPEN
+        if not fleet and path != ENROL_PATH:
+            raise _RefusedError(404, "no such path")
+        if scope["method"] != "POST":
+            raise _RefusedError(405, "no such method")
+        if _host(headers.get(b"host", b"")) not in self.names:
+            raise _RefusedError(421, "another host")
+        if headers.get(VERSION_NAME, b"1") != str(VERSION).encode():
+            raise _RefusedError(426, "another version")
+        if self._under_way - self.held() >= self.limits.connections:
+            raise _RefusedError(503, "too many at once")
+        return fleet
 
     def _is_known(self, shown: bytes) -> bool:
         try:

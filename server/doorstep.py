@@ -115,6 +115,7 @@ class Doorstep:
                 await asyncio.sleep(0.05)
                 continue
             self._arrive(connection, network_of(f":{address[0]}:"))
+            await asyncio.sleep(0)  # where others wait to be taken, it would not let go by itself
 
     def _arrive(self, connection: socket.socket, network: str) -> None:
         if self._of[network] >= self._each:

@@ -225,9 +225,9 @@ def _await_quorum(grid: Grid, federation: Federation, drained: Callable[[], bool
     enrolled = federation.enrolled
     if enrolled is None:
         return not drained()
-    needed = math.ceil(federation.config.federation.quorum * len(enrolled))
-    told = -math.inf
+    quorum, told = federation.config.federation.quorum, -math.inf
     while not drained():
+        needed = math.ceil(quorum * (len(enrolled) - federation.gone()))
         here = int(np.isin(ascending(grid.get_node_ids()), enrolled).sum())
         if here >= needed:
             return True
@@ -249,6 +249,7 @@ def _collect(
     )
     record = encode_plan(plan, key)
     deadline = federation.config.federation.deadline
+    end = time.monotonic() + deadline
     messages = (
         Message(
             RecordDict({"plan": record}),
@@ -265,7 +266,7 @@ def _collect(
     if federation.line is not None:
         federation.line.ring(cohort)
     inbox = Inbox(grid, largest=4 * federation.vector_size + LARGEST_ENVELOPE)
-    for answer in _replies(inbox, waiting, deadline, federation.line):
+    for answer in _replies(inbox, waiting, end, federation.line):
         accept(current, answer)
     if late := inbox.abandon() + _withdraw(federation.line, waiting):
         current.dropped["late"] += late
@@ -275,10 +276,9 @@ def _collect(
 
 
 def _replies(
-    inbox: Inbox, waiting: dict[str, None], deadline: float, line: Line | None
+    inbox: Inbox, waiting: dict[str, None], end: float, line: Line | None
 ) -> Iterator[Answer]:
     """Replies one by one as they arrive; what is late stays in `waiting`."""
-    end = time.monotonic() + deadline
     asking = Asking(line)
     pause = SHORTEST_POLL
     over = False

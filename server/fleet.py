@@ -149,12 +149,15 @@ class Transfers:
     Guarantees:
         So many: what devices send and fetch takes no more memory the more of them do it at once.
         One each: a device that is slow takes one place, whatever it asks besides.
+        Not for ever: who has no place in time is told to come again.
 
     Attributes:
         most: At the same time.
+        seconds: How long one waits for a place.
     """
 
     most: int = TRANSFERS
+    seconds: float = LimitsConfig().seconds
     _own: "WeakValueDictionary[str, asyncio.Lock]" = field(default_factory=WeakValueDictionary)
     _places: asyncio.Semaphore = field(init=False)
 
@@ -169,8 +172,19 @@ class Transfers:
             yield
             return
         shown = request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, "")
-        async with self._own.setdefault(shown, asyncio.Lock()), self._places:
+        own = self._own.setdefault(shown, asyncio.Lock())
+        async with asyncio.timeout(self.seconds):
+            await own.acquire()
+            try:
+                await self._places.acquire()
+            except BaseException:
+                own.release()
+                raise
+        try:
             yield
+        finally:
+            self._places.release()
+            own.release()
 
 
 @dataclass(slots=True)
@@ -208,10 +222,14 @@ class Fleet:
     ) -> None:
         """Answer a request."""
         request: Request[Any] = Request({**scope, "app": self.app, "state": {}}, receive)
-        async with self.transfers.place(request):
-            response = await http_error_translator(request, self._answer)
-            with suppress(OSError):  # the device has left
-                await _send(response, send)
+        try:
+            async with self.transfers.place(request):
+                response = await http_error_translator(request, self._answer)
+                with suppress(OSError):  # the device has left
+                    await _send(response, send)
+        except TimeoutError:  # Flower's SuperNode tries again after a 503
+            with suppress(OSError):
+                await _send(JSONResponse({"error": "too many at once"}, 503), send)
 
     async def _answer(self, request: Any) -> Response:
         path = request.url.path
@@ -281,7 +299,7 @@ class Fleet:
 def _are_late(asked: PushMessagesRequest, state: SqlLinkState) -> bool:
     """Whether nothing waits for these answers."""
     questions = [each.metadata.reply_to_message_id for each in asked.messages_list]
-    return all(state.get_valid_message_ins(each) is None for each in questions)
+    return bool(questions) and all(state.get_valid_message_ins(q) is None for q in questions)
 
 
 def _nothing() -> None:

@@ -39,7 +39,7 @@ from homefire.common.config import (
     validate,
 )
 from homefire.common.errors import ConfigError, FederationError
-from homefire.common.files import hold, is_held, make_folder, write_atomically
+from homefire.common.files import hold, is_held, locked, make_folder, write_atomically
 from homefire.common.signatures import public_key
 from homefire.common.ticket import Ticket
 from homefire.server.certificates import Certificates, check_names
@@ -51,6 +51,7 @@ from homefire.server.templates import USERS, federation_toml, policy_toml
 SERVER, FEDERATION, POLICY = "server.toml", "federation.toml", "device-policy.toml"
 ROSTER, DRAIN, TROUBLE = "roster.txt", "drain", "trouble"
 SERVER_LOCK, PROCESSES_LOCK, APP_LOCK = "server.lock", "processes.lock", "serverapp.lock"
+RUNS_LOCK = "runs.lock"
 LONGEST_TROUBLE = 4096  # bytes
 QUORUM = 0.5
 """Of devices that are waited for, where the settings name none: real devices get lost."""
@@ -258,12 +259,13 @@ class OperatorHome:
             FederationError: The newest run is not over, or has not begun.
             LedgerError: Its ledger is damaged, rolled back or in use.
         """
-        if give_up:
-            with self.alone():
-                return follow(self.folder, give_up=True).name
-        if all_runs(self.folder):
-            self.federation()
-        return follow(self.folder).name
+        with locked(self.folder / RUNS_LOCK):
+            if give_up:
+                with self.alone():
+                    return follow(self.folder, give_up=True).name
+            if all_runs(self.folder):
+                self.federation()
+            return follow(self.folder).name
 
     def is_draining(self) -> bool:
         """Whether no further round is to be opened."""

@@ -12,7 +12,7 @@
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class Federation:
         roster: Public keys of the enrolled devices.
         enrolled: Their nodes, in ascending order, here or not; None takes all that are here, who
             must then be as many as there are users.
+        gone: How many of them were removed since, and so can never be here.
         start: The release that it starts from; None: at what has no effect on the base model.
     """
 
@@ -92,6 +93,7 @@ class Federation:
     privacy: PrivacyPlan
     roster: Collection[str]
     enrolled: "Nodes | None" = None
+    gone: Callable[[], int] = lambda: 0
     start: Start | None = None
     line: Line | None = None
 
@@ -243,6 +245,8 @@ def resume(federation: Federation, ledger: RunLedger, nodes: Nodes) -> RunState:
             hint="The rota and the privacy statement count on them; start those that are missing.",
         )
     expected = _facts(federation, nodes)
+    if federation.store.rounds():
+        del expected["start"]  # its release 0 holds it
     differing = sorted(name for name, value in expected.items() if ledger.facts.get(name) != value)
     if differing or ledger.facts["rounds"] != config.federation.rounds:
         raise FederationError(
@@ -291,7 +295,7 @@ def commit(federation: Federation, state: RunState, number: int) -> None:
         "run": state.run,
         "base_model": federation.base_model,
         "adapter_digest": federation.spec.digest,
-        "start": federation.start and federation.start.to_json(),
+        "start": state.ledger.facts.get("start"),
         **privacy.to_json(),
         "ledger": {"length": state.ledger.anchor.length, "head": state.ledger.anchor.head},
     }

@@ -46,11 +46,7 @@ def make_run(home: Path) -> Path:
     Raises:
         ConfigError: The server's key is gone.
     """
-    if (key := keystore(home).get(SIGNING_KEY)) is None:
-        raise ConfigError(
-            f"{home / SERVER_KEYS}: there is no signing key",
-            hint="Put its copy in place: devices trust no other key.",
-        )
+    key = _signing_key(home)
     earlier = all_runs(home)
     number = int(earlier[-1].name) + 1 if earlier else 1
     output = home / RUNS / f"{number:04d}"
@@ -59,6 +55,15 @@ def make_run(home: Path) -> Path:
     output.mkdir(mode=0o700)
     sync_folder(output.parent)
     return output
+
+
+def _signing_key(home: Path) -> bytes:
+    if (key := keystore(home).get(SIGNING_KEY)) is None:
+        raise ConfigError(
+            f"{home / SERVER_KEYS}: there is no signing key",
+            hint="Put its copy in place: devices trust no other key.",
+        )
+    return key
 
 
 def follow(home: Path, *, give_up: bool = False) -> Path:
@@ -80,6 +85,7 @@ def follow(home: Path, *, give_up: bool = False) -> Path:
         return make_run(home)
     newest = runs[-1]
     if give_up:
+        _signing_key(home)  # before anything is lost
         Keystore.beside(newest).destroy(RUN_KEY)
         return make_run(home)
     if not has_begun(newest):
@@ -97,7 +103,7 @@ def follow(home: Path, *, give_up: bool = False) -> Path:
 
 
 def start_of(home: Path, federation: Federation, server_key: str) -> Start | None:
-    """Where the newest run starts: at the newest release of the run before, if that fits.
+    """Where the newest run starts: at the newest release of the runs before, if that fits.
 
     Args:
         home: The server's folder.
@@ -105,15 +111,16 @@ def start_of(home: Path, federation: Federation, server_key: str) -> Start | Non
         server_key: The server's public key, in hex.
 
     Returns:
-        None where there is no run before, or where it had another base model or adapter.
+        None where none before has a release, or where it is of another base model or adapter.
 
     Raises:
         SignatureError: The release of the run before was changed.
         AdapterError: It is damaged.
     """
     wanted = {"base_model": federation.base_model, "adapter_digest": federation.spec.digest}
-    before = [run for run in all_runs(home) if run != federation.config.output]
-    if not before or not (store := Federation.store_of(before[-1])).rounds():
+    before = (run for run in reversed(all_runs(home)) if run != federation.config.output)
+    stores = (Federation.store_of(run) for run in before)
+    if (store := next((each for each in stores if each.rounds()), None)) is None:
         return None
     newest = store.latest()
     newest.verify(server_key)

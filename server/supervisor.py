@@ -154,7 +154,7 @@ class Supervisor:
     _gone_since: float | None = None
     _not_before: float = 0.0
     _pause: float = FIRST_PAUSE
-    _spent_before: int | None = None
+    _spent_before: tuple[Path, int] | None = None
 
     def __post_init__(self) -> None:
         self.control = Control(self.home)
@@ -250,10 +250,11 @@ class Supervisor:
 
     def _burnt(self, opened: int) -> int:
         """Rounds that were spent without a release, up to the newest and since this one started."""
-        if self._spent_before is None:
-            self._spent_before = opened
-        newest = max(ReleaseStore(self.home.output / "releases").rounds(), default=0)
-        return opened - max(newest, self._spent_before)
+        output = self.home.output
+        if self._spent_before is None or self._spent_before[0] != output:  # another run began
+            self._spent_before = output, opened
+        newest = max(ReleaseStore(output / "releases").rounds(), default=0)
+        return opened - max(newest, self._spent_before[1])
 
     def _follow(self, run: int) -> None:
         """See how the run is doing; where its ServerApp is gone, another is to be started."""

@@ -20,7 +20,7 @@ from tiny_vaults import PASSPHRASE
 
 from homefire.client import Personalizer, enrolment
 from homefire.client.enrolment import enroll, enrolled_with, link_to
-from homefire.client.trust import trusted
+from homefire.client.trust import trust, trusted
 from homefire.common.config import load_config
 from homefire.common.errors import ConfigError, EnrolmentError
 from homefire.common.policy import DevicePolicy
@@ -140,7 +140,7 @@ def test_nothing_lost_where_a_ticket_is_refused(me: Personalizer, server: Server
     me.enroll(server.ticket().text)
     before = enrolled_with(me.vault)
     unknown = server.ticket().model_copy(update={"secret": "ab" * 32})
-    elsewhere = unknown.model_copy(update={"server_key": "cd" * 32})
+    elsewhere = unknown.model_copy(update={"server_key": "cd" * 32, "registry": None})
     for ticket in (unknown, elsewhere):
         with pytest.raises(EnrolmentError, match="no such ticket"):
             me.enroll(ticket.text)
@@ -215,6 +215,19 @@ def test_a_policy_that_trusts_somebody_is_left_to_its_person(
         me.enroll(ticket.text)
     policy.write_text(f'server_keys = ["{"ab" * 32}", "{ticket.server_key}"]\n')
     me.enroll(ticket.text)
+
+
+def test_who_trusts_another_servers_releases_is_asked_first(
+    me: Personalizer, server: Server
+) -> None:
+    before = (me.vault.folder / "policy.toml").read_bytes()
+    trust(me.vault, "ab" * 32, "fed.example.org:9093")
+    with pytest.raises(ConfigError, match="this device trusts key abab") as refused:
+        me.enroll(server.ticket().text)
+    assert "--replace-key" in refused.value.hint
+    assert server.asked == []
+    assert (me.vault.folder / "policy.toml").read_bytes() == before
+    assert enrolled_with(me.vault) is None
 
 
 def test_a_server_of_another_version_is_told_apart(me: Personalizer, server: Server) -> None:

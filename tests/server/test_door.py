@@ -244,6 +244,29 @@ def test_bounded_how_many_are_under_way(door: Door) -> None:
     assert Asking(PULL).at(door).status == 200  # they are let in again
 
 
+def test_bounded_how_many_of_one_are_under_way(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One device, however often it may ask, leaves room for the others."""
+    monkeypatch.setattr("homefire.server.door.MOST_OF_ONE", 2)
+    door.limits = LIMITS.model_copy(update={"burst": 50, "connections": 50})
+    door.known = lambda key: True
+    other = b64encode(b"another device").decode()
+
+    async def ask() -> list[int]:
+        assert isinstance(door.app, Flower)
+        door.app.hold = asyncio.Event()
+        asked = [Asking(PULL) for _ in range(5)]
+        asked.append(Asking(PULL, headers={"flwr-public-key": other}))
+        tasks = [asyncio.create_task(door(a.scope, a.receive, a.send)) for a in asked]
+        await asyncio.sleep(0.05)
+        door.app.hold.set()
+        await asyncio.gather(*tasks)
+        return [a.status for a in asked]
+
+    assert asyncio.run(ask()) == [200, 200, 429, 429, 429, 200]
+    assert not door._of
+    assert Asking(PULL).at(door).status == 200
+
+
 def test_bounded_who_waits_for_a_plan_takes_no_place_from_others(door: Door) -> None:
     async def ask(held: int) -> list[int]:
         assert isinstance(door.app, Flower)

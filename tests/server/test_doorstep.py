@@ -104,6 +104,32 @@ def test_so_many_also_before_tls(tmp_path: Path) -> None:
         assert len(step) == 5
 
 
+def test_so_many_at_once_do_not_keep_others_waiting() -> None:
+    """While connections wait to be taken, what else the process does goes on."""
+
+    async def turns() -> int:
+        listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+        listening.setblocking(False)
+        opened = []
+        for _ in range(200):
+            far = socket.socket()
+            far.setblocking(False)
+            far.connect_ex(listening.getsockname())
+            opened.append(far)
+        taken, counted = 0, 0
+        step = Doorstep(listening, None, lambda visit: asyncio.Protocol(), most=500, each=500)
+        while taken < 200:
+            await asyncio.sleep(0)
+            counted, taken = counted + 1, len(step)
+        step.close()
+        await step.wait_closed()
+        for far in opened:
+            far.close()
+        return counted
+
+    assert asyncio.run(asyncio.wait_for(turns(), 20)) > 100
+
+
 def test_few_of_one_address_and_others_are_let_in() -> None:
     with served(most=100, each=3) as (port, _), ExitStack() as stack:
         opened = [stack.enter_context(connect(port)) for _ in range(8)]

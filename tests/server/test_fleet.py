@@ -27,6 +27,7 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
     PushMessagesResponse,
 )
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore import sql_mixin
@@ -558,6 +559,29 @@ def test_one_each_however_much_a_device_sends() -> None:
         return found
 
     assert run(work()) == [True, False, True]
+
+
+def test_not_for_ever_does_anybody_wait_for_a_place() -> None:
+    async def work() -> None:
+        transfers = Transfers(1, seconds=0.05)
+        first, others = Sender("a"), [Sender("a"), Sender("b")]
+        sending = asyncio.create_task(first.send(transfers))
+        await asyncio.sleep(0.01)
+        for other in others:  # behind its own and behind another's
+            with pytest.raises(TimeoutError):
+                await other.send(transfers)
+        first.done.set()
+        await sending
+        assert await placed(transfers, Sender("a"), Sender("b")) == [True, False]
+
+    run(work())
+
+
+def test_not_for_ever_a_device_is_told_to_come_again(app: FastAPI, state: SqlLinkState) -> None:
+    fleet, device = Fleet(app, transfers=Transfers(0, seconds=0.01)), Device(state)
+    wanted = PullObjectRequest(node=Node(node_id=device.node), object_id="a" * 64)
+    asked = device.ask(fleet, "pull-object", wanted, PullObjectResponse.FromString)
+    assert asyncio.run(asked)[0] == 503
 
 
 def test_small_requests_wait_for_no_place() -> None:

@@ -116,6 +116,18 @@ def test_who_is_not_enrolled_does_not_count(tmp_path: Path) -> None:
     assert grid.looks == 1 + ROUNDS
 
 
+def test_who_was_removed_is_not_waited_for(tmp_path: Path) -> None:
+    """Not even where all must be here; it may be removed while the others wait."""
+    removed = [0, 0, 1]
+    grid = Coming({1, 2, 3, 4, 5})
+    federation = replace(
+        operated(tmp_path / "run", quorum=1.0),
+        gone=lambda: removed.pop(0) if len(removed) > 1 else removed[0],
+    )
+    assert len(run_federation(grid, federation)) == ROUNDS
+    assert grid.looks == 2 + ROUNDS
+
+
 def test_devices_that_are_lost_keep_no_round_from_being_opened(tmp_path: Path) -> None:
     grid = Coming({1, 2, 3, 4, 5, 6}, {2, 4, 6})
     logs = run_federation(grid, operated(tmp_path / "run"))

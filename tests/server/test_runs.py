@@ -116,6 +116,29 @@ def test_given_up_for_good(home: OperatorHome) -> None:
     assert finish(home).start is not None  # from where that one was left
 
 
+def test_given_up_only_where_another_can_be_made(home: OperatorHome) -> None:
+    made = federation(home.output, home)
+    run_federation(SmallGrid(), made, drained=lambda: len(made.store.rounds()) == 3)
+    key = Keystore(home.folder / "keys").get(SIGNING_KEY)
+    assert key is not None
+    Keystore(home.folder / "keys").destroy(SIGNING_KEY)
+    with pytest.raises(ConfigError, match="no signing key"):
+        home.begin_next(give_up=True)
+    Keystore(home.folder / "keys").put(SIGNING_KEY, key)
+    run_federation(SmallGrid(), made)  # it goes on
+
+
+def test_it_starts_from_the_newest_release_also_past_a_run_that_has_none(
+    home: OperatorHome,
+) -> None:
+    newest = finish(home).store.latest()
+    home.begin_next()
+    home.begin_next(give_up=True)
+    made = federation(home.output, home)
+    assert made.start is not None
+    assert made.start.run == newest.about["run"]
+
+
 def test_given_up_also_where_it_is_damaged(home: OperatorHome) -> None:
     finish(home)
     (home.output / LEDGER).write_bytes(b"nothing\n")
@@ -224,10 +247,10 @@ def test_an_interrupted_run_goes_on_from_the_start_that_it_had(home: OperatorHom
     home.begin_next()
     made = federation(home.output, home)
     run_federation(SmallGrid(), made, drained=lambda: len(made.store.rounds()) == 2)
-    with pytest.raises(FederationError, match="start"):
-        run_federation(SmallGrid(), replace(made, start=None))
+    shutil.rmtree(all_runs(home.folder)[0])  # its release 0 holds what it started from
     run_federation(SmallGrid(), federation(home.output, home))
     assert len(made.store.rounds()) == ROUNDS + 1
+    assert made.store.latest().about["start"] == made.store.read(0).about["start"] is not None
 
 
 def test_a_start_that_was_changed_is_refused(home: OperatorHome) -> None:

@@ -435,6 +435,21 @@ def test_no_burning_on_a_release_starts_the_count_anew(served: Served, clock: Cl
         assert served.look() == "running"
 
 
+def test_no_burning_on_in_a_run_that_follows(served: Served, clock: Clock) -> None:
+    """Each run is counted by itself."""
+    with Run(served.home) as run:
+        for _ in range(3):
+            run.release()
+        run.burn(2)
+    served.look()
+    assert served.supervisor._burnt(5) == 0
+    with Run(served.home) as run:
+        run.ledger.end()
+    served.home.begin_next()
+    assert served.supervisor._burnt(0) == 0
+    assert served.supervisor._burnt(MOST_BURNT) == MOST_BURNT
+
+
 def test_a_run_that_is_over_is_not_started(served: Served) -> None:
     with Run(served.home) as run:
         run.release()
