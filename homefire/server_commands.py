@@ -384,11 +384,8 @@ def key(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
 def renew(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
     """Make a new certificate by the same authority; devices need not be told."""
     _need()
-    from homefire.server.operator_home import LOOPBACK_NAMES
-
     server = _home(home)
-    names = server.config.names
-    server.certificates.renew([*names, *(n for n in LOOPBACK_NAMES if n not in names)])
+    server.certificates.renew(server.config.all_names)
     expires = f"{server.certificates.expires():%Y-%m-%d}"
     _show(as_json, {"expires": expires}, f"Good until {expires}; restart the server.")
 

@@ -21,7 +21,7 @@ from collections.abc import (
     MutableMapping,
 )
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
@@ -173,18 +173,11 @@ class Transfers:
             return
         shown = request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, "")
         own = self._own.setdefault(shown, asyncio.Lock())
-        async with asyncio.timeout(self.seconds):
-            await own.acquire()
-            try:
-                await self._places.acquire()
-            except BaseException:
-                own.release()
-                raise
-        try:
+        async with AsyncExitStack() as taken:
+            async with asyncio.timeout(self.seconds):
+                await taken.enter_async_context(own)
+                await taken.enter_async_context(self._places)
             yield
-        finally:
-            self._places.release()
-            own.release()
 
 
 @dataclass(slots=True)

@@ -45,7 +45,7 @@ from homefire.common.ticket import Ticket
 from homefire.server.certificates import Certificates, check_names
 from homefire.server.enrolment import Device, Enrolment
 from homefire.server.run_state import SIGNING_KEY
-from homefire.server.runs import RUNS, all_runs, follow, has_begun, keystore, make_run
+from homefire.server.runs import RUNS, all_runs, follow, has_begun, keystore, make_run, signing_key
 from homefire.server.templates import USERS, federation_toml, policy_toml
 
 SERVER, FEDERATION, POLICY = "server.toml", "federation.toml", "device-policy.toml"
@@ -86,6 +86,11 @@ class ServerConfig(Frozen):
     operator: int = Field(9096, ge=1, le=65535, description="Page and metrics; likewise.")
     ticket_hours: float = Field(168.0, gt=0, description="How long a ticket can be redeemed.")
     limits: LimitsConfig = LimitsConfig()
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """What its certificate is for: the names of this machine to itself as well."""
+        return tuple(dict.fromkeys([*self.names, *LOOPBACK_NAMES]))
 
     @field_validator("fleet", "registry")
     @classmethod
@@ -163,13 +168,7 @@ class OperatorHome:
         Raises:
             ConfigError: It is gone; another one would be none that devices trust.
         """
-        keys = keystore(self.folder)
-        if keys.get(SIGNING_KEY) is None:
-            raise ConfigError(
-                f"{keys.place}: there is no signing key",
-                hint="Put its copy in place: devices take nothing that another one signs.",
-            )
-        return public_key(keys.signing_key(SIGNING_KEY))
+        return public_key(signing_key(self.folder))
 
     def secret(self, name: str) -> Path:
         """The file of a secret."""
@@ -401,7 +400,7 @@ def init(
             f"{folder}: no server can be made there ({error.strerror})",
             hint="Give --home a folder that is empty, or not there yet, where you may write.",
         ) from error
-    home.certificates.make([*config.names, *(n for n in LOOPBACK_NAMES if n not in config.names)])
+    home.certificates.make(config.all_names)
     for name in (EXECUTOR_SECRET, OPERATOR_SECRET):
         write_atomically(home.secret(name), secrets.token_hex(SECRET_BYTES).encode(), mode=0o600)
     key = public_key(keystore(folder).signing_key(SIGNING_KEY))  # drawn here, and once

@@ -10,6 +10,8 @@
 import re
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from homefire.common.errors import ConfigError, FederationError
 from homefire.common.files import make_folder, sync_folder
 from homefire.common.keystore import Keystore
@@ -46,7 +48,7 @@ def make_run(home: Path) -> Path:
     Raises:
         ConfigError: The server's key is gone.
     """
-    key = _signing_key(home)
+    key = signing_key(home).private_bytes_raw()
     earlier = all_runs(home)
     number = int(earlier[-1].name) + 1 if earlier else 1
     output = home / RUNS / f"{number:04d}"
@@ -57,13 +59,19 @@ def make_run(home: Path) -> Path:
     return output
 
 
-def _signing_key(home: Path) -> bytes:
-    if (key := keystore(home).get(SIGNING_KEY)) is None:
+def signing_key(home: Path) -> Ed25519PrivateKey:
+    """The server's key, which is drawn when the server is made and never again.
+
+    Raises:
+        ConfigError: It is gone.
+    """
+    keys = keystore(home)
+    if keys.get(SIGNING_KEY) is None:
         raise ConfigError(
             f"{home / SERVER_KEYS}: there is no signing key",
             hint="Put its copy in place: devices trust no other key.",
         )
-    return key
+    return keys.signing_key(SIGNING_KEY)
 
 
 def follow(home: Path, *, give_up: bool = False) -> Path:
@@ -85,7 +93,7 @@ def follow(home: Path, *, give_up: bool = False) -> Path:
         return make_run(home)
     newest = runs[-1]
     if give_up:
-        _signing_key(home)  # before anything is lost
+        signing_key(home)  # before anything is lost
         Keystore.beside(newest).destroy(RUN_KEY)
         return make_run(home)
     if not has_begun(newest):

@@ -24,7 +24,8 @@ from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import PrivacyPlan, plan_privacy
 from homefire.server.registry import REGISTRY
 from homefire.server.registry_folder import newest_statements
-from homefire.server.releases import Release, ReleaseStore
+from homefire.server.releases import Release
+from homefire.server.run_state import Federation
 
 SHOWN_ROUNDS, SHOWN_RELEASES = 500, 20
 NUMBER_BYTES = 4
@@ -308,5 +309,5 @@ def _plan(config: FederationConfig) -> PrivacyPlan:
 
 def _newest(home: OperatorHome) -> Release | None:
     """The newest release of the newest run; None before the first."""
-    store = ReleaseStore(home.output / "releases")
+    store = Federation.store_of(home.output)
     return store.latest() if store.rounds() else None

@@ -49,7 +49,6 @@ from homefire.server.listener import bounded_protocol, make_room
 from homefire.server.logs import begin
 from homefire.server.operator_home import (
     EXECUTOR_SECRET,
-    LOOPBACK_NAMES,
     OPERATOR_SECRET,
     OperatorHome,
 )
@@ -243,13 +242,14 @@ async def serve(home: OperatorHome) -> None:
     def removed(shown: bytes) -> bool:
         return enrolment.is_removed(b64decode(shown))
 
-    names = {*config.names, *LOOPBACK_NAMES}
     limits = config.limits
     # Some connections are kept between two requests.
     room = make_room(2 * limits.connections + limits.waiting)
     fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
     waiting = fleet.bells.__len__
-    door = Door(fleet, names, enroller(home, enrolment, app), limits, known, removed, waiting)
+    door = Door(
+        fleet, config.all_names, enroller(home, enrolment, app), limits, known, removed, waiting
+    )
     fleet.refused = door.refused
     secret = home.read_secret(OPERATOR_SECRET)
     private = Private(app, door, fleet.bells, secret)
@@ -280,7 +280,7 @@ async def serve(home: OperatorHome) -> None:
         while not inner.started and not private_listener.done():
             await asyncio.sleep(0.05)
         if inner.started:
-            await asyncio.to_thread(know_again, app, home.enrolment.devices())
+            await asyncio.to_thread(know_again, app, enrolment.devices())
             tasks.create_task(outer.serve())
         wiping = tasks.create_task(_keep_wiping(home.folder / "flower" / DATABASE))
         await asyncio.wait([private_listener])

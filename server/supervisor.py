@@ -20,8 +20,7 @@ from homefire.common.files import DISK_HINT
 from homefire.common.loopback import past_proxies
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
-from homefire.server.releases import ReleaseStore
-from homefire.server.run_state import rounds_spent
+from homefire.server.run_state import Federation, rounds_spent
 from homefire.server.status import Status, look
 
 LOG = logging.getLogger(__name__)
@@ -253,7 +252,7 @@ class Supervisor:
         output = self.home.output
         if self._spent_before is None or self._spent_before[0] != output:  # another run began
             self._spent_before = output, opened
-        newest = max(ReleaseStore(output / "releases").rounds(), default=0)
+        newest = max(Federation.store_of(output).rounds(), default=0)
         return opened - max(newest, self._spent_before[1])
 
     def _follow(self, run: int) -> None:
