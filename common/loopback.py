@@ -1,10 +1,12 @@
-"""This machine's own addresses, which no proxy stands before.
+"""This machine's own addresses, which no proxy stands before, and their ports.
 
 Where HTTPS_PROXY or HTTP_PROXY is set, what libraries send to this machine would go to the proxy,
 which cannot reach it.
 """
 
+import socket
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 NAMES = ("127.0.0.1", "localhost", "::1")
 VARIABLES = ("no_proxy", "NO_PROXY")
@@ -21,3 +23,17 @@ def past_proxies(environment: Mapping[str, str]) -> dict[str, str]:
     named = [name for part in given if (name := part.strip())]
     hosts = [EVERYWHERE] if EVERYWHERE in named else list(dict.fromkeys([*named, *NAMES]))
     return dict.fromkeys(VARIABLES, ",".join(hosts))
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that differ and that nobody listens on now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((NAMES[0], 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    return free_ports(1)[0]

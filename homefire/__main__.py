@@ -127,8 +127,9 @@ def prepare(
     the printed ports are this run's own.
     """
     need("simulation", "ray", "plotly", "dp_accounting")
+    from homefire.common.loopback import free_ports
     from homefire.simulations.experiment import load_experiment
-    from homefire.simulations.preparation import free_folder, free_ports
+    from homefire.simulations.preparation import free_folder
     from homefire.simulations.progress import prepare_visibly
 
     settings = load_experiment(experiment, overrides or [])

@@ -44,7 +44,7 @@ import httpx
 import keyring
 import psutil  # type: ignore[import-untyped]
 from keyring.backends import fail
-from tiny_flower import ENVIRONMENT, alive, descendants, free_port
+from tiny_flower import ENVIRONMENT, alive, descendants
 from tiny_models import make_tiny_model
 from tiny_vaults import PASSPHRASE
 from vault_torture import cheapen_passphrases, require
@@ -53,6 +53,7 @@ from homefire.client import Personalizer
 from homefire.client.vault import open_vault
 from homefire.common.errors import HomefireError
 from homefire.common.keystore import Keystore
+from homefire.common.loopback import free_ports
 from homefire.common.privacy.ledger import Anchor, check_lines, empty
 from homefire.common.records import Record
 from homefire.common.release_statement import ReleaseStatement, Signed, read_statement
@@ -454,8 +455,9 @@ def _half_published(registry: Path) -> bool:
 
 def make_server(folder: Path, model: Path) -> OperatorHome:
     """A server's folder, with free ports."""
-    settings: dict[str, Any] = {name: f"127.0.0.1:{free_port()}" for name in ("fleet", "registry")}
-    settings |= {name: free_port() for name in ("private", "operator")}
+    fleet, registry, private, operator = free_ports(4)
+    settings: dict[str, Any] = {"private": private, "operator": operator}
+    settings |= {"fleet": f"127.0.0.1:{fleet}", "registry": f"127.0.0.1:{registry}"}
     home = init(folder, names=["127.0.0.1"], settings=settings)
     text = FEDERATION.format(
         devices=DEVICES, model=model, rounds=ROUNDS, cohort=COHORT, deadline=DEADLINE

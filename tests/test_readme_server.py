@@ -9,9 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tiny_flower import ENVIRONMENT, free_port
+from tiny_flower import ENVIRONMENT
 
 from homefire.common.keystore import Keystore
+from homefire.common.loopback import free_ports
 from homefire.server.operator_home import OperatorHome
 from homefire.server.registry import open_home
 from homefire.server.run_ledger import RunLedger
@@ -33,7 +34,7 @@ def script() -> str:
 
 def shortened(model: Path) -> str:
     """The script with a tiny model and ports that are free; nothing else is changed."""
-    fleet, registry, private, operator = (free_port() for _ in range(4))
+    fleet, registry, private, operator = free_ports(4)
     found = script().replace("smollm2-135m", str(model))
     own = f"--private {private} --operator {operator}"
     found = found.replace("homefire server init", f"homefire server init {own}")

@@ -11,12 +11,13 @@ from threading import Event, Thread
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
-from tiny_flower import ROUNDS, SETTINGS, USERS, Flower, Tap, free_port
+from tiny_flower import ROUNDS, SETTINGS, USERS, Flower, Tap
 from tiny_vaults import CANARY, PASSPHRASE
 
 from homefire.client.joining import Link
 from homefire.client.personalizer import Personalizer
 from homefire.common.adapter import Vector
+from homefire.common.loopback import free_port
 from homefire.common.records import Record
 from homefire.common.signatures import public_key
 from homefire.server.app import app as server_app

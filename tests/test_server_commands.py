@@ -18,7 +18,6 @@ from click.testing import Result
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from tiny_flower import free_port
 from tiny_operators import enrol_made_up, made_home, settings_of_run, until
 from tiny_registries import RUN, SPEC, about, vector
 from tiny_vaults import served_on_a_port
@@ -27,6 +26,7 @@ from typer.testing import CliRunner
 from homefire.common.config import load_config
 from homefire.common.errors import ConfigError, EnrolmentError, FederationError, HomefireError
 from homefire.common.keystore import Keystore
+from homefire.common.loopback import free_port
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.mechanism import participation_charge
 from homefire.common.ticket import Ticket

@@ -26,9 +26,10 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-from tiny_flower import Flower, free_port
+from tiny_flower import Flower
 from tiny_runs import device_key
 
+from homefire.common.loopback import free_port, free_ports
 from homefire.common.protocol import VERSION
 from homefire.common.signatures import public_key, sign
 from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
@@ -222,8 +223,9 @@ def activate(place: Place, member: Member) -> None:
 
 def made_home(folder: Path, limits: str = "") -> OperatorHome:
     """A server's folder with free ports."""
-    ports = {"private": free_port(), "operator": free_port()}
-    places = {name: f"{HERE}:{free_port()}" for name in ("fleet", "registry")}
+    fleet, registry, private, operator = free_ports(4)
+    ports = {"private": private, "operator": operator}
+    places = {"fleet": f"{HERE}:{fleet}", "registry": f"{HERE}:{registry}"}
     home = operator_home.init(folder, names=[HERE], settings={**ports, **places})
     if limits:
         path = folder / operator_home.SERVER

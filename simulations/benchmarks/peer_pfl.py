@@ -20,8 +20,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from homefire.common.errors import HomefireError
+from homefire.common.loopback import free_ports
 from homefire.simulations.benchmarks.measured import Measured
-from homefire.simulations.preparation import Run, free_ports
+from homefire.simulations.preparation import Run
 
 WORKER = "homefire.simulations.benchmarks.pfl_worker"
 TIMES, RELEASES = "times-{}.json", "releases.safetensors"

@@ -22,6 +22,7 @@ from flwr.app import Context, RecordDict
 import homefire
 from homefire.client.app import app as client_app
 from homefire.client.progress import Advance, Reporter
+from homefire.common.loopback import free_ports
 from homefire.server.app import app as server_app
 from homefire.server.status import read_rounds
 from homefire.simulations.benchmarks.measured import Stopwatch
@@ -33,7 +34,6 @@ from homefire.simulations.load.rig import (
     LOOPBACK,
     RigError,
     end,
-    free_ports,
     scripts,
     standing,
     wait_for,

@@ -5,7 +5,6 @@ All of it lies in one folder and talks over loopback, with TLS and tickets as el
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 from flwr.proto.control_pb2 import RegisterNodeRequest
 
 from homefire.common.errors import HomefireError
+from homefire.common.loopback import free_ports
 from homefire.common.signatures import sign
 from homefire.common.ticket import ENROLMENT, signed_parts
 from homefire.server import operator_home
@@ -202,16 +202,6 @@ def make_home(folder: Path, federation: str) -> OperatorHome:
     with (folder / operator_home.SERVER).open("a", encoding="utf-8") as file:
         file.write(LIMITS)
     return home
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now."""
-    sockets = [socket.create_server((LOOPBACK, 0)) for _ in range(count)]
-    try:
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def wait_for(

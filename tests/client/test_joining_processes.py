@@ -19,12 +19,13 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from tiny_flower import Flower, alive, descendants, free_port
+from tiny_flower import Flower, alive, descendants
 from tiny_vaults import CANARY, PASSPHRASE
 
 from homefire.client import Personalizer
 from homefire.client.joining import Link, Membership
 from homefire.client.joining_changes import Change, State, Trouble, trouble_of
+from homefire.common.loopback import free_port
 from homefire.common.ticket import CLOCK_SIGN
 
 pytestmark = [

@@ -1,12 +1,13 @@
 """What is said to this machine goes through no proxy."""
 
+import socket
 import urllib.request
 from collections.abc import Mapping
 
 import httpx
 import pytest
 
-from homefire.common.loopback import NAMES, past_proxies
+from homefire.common.loopback import NAMES, free_ports, past_proxies
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,10 @@ def is_direct(url: str) -> bool:
     """Whether httpx, and so Flower, takes the way that it takes without a proxy."""
     with httpx.Client() as client:
         return client._transport_for_url(httpx.URL(url)) is client._transport
+
+
+def test_free_ports_differ_and_can_be_used() -> None:
+    ports = free_ports(3)
+    assert len(set(ports)) == 3
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", ports[0]))

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tiny_flower import free_port
 from tiny_operators import Operated, operated
 
+from homefire.common.loopback import free_port
 from homefire.server.certificates import Certificates
 from homefire.server.line import SWEEP_SECONDS, SWEEP_SHARE, Asking, HttpLine
 from homefire.server.operator_home import OPERATOR_SECRET

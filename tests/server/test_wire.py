@@ -29,7 +29,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE as PROTOBUF
-from tiny_flower import Flower, free_port
+from tiny_flower import Flower
 from tiny_hands import ACQUIRE, bundle, hostile_bundle, registered
 from tiny_operators import (
     HERE,
@@ -48,6 +48,7 @@ from tiny_operators import (
 
 from homefire.client.enrolment import _ask
 from homefire.common.errors import ConfigError, EnrolmentError
+from homefire.common.loopback import free_port
 from homefire.common.ticket import ENROL_PATH, Ticket
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(175)]

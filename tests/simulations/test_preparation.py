@@ -1,7 +1,6 @@
 """A run's folder: who gets which records, and that settings survive their files."""
 
 import json
-import socket
 import tracemalloc
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from homefire.common.records import User, write_users
 from homefire.common.signatures import public_key
 from homefire.simulations.experiment import Experiment, load_experiment
 from homefire.simulations.populations import load_population
-from homefire.simulations.preparation import free_folder, free_ports, prepare, reopen
+from homefire.simulations.preparation import free_folder, prepare, reopen
 
 MODEL = "base_model.name=nobody/model"
 """The id of a hub: preparing a run looks nothing up there."""
@@ -205,13 +204,6 @@ def test_what_was_skipped_is_counted(tmp_path: Path) -> None:
 def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="is not a plain name"):
         free_folder(tmp_path, name)
-
-
-def test_free_ports_differ_and_can_be_used() -> None:
-    ports = free_ports(3)
-    assert len(set(ports)) == 3
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", ports[0]))
 
 
 def test_free_folder_counts_up(tmp_path: Path) -> None:
