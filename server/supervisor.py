@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,6 +42,11 @@ ENVIRONMENT = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
 
+COMES_AND_GOES = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+"""For glibc, in a process through which messages pass: each buffer of a message is a mapping of its
+own and goes back to the system at once. In a heap, what small and lasting lies between them keeps
+their room from it, and memory grows by the hour."""
+
 
 @dataclass(slots=True)
 class Child:
@@ -51,6 +56,7 @@ class Child:
         name: Of its log.
         command: What is started.
         folder: The server's.
+        settings: Of its environment, where the operator's own does not say otherwise.
         inherited: A descriptor that it keeps; see `OperatorHome.alone`.
         starts: How often it was started.
     """
@@ -58,6 +64,7 @@ class Child:
     name: str
     command: Sequence[str]
     folder: Path
+    settings: Mapping[str, str] = field(default_factory=dict)
     inherited: int | None = None
     starts: int = 0
     _process: "subprocess.Popen[bytes] | None" = None
@@ -97,7 +104,7 @@ class Child:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
                 self.command,
                 cwd=home,
-                env=_environment(home),
+                env={**self.settings, **_environment(home)},
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
@@ -168,11 +175,11 @@ class Supervisor:
             str(self.home.secret(EXECUTOR_SECRET).absolute()),
         ]
         self.children = [
-            Child(name, [sys.executable, "-m", f"homefire.server.{name}", *options], folder)
-            for name, options in (
-                ("superlink", own),
-                ("registry", [*own, *listen]),
-                ("executor", executor),
+            Child(name, [sys.executable, "-m", f"homefire.server.{name}", *options], folder, extra)
+            for name, options, extra in (
+                ("superlink", own, COMES_AND_GOES),
+                ("registry", [*own, *listen], {}),
+                ("executor", executor, {}),
             )
         ]
         for child in self.children:
