@@ -101,7 +101,7 @@ def ceiling(
     chosen = shape or ("135m" if gpu and not quick else "tiny")
     if chosen not in benchmark.SHAPES:
         raise typer.BadParameter(f"{chosen!r} is none of {', '.join(benchmark.SHAPES)}")
-    cohorts = (8, 32, 64, 128) if gpu else (2, 8, 16)
+    cohorts = (8, 32, 128, 256) if gpu else (2, 8, 16)
     found = benchmark.measure(
         chosen, cohorts, benchmark.Steps(), compiled=not quick, say=_teller(as_json)
     )

@@ -19,7 +19,7 @@ class EngineConfig(Frozen):
     )
     memory_share: float = Field(0.5, gt=0, le=1, description="Of free memory that is taken.")
     autocast: bool = Field(False, description="Compute matrix products in bfloat16.")
-    compiled: bool = Field(False, description="torch.compile; pays on a GPU, after minutes.")
+    compiled: bool = Field(False, description="torch.compile; minutes before the first step.")
     deterministic: bool = Field(
         False, description="The same bits in every run on one kind of machine, a GPU included."
     )

@@ -168,7 +168,7 @@ def test_the_ceilings_shape_depends_on_the_machine(
         ("1.2b", True),
     ]
     assert {each["cohorts"] for each in asked[:3]} == {(2, 8, 16)}
-    assert {each["cohorts"] for each in asked[3:]} == {(8, 32, 64, 128)}
+    assert {each["cohorts"] for each in asked[3:]} == {(8, 32, 128, 256)}
     assert all(each["steps"] == ceiling_module.Steps() for each in asked)
 
 

@@ -93,7 +93,7 @@ def measure(
         cohorts: Numbers of users at once; what does not fit into memory is left out.
         steps: The local training.
         compiled: Also with torch.compile, for 64 users and the largest cohort that fits.
-        say: Told what begins.
+        say: Told what begins, and what it took.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("matrix product")
@@ -117,6 +117,7 @@ def measure(
         base = points[0].milliseconds if points else 1e3 * seconds
         each = 1e3 * seconds / users
         points.append(Point(name, users, each, speed, speed / ceiling, base / each, peak, first))
+        say(f"{each:.1f} ms a user, {speed / ceiling:.1%} of the ceiling")
         return True
 
     add("one by one", 1, lambda: _one_by_one(network, steps, device))
@@ -237,7 +238,7 @@ def main() -> None:
     """The command line of a machine that has nothing else of homefire's."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="135m")
-    parser.add_argument("--cohorts", type=int, nargs="+", default=[8, 32, 64, 128])
+    parser.add_argument("--cohorts", type=int, nargs="+", default=[8, 32, 128, 256])
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", action="store_true", help="only the result, as one JSON object")
     given = parser.parse_args()
