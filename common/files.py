@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,16 @@ def replacing(
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
+
+
+def need_room(folder: Path, size: int) -> None:
+    """Ask whether a folder's disk has so many bytes free, before something is spent.
+
+    Raises:
+        OSError: It has not, as if it had been written.
+    """
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 @contextmanager

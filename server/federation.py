@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from homefire.common.adapter import Vector
 from homefire.common.config import FederationConfig
 from homefire.common.errors import BudgetExhaustedError, FederationError
-from homefire.common.files import append_line
+from homefire.common.files import append_line, need_room
 from homefire.common.plan import PlanHeader, PrivacyBlock, RoundPlan, release_digest
 from homefire.common.privacy.adaptive_clip import next_clip_norm
 from homefire.common.privacy.mechanism import Gaussian, Mechanism
@@ -47,6 +47,10 @@ LAST_LOOK = 5.0
 TELL_SECONDS = 60.0
 LARGEST_ENVELOPE = 1 << 17
 """Bytes of a reply's record besides its vector: header, signature, names."""
+
+ROOM, ROOM_EACH = 1 << 18, 32
+"""Bytes for a round's lines, and for each parameter: twice a checkpoint's two moments, a release
+and its copy in the registry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ def run_federation(
 
     Guarantees:
         Charged first: a round is in the ledger, on the disk, before its plan leaves.
+        Room first: no round is opened where the disk has no room for what it writes.
         No false amplification: once a device refused because of earlier rounds, releases state the
             unamplified epsilon.
 
@@ -103,6 +108,7 @@ def run_federation(
         BudgetExhaustedError: Amplification is lost, and what holds without it is more than the
             epsilon that was asked for; nothing more is released.
         LedgerError: The ledger is damaged, rolled back or in use.
+        OSError: The disk is full, or fails.
     """
     config = federation.config
     ledger = open_ledger(federation)
@@ -133,6 +139,7 @@ def _round(grid: Grid, federation: Federation, state: RunState) -> RoundLog:
     """One round, from plan to release."""
     started, config = time.monotonic(), federation.config
     mechanism, number = federation.privacy.mechanism, state.next_round
+    need_room(config.output, ROOM_EACH * federation.spec.contribution_size + ROOM)
     state.ledger.open_round(number)
     cohort = cohort_of(
         number,

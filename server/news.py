@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from homefire.server.operator_home import OperatorHome
 from homefire.server.releases import ReleaseStore
+from homefire.server.status import plain
 
 
 class News:
@@ -48,7 +49,7 @@ class News:
         ]
         lines += [f"{name} runs again" for name in sorted(self._down - set(down))]
         self._down = frozenset(down)
-        return lines
+        return [plain(line) for line in lines]
 
     def _newest(self) -> tuple[str, int]:
         """The newest run, and its newest release."""

@@ -12,6 +12,7 @@
 """
 
 import logging
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ from homefire.server.run_ledger import KIND, RunLedger
 LOG = logging.getLogger(__name__)
 RUN_KEY = "run-key"
 LEDGER = "ledger.jsonl"
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,15 +181,28 @@ def open_ledger(federation: Federation) -> RunLedger:
     return ledger
 
 
-def rounds_spent(output: Path) -> tuple[int, bool]:
+def rounds_spent(output: Path, *, wait: float = 0.0) -> tuple[int, bool]:
     """How many rounds of an output folder's run are spent, and whether the run is over.
+
+    Args:
+        output: Of the run.
+        wait: Seconds for which another process may still use the ledger; a server looks at it at
+            times.
 
     Raises:
         LedgerError: The ledger is damaged, rolled back or in use.
     """
     if not (output / LEDGER).exists():
         return 0, False
-    ledger = RunLedger.open(output / LEDGER, Keystore.beside(output))
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            ledger = RunLedger.open(output / LEDGER, Keystore.beside(output))
+            break
+        except LedgerError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
     ledger.ledger.close()
     return ledger.opened, ledger.ended or _key_destroyed(ledger)
 

@@ -19,6 +19,8 @@ from homefire.server.releases import SERVER_KEYS, SIGNING_KEY
 from homefire.server.run_state import LEDGER, RUN_KEY, Federation, Start, rounds_spent
 
 RUNS = "runs"
+WAIT_SECONDS = 3.0
+"""For a ledger that a server looks at now and then, for a moment."""
 
 
 def keystore(home: Path) -> Keystore:
@@ -101,7 +103,7 @@ def follow(home: Path, *, give_up: bool = False) -> Path:
             f"run {newest.name} has not begun yet",
             hint="Change its settings in federation.toml.",
         )
-    spent, over = rounds_spent(newest)
+    spent, over = rounds_spent(newest, wait=WAIT_SECONDS)
     if not over:
         raise FederationError(
             f"run {newest.name} is not over: {spent} of its rounds are spent",

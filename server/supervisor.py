@@ -34,6 +34,9 @@ GONE_SECONDS = 3.0
 MOST_BURNT = 5
 """Rounds in a row that may be spent without a release before somebody has to look."""
 
+MOST_FRUITLESS = 3
+"""Starts in a row of a ServerApp that opened no round, before the state says so."""
+
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -132,8 +135,8 @@ class Supervisor:
     """The processes and the run of one server.
 
     Guarantees:
-        Goes on: a process, or a run, that ended by itself or was killed is started again; a round
-            that it was in is burnt, as the ledger says.
+        Goes on: a process, or a run, that ended by itself or was killed is started again, the later
+            the more often it came to nothing; a round that it was in is burnt, as the ledger says.
         One ServerApp: none is started while another one runs, nor while Flower takes one that was
             killed for running.
         No burning on: after so many rounds in a row that were spent without a release, nothing more
@@ -161,6 +164,8 @@ class Supervisor:
     _not_before: float = 0.0
     _pause: float = FIRST_PAUSE
     _spent_before: tuple[Path, int] | None = None
+    _spent_at_start: int = 0
+    _fruitless: int = 0
 
     def __post_init__(self) -> None:
         self.control = Control(self.home)
@@ -223,9 +228,11 @@ class Supervisor:
 
     def _tend_run(self) -> None:
         try:
-            if self._run is None and self.home.is_draining() and not self.home.is_at_work():
+            is_up = self.control.is_up()
+            may_end = self.home.is_draining() and not self.home.is_at_work()
+            if may_end and (self._run is None or not is_up):
                 self.state = DRAINED
-            elif not self.control.is_up():
+            elif not is_up:
                 self.state = "waiting for the SuperLink"
             elif self._run is None:
                 self._begin()
@@ -251,8 +258,9 @@ class Supervisor:
         elif time.monotonic() >= self._not_before:
             self.home.participants()
             self._last_start, self._gone_since = self.home.last_start, None
+            self._spent_at_start = opened
             self._run = self.control.start()
-            self.state = "running"
+            self.state = self._running
 
     def _burnt(self, opened: int) -> int:
         """Rounds that were spent without a release, up to the newest and since this one started."""
@@ -267,14 +275,25 @@ class Supervisor:
         status, how = self.control.status(run)
         if status not in (FINISHED, UNKNOWN):
             if not self._is_gone():
-                self.state = "draining" if self.home.is_draining() else "running"
+                self.state = "draining" if self.home.is_draining() else self._running
                 return
             # Flower would believe in it for another minute.
             self.control.stop(run)
             how = "killed"
         LOG.warning("the run ended: %s", how or status)
-        self._pause = FIRST_PAUSE if how != FAILED else min(LONGEST_PAUSE, 2 * self._pause)
+        opened, _ = rounds_spent(self.home.output, wait=GONE_SECONDS)
+        self._fruitless = 0 if opened > self._spent_at_start else self._fruitless + 1
+        soon = how != FAILED and self._fruitless <= 1
+        self._pause = FIRST_PAUSE if soon else min(LONGEST_PAUSE, 2 * self._pause)
         self._run, self._not_before = None, time.monotonic() + self._pause
+
+    @property
+    def _running(self) -> str:
+        """What is said of a run that is under way."""
+        if self._fruitless < MOST_FRUITLESS:
+            return "running"
+        ended = f"the ServerApp ended {self._fruitless} times before it opened a round"
+        return f"waiting: {ended}; see logs/serverapp.log and logs/executor.log"
 
     def _is_gone(self) -> bool:
         """Whether the run's ServerApp was there, and is not any more."""

@@ -80,6 +80,15 @@ def test_stops_when_asked_whatever_it_waits_for(
     assert not supervisor.home.is_draining()
 
 
+def test_stops_when_asked_where_the_superlink_of_a_run_is_dead(supervisor: Supervisor) -> None:
+    """Nothing is at work, and nothing will be: nobody can start the run's next ServerApp."""
+    supervisor.control, supervisor._run = Silent(), 7  # type: ignore[assignment]
+    supervisor._tend_run()
+    assert supervisor.state == "waiting for the SuperLink"
+    drain(supervisor.home)
+    assert ended(supervisor) == DRAINED
+
+
 def test_stops_when_asked_after_the_round_under_way(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -24,6 +25,7 @@ from homefire.common.config import RoundsConfig
 from homefire.common.errors import EnrolmentError, HomefireError
 from homefire.common.signatures import public_key, sign
 from homefire.common.ticket import ENROLMENT, signed_parts
+from homefire.server import federation as round_loop
 from homefire.server.app import publish_all
 from homefire.server.enrolment import Enrolment, Request
 from homefire.server.federation import run_federation
@@ -123,11 +125,14 @@ def examine_if_begun(federation: Federation) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_wherever_a_real_disk_was_full(tmp_path: Path) -> None:
+def test_a_run_goes_on_wherever_a_real_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fill_again_and_again() -> None:
         disk, federation = SmallDisk(tmp_path), new_run(tmp_path)
         go_on(federation, rounds=1)
         said = set()
+        monkeypatch.setattr(round_loop, "need_room", lambda *_: None)  # another program is quicker
         for leave in range(0, 14 * PAGE, PAGE):
             disk.fill(leave=leave)
             words = refused(lambda: go_on(federation, rounds=100), tmp_path)
@@ -140,6 +145,31 @@ def test_a_run_goes_on_wherever_a_real_disk_was_full(tmp_path: Path) -> None:
         assert {"releases", "registry", "run.keys"} <= said, f"it was full in {said} alone"
 
     on_small_disk(tmp_path, 8192, fill_again_and_again)
+
+
+def test_room_first_no_round_is_opened_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is tried: no device is asked, and nothing is spent."""
+    federation, asked = new_run(tmp_path), []
+    go_on(federation, rounds=1)
+
+    def full(folder: Path) -> SimpleNamespace:
+        asked.append(folder)
+        return SimpleNamespace(free=round_loop.ROOM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", full)
+        for _ in range(3):
+            grid = SmallGrid(silent)
+            with pytest.raises(OSError, match="No space left") as caught:
+                run_federation(grid, federation)
+            assert caught.value.filename == str(federation.config.output)
+            assert not grid.rounds
+    assert asked == [federation.config.output] * 3
+    before = read_ledger(federation).opened
+    assert min(go_on(federation, rounds=1).rounds) == before + 1
+    examine(federation, resting=True)
 
 
 # Tickets

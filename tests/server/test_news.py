@@ -72,6 +72,16 @@ def test_nothing_of_anybody_is_told(home: OperatorHome) -> None:
         assert device.node_key.splitlines()[1] not in said
 
 
+def test_nothing_of_anybody_is_told_of_what_a_run_failed_of(home: OperatorHome) -> None:
+    """Nor what a terminal acts on."""
+    news = News(home)
+    home.keep_trouble(f"node 12345678901234567890, key {'ab' * 32}: \x1b[31mred")
+    (said, told) = news.look("waiting: node 12345678901234567890")
+    for line in (said, told):
+        assert "123456" not in line and "abab" not in line and "\x1b" not in line
+    assert told.startswith("trouble: node")
+
+
 def test_processes_that_end_are_told_and_that_they_run_again(home: OperatorHome) -> None:
     news = News(home)
     news.look("running")

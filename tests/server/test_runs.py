@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,13 @@ def test_a_run_follows_one_that_is_over(home: OperatorHome) -> None:
     finish(home)
     assert home.begin_next() == "0003"
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_follows_while_a_server_looks_at_the_one_before(home: OperatorHome) -> None:
+    made = finish(home)
+    ledger = RunLedger.open(home.output / LEDGER, made.keystore)
+    Timer(0.3, ledger.ledger.close).start()
+    assert home.begin_next() == "0002"
 
 
 def test_none_follows_one_that_is_under_way(home: OperatorHome) -> None:

@@ -30,6 +30,7 @@ from homefire.server.supervisor import (
     GONE_SECONDS,
     LONGEST_PAUSE,
     MOST_BURNT,
+    MOST_FRUITLESS,
     STEADY_SECONDS,
     Child,
     Supervisor,
@@ -388,6 +389,31 @@ def test_goes_on_where_the_run_failed_the_later_the_more_often(
         clock.now += 0.01
         served.look()
         assert len(served.control.started) == times + 1
+
+
+def test_goes_on_the_later_the_more_often_it_came_to_nothing(served: Served, clock: Clock) -> None:
+    """As where the base model does not fit into memory: it is killed before it opens a round."""
+    for times, pause in enumerate((1, 2, 4, 8, 16, 32, 60, 60), start=1):
+        said = served.look()
+        assert said.startswith("waiting: the ServerApp ended") == (times > MOST_FRUITLESS), said
+        assert len(served.control.started) == times
+        served.work()()
+        served.look()
+        clock.now += GONE_SECONDS
+        served.look()
+        clock.now += pause - 0.01
+        served.look()
+        assert len(served.control.started) == times
+        clock.now += 0.01
+    assert f"ended {times} times before it opened a round" in served.look()
+    with Run(served.home) as run:
+        run.burn(1)
+    served.work()()
+    served.look()
+    clock.now += GONE_SECONDS
+    served.look()
+    clock.now += FIRST_PAUSE
+    assert served.look() == "running"
 
 
 def test_goes_on_where_flower_has_forgotten_the_run(served: Served, clock: Clock) -> None:
