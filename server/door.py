@@ -61,7 +61,8 @@ OPEN = frozenset(
 REASONS = frozenset(
     (
         *("no such path", "no such method", "another host", "another version", "too many at once"),
-        *("no key", "another time", "too often", "seen before", "header twice", "two lengths"),
+        *("no key", "another time", "of before", "too often", "seen before", "header twice"),
+        "two lengths",
         *("no length", "too large", "too slow", "gone", "no request", "no enrolment"),
         *("enrolment failed", "removed", "not enrolled", ANOTHERS, LATE),
     )
@@ -106,7 +107,8 @@ class Door:
             once, with whatever signature, and none that was signed before this was started.
         One version: a device that states another version of the protocol is told so.
         Enrolled alone: Flower hears of nobody else, and of nobody whom the operator has removed.
-        Clock first: a device whose clock is too far off is told so, and not merely refused.
+        Clock first: a device whose clock is too far off is told so, and not merely refused. One whose
+            clock is a little behind is told to come again, where this was just started.
         Counted only: what is kept of refusals is how many there were, by reason.
 
     Assumes:
@@ -191,8 +193,8 @@ class Door:
         largest = self.limits.body_bytes if fleet else LARGEST_OF_STRANGERS
         self._check_length(headers, largest)
         signed_at = headers.get(SIGNED_AT, b"")
-        if fleet and not self._is_recent(signed_at):
-            raise _RefusedError(400, "another time", OTHER_TIME)
+        if fleet:
+            self._check_time(signed_at)
         if not self._within_rate(shown if known else _stranger(scope, fleet), known):
             raise _RefusedError(429, "too often")
         if fleet and not known:
@@ -227,16 +229,18 @@ class Door:
         except (HomefireError, OSError):  # who is enrolled cannot be read
             raise _RefusedError(503, "enrolment failed") from None
 
-    def _is_recent(self, stamp: bytes) -> bool:
-        """Whether Flower takes a signed time, and it is none of before this was started."""
+    def _check_time(self, stamp: bytes) -> None:
+        """Refuse a signed time that Flower would not take, or that is of before this was started."""
         try:
             signed_at = datetime.fromisoformat(stamp.decode("ascii")).timestamp()
         except (ValueError, OverflowError):
-            return True  # what is none, Flower refuses itself
+            return  # what is none, Flower refuses itself
         now = self.now()
         age, self._began = now - signed_at, min(self._began, now)  # the clock may be set back
-        fresh = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
-        return fresh and signed_at >= self._began
+        if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+            raise _RefusedError(400, "another time", OTHER_TIME)
+        if signed_at < self._began:
+            raise _RefusedError(503, "of before")
 
     def _check_length(self, headers: Mapping[bytes, bytes], largest: int) -> None:
         stated = headers.get(b"content-length")

@@ -19,9 +19,9 @@ from flwr.supercore.state.schema.linkstate_models import MessageRes
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from homefire.server.door import Door, send_json
+from homefire.server.door import Door, Event, Receive, send_json
 from homefire.server.fleet import Bells
 from homefire.server.line import ANSWERED_PATH, RING_PATH, WITHDRAW_PATH
 
@@ -30,8 +30,8 @@ Item = TypeVar("Item", int, str)
 DOOR_PATH = "/homefire/v1/door"
 RUNTIME = "/v1/runtime/"
 OWN = (RING_PATH, ANSWERED_PATH, WITHDRAW_PATH)
-FLOWERS = ("/v1/", "/health")
-LARGEST = 1 << 24  # bytes of a request of the round loop
+CONTROL = ("/v1/control/", "/health")
+LARGEST = 1 << 24  # bytes of a request; Flower's largest are chunks of 5 MB
 AT_ONCE = 500  # messages that are named in one statement
 
 
@@ -42,8 +42,9 @@ class Private:
     Guarantees:
         With the secret alone: without it nobody is rung for, nothing is said of messages, and none
             is taken back.
-        Nothing besides: of Flower's app its APIs and its health are reached, not the pages that
-            describe them.
+        Nothing besides: of Flower's app its programs' and the operator's API and its health are
+            reached: not the devices', which the door is before, nor the pages that describe them.
+        Bounded: of a request no more than `LARGEST` bytes are read, whoever on this machine asks.
 
     Attributes:
         app: Flower's.
@@ -66,14 +67,16 @@ class Private:
         path = scope.get("path", "")
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif path == DOOR_PATH:
+            return
+        receive = _bounded(receive)
+        if path == DOOR_PATH:
             told = {"served": self.door.served, "refused": dict(self.door.refused)}
             await send_json(send, 200, told)
         elif path in OWN:
             await self._own(Request(scope, receive), send)
         elif path.startswith(RUNTIME):
             await self._runtime({**scope, "app": self.app}, receive, send)
-        elif path.startswith(FLOWERS):
+        elif path.startswith(CONTROL):
             await self.app(scope, receive, send)
         else:
             await send_json(send, 404, {"error": "no such path"})
@@ -99,21 +102,31 @@ class Private:
             await send_json(send, 200, said, keep=True)
 
 
+def _bounded(receive: Receive) -> Receive:
+    """What is longer than `LARGEST` ends like a client that goes."""
+    left = LARGEST
+
+    async def receive_bounded() -> Event:
+        nonlocal left
+        event = await receive()
+        left -= len(event.get("body", b""))
+        return event if left >= 0 else {"type": "http.disconnect"}
+
+    return receive_bounded
+
+
 async def _listed(request: "Request[Any]", name: str, kind: type[Item]) -> list[Item]:
     """The list of this name, and nothing else, in a request's JSON.
 
     Raises:
         ValueError: There is none, or too much.
     """
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > LARGEST:
-            raise ValueError("too large")
     try:
-        asked = json.loads(body)
+        asked = json.loads(await request.body())
     except RecursionError as error:
         raise ValueError("too deep") from error
+    except ClientDisconnect as error:
+        raise ValueError("gone, or too large") from error
     found = asked.get(name) if isinstance(asked, dict) else None
     if not isinstance(found, list) or any(type(each) is not kind for each in found):
         raise ValueError(f"no list of {name}")
