@@ -1,6 +1,7 @@
 """Flower's SuperLink within one process: its app, its database, and devices that ask."""
 
 import asyncio
+import logging
 import shutil
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,6 +18,7 @@ from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, TIMESTAMP_HEADER
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
+from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.constant import (
@@ -26,7 +28,7 @@ from flwr.supercore.constant import (
     TaskType,
 )
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.fleet import fleet_handlers
 
@@ -161,15 +163,46 @@ def leave_message(link: SqlLinkState, node: int) -> Message:
     return message
 
 
-def pushing(asked: Message, *, by: int) -> PushMessagesRequest:
-    """The answer of the node that was asked, sent by that one or another."""
+def reply_to(asked: Message) -> Message:
+    """The answer of the node that was asked."""
     reply = Message(RecordDict({"contribution": ConfigRecord({"n": 2})}), reply_to=asked)
     reply.metadata.__dict__["_message_id"] = reply.object_id
+    return reply
+
+
+def pushing(reply: Message, *, by: int) -> PushMessagesRequest:
+    """An answer, sent by the node that was asked or another."""
     return PushMessagesRequest(
         node=Node(node_id=by),
         messages_list=[message_to_proto(remove_content_from_message(reply))],
         message_object_trees=[get_object_tree(reply)],
     )
+
+
+def parts_of(reply: Message, session: str) -> list[PushObjectRequest]:
+    """The requests that upload it, the largest part first and its root last."""
+    node, run = Node(node_id=reply.metadata.src_node_id), reply.metadata.run_id
+    return [
+        PushObjectRequest(
+            node=node,
+            run_id=run,
+            object_id=each,
+            object_content=part.deflate(),
+            session_id=session,
+        )
+        for each, part in get_all_nested_objects(reply).items()
+    ]
+
+
+@pytest.fixture
+def flowers_log() -> Iterator[list[str]]:
+    """What Flower says of errors."""
+    said: list[str] = []
+    handler, logger = logging.Handler(logging.ERROR), logging.getLogger("flwr")
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
     PushMessagesResponse,
 )
+from flwr.proto.message_pb2 import PushObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
@@ -23,7 +24,8 @@ from flwr.supercore.date import now
 from flwr.supercore.error.http import http_error_translator
 from flwr.superlink.main import _get_middleware
 from flwr.superlink.routers.fleet.router import router
-from tiny_links import Device, leave_message, pushing, run
+from flwr.superlink.servicer.fleet import fleet_handlers
+from tiny_links import Device, leave_message, parts_of, pushing, reply_to, run
 
 from homefire.server.door import OPEN
 from homefire.server.fleet import ANOTHERS, FLEET, HANDLERS, LATE, Fleet
@@ -139,11 +141,12 @@ def test_own_name_a_node_does_not_answer_for_another(
     """Flower's handler would take it."""
     victim, other, fleet = Device(link), Device(link), Fleet(flower_app)
     asked = leave_message(link, victim.node)
-    push = pushing(asked, by=other.node)
+    reply = reply_to(asked)
+    push = pushing(reply, by=other.node)
     found = asyncio.run(other.ask(fleet, "push-messages", push, PushMessagesResponse.FromString))
     assert found[0] == 401
     assert (dict(fleet.refused), link.num_message_res()) == ({ANOTHERS: 1}, 0)
-    push = pushing(asked, by=victim.node)
+    push = pushing(reply, by=victim.node)
     found = asyncio.run(victim.ask(fleet, "push-messages", push, PushMessagesResponse.FromString))
     assert found[0] == 200
     assert (dict(fleet.refused), link.num_message_res()) == ({ANOTHERS: 1}, 1)
@@ -176,7 +179,7 @@ def test_late_is_counted(flower_app: FastAPI, link: SqlLinkState) -> None:
     """Also one that is sent again is no late one, while it waits to be fetched."""
     device, fleet = Device(link), Fleet(flower_app)
     asked = leave_message(link, device.node)
-    push = pushing(asked, by=device.node)
+    push = pushing(reply_to(asked), by=device.node)
     for _ in range(2):
         asyncio.run(device.ask(fleet, "push-messages", push, PushMessagesResponse.FromString))
     assert not fleet.refused
@@ -186,3 +189,29 @@ def test_late_is_counted(flower_app: FastAPI, link: SqlLinkState) -> None:
     )
     assert (status, list(said.objects_to_push)) == (200, [])  # type: ignore[union-attr]
     assert (dict(fleet.refused), link.num_message_res()) == ({LATE: 1}, 0)
+
+
+@pytest.mark.usefixtures("every_run_runs")
+@pytest.mark.parametrize("how", ["fetched", "taken back"])
+def test_late_is_counted_what_was_on_its_way_is_taken_and_not_kept(
+    flower_app: FastAPI, link: SqlLinkState, flowers_log: list[str], how: str
+) -> None:
+    """Where Flower logs an error and the device gives up, nothing is wrong."""
+    device, fleet = Device(link), Fleet(flower_app)
+    asked = leave_message(link, device.node)
+    reply = reply_to(asked)
+    push, taken = pushing(reply, by=device.node), (200, PushObjectResponse(stored=True))
+    _, told = run(device.ask(fleet, "push-messages", push, PushMessagesResponse.FromString))
+    assert isinstance(told, PushMessagesResponse)
+    first, *_, last = parts_of(reply, told.session_id)
+    assert run(device.ask(fleet, "push-object", first, PushObjectResponse.FromString)) == taken
+    if how == "fetched":
+        link.object_store.delete(reply.object_id)
+    else:
+        assert withdraw(link, [asked.metadata.message_id]) == 1
+    flowers_log.clear()
+    assert run(device.ask(fleet, "push-object", last, PushObjectResponse.FromString)) == taken
+    assert last.object_id not in link.object_store
+    assert flowers_log == []
+    assert not fleet_handlers.push_object(last, link).stored
+    assert [line for line in flowers_log if "pre-registered" in line]

@@ -10,11 +10,13 @@ from fastapi import FastAPI
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.date import now
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
-from flwr.supercore.state.schema.linkstate_models import MessageRes
-from flwr.supercore.utils import uint64_to_int64
+from flwr.supercore.state.schema.corestate_models import ObjectPushSession
+from flwr.superlink.servicer.fleet import fleet_handlers
+from sqlalchemy import update
 from starlette.middleware.base import BaseHTTPMiddleware
-from tiny_links import Device, leave_message, run
+from tiny_links import Device, leave_message, parts_of, pushing, reply_to, run
 
 from homefire.server.fleet import Bells, Fleet
 from homefire.server.line import ANSWERED_PATH, RING_PATH, WITHDRAW_PATH
@@ -104,22 +106,38 @@ def test_devices_are_rung_for(flower_app: FastAPI, link: SqlLinkState) -> None:
     assert [bells.rung(node) for node in (7, 2**64 - 1, 8)] == [1, 1, 0]
 
 
-def test_messages_are_answered_until_their_answers_are_fetched(
+@pytest.mark.usefixtures("every_run_runs")
+def test_whole_an_answer_waits_when_all_of_it_is_here(
     flower_app: FastAPI, link: SqlLinkState
 ) -> None:
+    """Until it is fetched."""
     device = Device(link)
     asked = leave_message(link, device.node)
-    assert answered(link) == []
-    row = {name: "" for name in ("group_id", "message_type", "delivered_at")}
-    numbers: dict[str, float] = {"src_node_id": 1, "dst_node_id": 1, "ttl": 1.0, "created_at": 1.0}
-    numbers["run_id"] = uint64_to_int64(asked.metadata.run_id)
-    known = {column.name for column in MessageRes.__table__.columns}
-    given = {"message_id": "m", "reply_to_message_id": asked.metadata.message_id, **row, **numbers}
-    with link.session() as session:
-        session.add(MessageRes(**{name: given[name] for name in given if name in known}))
-    assert answered(link) == [asked.metadata.message_id]
+    identifier, reply = asked.metadata.message_id, reply_to(asked)
+    told = fleet_handlers.push_messages(pushing(reply, by=device.node), link)
+    for part in parts_of(reply, told.session_id):
+        assert answered(link) == []
+        assert fleet_handlers.push_object(part, link).stored
+    assert answered(link) == [identifier]
     status, found = ask(private(flower_app, link, Bells()), ANSWERED_PATH, secret=SECRET)
-    assert (status, found) == (200, {"answered": [asked.metadata.message_id]})
+    assert (status, found) == (200, {"answered": [identifier]})
+    assert len(link.get_message_res({identifier}, asked.metadata.run_id)) == 1
+    assert answered(link) == []
+
+
+@pytest.mark.usefixtures("every_run_runs")
+def test_whole_or_what_never_becomes_so(link: SqlLinkState) -> None:
+    """Flower gives an upload up after some time; who fetches its answer is told so."""
+    device = Device(link)
+    asked = leave_message(link, device.node)
+    reply = reply_to(asked)
+    fleet_handlers.push_messages(pushing(reply, by=device.node), link)
+    assert answered(link) == []
+    with link.session() as session:
+        session.execute(update(ObjectPushSession).values(expires_at=now()))
+    assert answered(link) == [asked.metadata.message_id]
+    record = reply.content["contribution"]
+    assert link.get_object(asked.metadata.run_id, record.object_id) is None
 
 
 # Taken back
