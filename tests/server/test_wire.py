@@ -582,14 +582,15 @@ def test_a_ticket_of_another_version_is_told_so() -> None:
 # Logs
 
 
-def test_flower_itself_logs_which_device_is_there(flowers: tuple[Place, Flower]) -> None:
-    """And from where, at each request."""
+def test_flower_itself_logs_which_device_comes_and_from_where(
+    flowers: tuple[Place, Flower],
+) -> None:
     bare, programs = flowers
     device = registered(bare)
-    pull_with(bare, device, captured(bare, device))
+    activate(bare, device)
     log = programs.folder / "superlink.log"
-    until(lambda: str(device.node) in log.read_text(), programs.logs, 20)
-    until(lambda: re.search(rf"{HERE}:\d+ - .*{PULL}", log.read_text()), programs.logs, 20)
+    coming = rf"Activated node_id={device.node}\n(?s:.*?){HERE}:\d+ - .*/activate-node"
+    until(lambda: re.search(coming, log.read_text()), programs.logs, 20)
 
 
 def test_which_device_is_there_is_in_no_log(server: Operated) -> None:
