@@ -1,8 +1,11 @@
 """`homefire bench`: measurements against peers, each in one run."""
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,9 +17,30 @@ from homefire.options import AsJson, need, write_page
 if TYPE_CHECKING:
     from homefire.client.progress import Reporter
 
-bench_app = typer.Typer(help="Measurements against peers, in one run.", no_args_is_help=True)
+bench_app = typer.Typer(no_args_is_help=True)
 Quick = Annotated[bool, typer.Option("--quick", help="About a minute on two cores, a tiny model.")]
 Html = Annotated[Path | None, typer.Option(help="Also write a page with plots.")]
+
+
+@bench_app.callback()
+def bench(context: typer.Context) -> None:
+    """Measurements against peers, in one run."""
+    context.with_resource(_ended_in_order())
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM end what was started too, as an error does, while the block lasts."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough, and twice would leave things
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @bench_app.command()

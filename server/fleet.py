@@ -33,6 +33,7 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
     PushMessagesResponse,
 )
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.server.superlink.linkstate import LinkState
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
@@ -65,6 +66,18 @@ LARGE = 1 << 16  # bytes of a body; of a smaller one nothing is gained by waitin
 TRANSFERS = 32
 PIECE = 1 << 15  # bytes of an answer
 
+
+def _push_object(asked: PushObjectRequest, state: LinkState) -> PushObjectResponse:
+    """Take a part of an answer, or let it go where nothing waits for the answer any more.
+
+    Flower would log an error, and the device give up what is none: a reply may be fetched, or taken
+    back, before all of it is here.
+    """
+    if asked.object_id in state.object_store:
+        return fleet_handlers.push_object(asked, state)
+    return PushObjectResponse(stored=True)
+
+
 HANDLERS: dict[str, Handler] = {
     "activate-node": fleet_handlers.activate_node,
     "deactivate-node": fleet_handlers.deactivate_node,
@@ -75,7 +88,7 @@ HANDLERS: dict[str, Handler] = {
     "push-messages": fleet_handlers.push_messages,
     "get-run": fleet_handlers.get_run,
     "get-fab": fleet_handlers.get_fab,
-    "push-object": fleet_handlers.push_object,
+    "push-object": _push_object,
     "pull-object": fleet_handlers.pull_object,
     "confirm-message-received": lambda asked, state: fleet_handlers.confirm_message_received(
         asked, state, state.object_store
@@ -188,7 +201,8 @@ class Fleet:
         Authenticated: nothing is handled before Flower has authenticated the node, each time.
         Never to nobody: a message is looked for only while the device is there to take it.
         Own name: a node answers what it was asked itself; Flower lets any node answer for another.
-        Late is counted: an answer to what is not awaited any more is counted, and not uploaded.
+        Late is counted: an answer to what is not awaited any more is counted, and not uploaded;
+            what was on its way already is taken and not kept.
 
     Attributes:
         app: Flower's, whose state is used.

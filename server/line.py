@@ -27,7 +27,7 @@ class Line(Protocol):
         """Say that there are messages for nodes; those that wait for one get it at once."""
 
     def answered(self) -> frozenset[str] | None:
-        """The messages whose answers wait to be fetched; None where that is not known."""
+        """The messages whose answers wait, whole, to be fetched; None where that is not known."""
 
     def withdraw(self, messages: Collection[str]) -> int:
         """Take messages back that are not awaited any more; how many were answered, unfetched."""
@@ -62,7 +62,7 @@ class HttpLine:
             LOG.warning("devices could not be woken: %s", type(error).__name__)
 
     def answered(self) -> frozenset[str] | None:
-        """The messages whose answers wait to be fetched; None where that is not known."""
+        """The messages whose answers wait, whole, to be fetched; None where that is not known."""
         try:
             answer = self._client.get(ANSWERED_PATH).raise_for_status()
             return frozenset(answer.json()["answered"])

@@ -13,8 +13,13 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.date import now
 from flwr.supercore.error.http import http_error_translator
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.state.schema.corestate_models import (
+    ObjectPushSession,
+    ObjectPushSessionRoot,
+)
 from flwr.supercore.state.schema.linkstate_models import MessageRes
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
@@ -134,8 +139,22 @@ async def _listed(request: "Request[Any]", name: str, kind: type[Item]) -> list[
 
 
 def answered(state: SqlLinkState) -> list[str]:
-    """The messages whose answers wait to be fetched."""
-    waiting = select(MessageRes.reply_to_message_id).where(MessageRes.delivered_at == "")
+    """The messages whose answers wait to be fetched: all of it is here, or nothing comes any more.
+
+    Guarantees:
+        Whole: an answer that is still being uploaded is not among them.
+    """
+    uploads = (
+        select(ObjectPushSessionRoot.session_id)
+        .join(ObjectPushSession, ObjectPushSession.session_id == ObjectPushSessionRoot.session_id)
+        .where(
+            ObjectPushSessionRoot.root_object_id == MessageRes.message_id,
+            ObjectPushSession.expires_at > now(),
+        )
+    )
+    waiting = select(MessageRes.reply_to_message_id).where(
+        MessageRes.delivered_at == "", ~uploads.exists()
+    )
     with state.session() as session:
         return [str(identifier) for identifier in session.scalars(waiting)]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from keyring.backends import fail
 
-pytest_plugins = ["tiny_flower", "tiny_models", "tiny_runs", "tiny_vaults"]
+pytest_plugins = ["tiny_flower", "tiny_links", "tiny_models", "tiny_runs", "tiny_vaults"]
 
 # The time of one example says nothing on a busy machine.
 settings.register_profile("homefire", deadline=None)

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -288,3 +291,21 @@ def test_overhead_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(overhead_module, "measure_overhead", measured)
     found = json.loads(bench("overhead", "--users", "7", "--rounds", "4", "--json").stdout)
     assert (found["users"], found["rounds"], found["ratio"]) == (7, 3, 10.0)
+
+
+def test_sigterm_ends_a_measurement_as_an_error_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one does not break off what tidies up; afterwards all is as before."""
+    tidied, before = [], signal.getsignal(signal.SIGTERM)
+
+    def measured(**_: Any) -> Any:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            tidied.append(True)
+
+    monkeypatch.setattr(overhead_module, "measure_overhead", measured)
+    assert bench("overhead").exit_code == 128 + signal.SIGTERM
+    assert tidied == [True]
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from homefire.client import Personalizer
+from homefire.common.parent import ending
 
 PASSPHRASE = "made for a measurement"  # noqa: S105 - of a vault that is thrown away
 RECORDS = 200
@@ -65,7 +66,7 @@ def measure(
 
 
 def _in_process(*arguments: str) -> float:
-    command = [sys.executable, "-m", __name__, *arguments]
+    command = ending(__name__, *arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise RuntimeError(f"{arguments[0]} failed: {done.stderr[-2000:]}")

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from homefire.common.errors import HomefireError
 from homefire.common.loopback import free_ports
+from homefire.common.parent import ending
 from homefire.simulations.benchmarks.measured import Measured
 from homefire.simulations.preparation import Run
 
@@ -89,7 +90,7 @@ def _run_workers(run: Run, folder: Path, workers: int, threads: int) -> None:
     with log.open("wb") as output:
         started = [
             subprocess.Popen(  # noqa: S603 - our own command
-                [sys.executable, "-m", WORKER, str(run.folder.resolve()), str(folder), str(rank)],
+                ending(WORKER, str(run.folder.resolve()), str(folder), str(rank)),
                 env={**environment, "PFL_WORKER_RANK": str(rank)},
                 stdout=output,
                 stderr=subprocess.STDOUT,

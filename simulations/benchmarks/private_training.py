@@ -27,6 +27,7 @@ from homefire.common.base_model import load_base_model, locate
 from homefire.common.config import PrivateConfig
 from homefire.common.local_training import LocalTraining
 from homefire.common.optimizer import make_optimizer
+from homefire.common.parent import ending
 from homefire.common.peft_adapter import resolve_spec
 from homefire.common.training import (
     Example,
@@ -103,7 +104,7 @@ def measure(
 
 
 def _in_process(name: str, *arguments: str) -> dict[str, float]:
-    command = [sys.executable, "-m", __name__, name, *arguments]
+    command = ending(__name__, name, *arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise RuntimeError(f"{name} failed: {done.stderr[-2000:]}")

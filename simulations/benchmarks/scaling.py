@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from homefire.client.progress import Reporter
+from homefire.common.parent import ending
 from homefire.simulations.benchmarks.tiny_model import make_model
 from homefire.simulations.experiment import Experiment, load_experiment
 from homefire.simulations.preparation import prepare, reopen
@@ -104,7 +105,7 @@ def _point(
 
 def _in_process(what: str, model: Path, folder: Path, *sizes: int) -> dict[str, float]:
     arguments = [what, str(model), str(folder), *map(str, sizes)]
-    command = [sys.executable, "-m", __name__, *arguments]
+    command = ending(__name__, *arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise RuntimeError(f"{what} of {sizes} failed: {done.stderr[-2000:]}")

@@ -23,6 +23,7 @@ import homefire
 from homefire.client.app import app as client_app
 from homefire.client.progress import Advance, Reporter
 from homefire.common.loopback import free_ports
+from homefire.common.parent import ending
 from homefire.server.app import app as server_app
 from homefire.server.status import read_rounds
 from homefire.simulations.benchmarks.measured import Stopwatch
@@ -217,7 +218,7 @@ def _check(rounds: Sequence[dict[str, Any]], devices: int) -> None:
 def _program(name: str, home: Path, log: Path, *arguments: str) -> "subprocess.Popen[bytes]":
     with log.open("ab") as file:
         return subprocess.Popen(  # noqa: S603 - our own command
-            [str(scripts() / name), *arguments],
+            ending(scripts() / name, *arguments),
             env={**os.environ, **ENVIRONMENT, "PATH": _path(), "FLWR_HOME": str(home)},
             cwd=home,
             stdin=subprocess.DEVNULL,

@@ -13,7 +13,6 @@ import sys
 from asyncio.sslproto import SSLProtocol
 from contextlib import suppress
 
-from homefire.common.parent import end_with
 from homefire.simulations.load.keys import Keys
 from homefire.simulations.load.light import LightDevice, Tally
 from homefire.simulations.load.wire import Connections
@@ -53,7 +52,6 @@ async def _after(seconds: float, device: LightDevice) -> None:
 def main() -> None:
     """Read who they are, and let them take part."""
     settings = json.loads(sys.stdin.readline())
-    end_with(int(settings["parent"]))
     # A thousand connections with asyncio's own buffers would take 256 MiB.
     SSLProtocol.max_size = 1 << 14
     asyncio.run(serve(settings, [Keys.from_json(line) for line in sys.stdin if line.strip()]))

@@ -19,6 +19,7 @@ from flwr.proto.control_pb2 import RegisterNodeRequest
 
 from homefire.common.errors import HomefireError
 from homefire.common.loopback import free_ports
+from homefire.common.parent import ending
 from homefire.common.signatures import sign
 from homefire.common.ticket import ENROLMENT, signed_parts
 from homefire.server import operator_home
@@ -112,11 +113,10 @@ class Rig:
             "address": self.home.config.fleet,
             "authority": authority,
             "idle": idle,
-            "parent": os.getpid(),
         }
         self.fleet = _start(
             self.folder / "fleet.log",
-            ["-m", "homefire.simulations.load.fleet"],
+            ["homefire.simulations.load.fleet"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -135,19 +135,23 @@ class Rig:
         environment = {"XDG_STATE_HOME": str(self.folder / "state")}
         with _start(
             self.folder / "devices.log",
-            ["-m", "homefire.simulations.load.real"],
+            ["homefire.simulations.load.real"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             environment=environment,
         ) as making:
-            _tell(making, json.dumps(asked))
-            for _ in making.stdout or ():
-                advance()
+            try:
+                _tell(making, json.dumps(asked))
+                for _ in making.stdout or ():
+                    advance()
+            except BaseException:
+                making.terminate()  # it is waited for
+                raise
         if making.returncode:
             raise RigError(f"no real devices: {last_words(self.folder / 'devices.log')}")
         for number in range(count):
             place = ["--home", str(self.folder / f"device{number}")]
-            command = ["-m", "homefire", "device", "join", "--yes", *place]
+            command = ["homefire", "device", "join", "--yes", *place]
             log = self.folder / f"device{number}.log"
             self.devices.append(_start(log, command, environment=environment))
 
@@ -180,9 +184,13 @@ class Rig:
 
 @contextmanager
 def standing(folder: Path, shape: Shape) -> Iterator[Rig]:
-    """A server that runs while the block lasts; everything in the rig ends with it."""
+    """A server that runs while the block lasts; everything in the rig ends with it.
+
+    Guarantees:
+        No orphans: what was started here ends also where this process is killed.
+    """
     home = make_home(folder / "server", shape.federation)
-    command = ["-m", "homefire", "server", "run", "--home", str(home.folder)]
+    command = ["homefire", "server", "run", "--home", str(home.folder)]
     rig = Rig(folder, home, _start(folder / "server.log", command))
     try:
         control = Control(home)
@@ -237,7 +245,7 @@ def end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
 
 def _start(
     log: Path,
-    arguments: Sequence[str],
+    program: Sequence[str],
     *,
     stdin: int = subprocess.DEVNULL,
     stdout: int | None = None,
@@ -245,7 +253,7 @@ def _start(
 ) -> "subprocess.Popen[bytes]":
     with log.open("ab") as file:
         return subprocess.Popen(  # noqa: S603 - our own command
-            [sys.executable, *arguments],
+            ending(*program),
             env={**os.environ, **ENVIRONMENT, **(environment or {})},
             stdin=stdin,
             stdout=file if stdout is None else stdout,

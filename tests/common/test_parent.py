@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 
 from homefire.common import parent as parent_module
-from homefire.common.parent import end_with
+from homefire.common.parent import end_with, ending
 
 CHILD = """
 import os, signal, sys, time
@@ -70,3 +71,42 @@ def test_while_the_parent_lives_nothing_happens(monkeypatch: pytest.MonkeyPatch)
     end_with(os.getppid())
     time.sleep(0.1)
     assert not ended
+
+
+PROGRAM = """
+import sys, time
+print(sys.argv, __name__, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_no_orphan_is_left_of_another_program(tmp_path: Path, as_file: bool) -> None:
+    """It has its own arguments, and its own name."""
+    file = tmp_path / "program.py"
+    file.write_text(PROGRAM)
+    what = str(file) if as_file else "program"
+    code = f"""
+import subprocess
+from homefire.common.parent import ending
+subprocess.run(ending({what!r}, "one", "two"))
+"""
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    middle = subprocess.Popen(  # noqa: S603 - our own command
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert middle.stdout is not None
+    assert middle.stdout.readline().decode() == f"{[str(file), 'one', 'two']} __main__\n"
+    (below,) = psutil.Process(middle.pid).children()
+    middle.kill()
+    middle.communicate()
+    wait_until_gone(below.pid)
+
+
+def test_the_command_names_this_process() -> None:
+    assert ending("homefire", "--version")[1:] == [
+        *("-m", "homefire.common.parent", str(os.getpid())),
+        *("homefire", "--version"),
+    ]

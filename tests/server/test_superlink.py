@@ -9,8 +9,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI
 from flwr.common.constant import ACCESS_TOKEN_KEY
 from flwr.server.superlink.linkstate import sql_linkstate
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore import sql_mixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
 from tiny_operators import made_home, pem
 
 from homefire.common.errors import EnrolmentError
@@ -22,8 +25,10 @@ from homefire.server.superlink import (
     _next_node_id,
     _register,
     _state,
+    calm,
     know_again,
     make_app,
+    set_pragmas,
 )
 
 # Of Flower's own configuration of Alembic.
@@ -136,3 +141,36 @@ def test_what_is_in_flight_is_its_owners_alone(home: OperatorHome, app: FastAPI)
     database = home.folder / "flower" / DATABASE
     assert database.exists()
     assert (home.folder / "flower").stat().st_mode & 0o077 == 0
+
+
+# The database
+
+
+def test_a_database_in_use_is_waited_for(app: FastAPI, tmp_path: Path) -> None:
+    """After Flower's five seconds a contribution would be lost; a SuperNode gives up after 30."""
+    kept = sql_mixin.SQLITE_PRAGMAS  # type: ignore[attr-defined]
+    try:
+        set_pragmas()
+        factory: Any = app.state.linkstate_factory
+        state = SqlLinkState(
+            str(tmp_path / "other.db"),
+            factory.federation_manager,
+            factory.objectstore_factory.store(),
+        )
+        state.initialize()
+        with state.session() as session:
+            assert session.execute(text("PRAGMA busy_timeout")).scalar() == 20_000
+            assert session.execute(text("PRAGMA secure_delete")).scalar() == 1
+            assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+    finally:
+        sql_mixin.SQLITE_PRAGMAS = kept  # type: ignore[attr-defined]
+
+
+def test_flower_looks_for_dead_programs_once_a_second(link: SqlLinkState) -> None:
+    looks, at = [], [0.0]
+    link._cleanup_expired_task_tokens = lambda: looks.append(at[0])  # type: ignore[method-assign]
+    calm(link, clock=lambda: at[0])
+    for moment in (0.0, 0.5, 0.9, 1.0, 1.5, 2.5):
+        at[0] = moment
+        link.get_run_status(set())
+    assert looks == [0.0, 1.0, 2.5]

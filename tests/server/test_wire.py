@@ -3,6 +3,7 @@
 What is a defect of Flower's set-up is shown there by a test named `flower_itself_…`.
 """
 
+import re
 import resource
 import socket
 import ssl
@@ -547,6 +548,14 @@ def test_no_request_is_hidden_in_another(server: Operated, lines: list[str]) -> 
 # Versions
 
 
+@pytest.mark.parametrize("version", ["0", "2", None])
+def test_flower_itself_takes_any_version_of_a_protocol(bare: Place, version: str | None) -> None:
+    """Nor does it ask who speaks which, so that nobody could be told to update."""
+    device = registered(bare)
+    stated = {} if version is None else {"homefire-version": version}
+    assert pull_with(bare, device, {**captured(bare, device), **stated})[0] == 200
+
+
 def test_another_version_of_the_protocol_is_told_so(server: Operated, member: Member) -> None:
     headers = captured(server.public, member)
     for version in ("2", "0", "1.0", " ", "one"):
@@ -568,6 +577,31 @@ def test_another_version_is_not_enrolled(server: Operated, version: object) -> N
 def test_a_ticket_of_another_version_is_told_so() -> None:
     with pytest.raises(ConfigError, match="another version"):
         Ticket.read("homefire2.abcdef")
+
+
+# Logs
+
+
+def test_flower_itself_logs_which_device_comes_and_from_where(
+    flowers: tuple[Place, Flower],
+) -> None:
+    bare, programs = flowers
+    device = registered(bare)
+    activate(bare, device)
+    log = programs.folder / "superlink.log"
+    coming = rf"Activated node_id={device.node}\n(?s:.*?){HERE}:\d+ - .*/activate-node"
+    until(lambda: re.search(coming, log.read_text()), programs.logs, 20)
+
+
+def test_which_device_is_there_is_in_no_log(server: Operated) -> None:
+    device = server.enrol()
+    pull_with(server.public, device, captured(server.public, device))
+    logs = list((server.home.folder / "logs").iterdir())
+    assert logs
+    for path in logs:
+        said = path.read_text()
+        for of_it in (str(device.node), pem(device.key).splitlines()[1], HERE, PULL):
+            assert of_it not in said, path.name
 
 
 # Tickets

@@ -5,7 +5,7 @@ What is a defect of Flower's is shown on its own SuperLink by a test named `flow
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -14,6 +14,7 @@ import httpx
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.control_pb2 import ListNodesRequest, StartRunRequest
+from flwr.proto.fab_pb2 import Fab
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
 from flwr.supercore.constant import TASK_TOKEN_HEADER
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
@@ -32,17 +33,21 @@ from tiny_hands import (
     token_of_a_task,
 )
 from tiny_operators import Operated, Place, ask, flowers_own, operated, until
-from tiny_runs import device_key
+from tiny_runs import POLICY, SERVER, device_key, make_federation, make_plan
 from tiny_vaults import CANARY, PASSPHRASE
 
 from homefire.client import Personalizer
 from homefire.client.enrolment import enrolled_with, link_to
 from homefire.client.joining import Membership
 from homefire.client.vault import Vault
-from homefire.common.protocol import decode_refusal
+from homefire.common.plan import PrivacyBlock
+from homefire.common.policy import DevicePolicy
+from homefire.common.privacy.mechanism import Gaussian
+from homefire.common.protocol import decode_refusal, encode_plan
 from homefire.server.fleet import ANOTHERS, LATE
 from homefire.server.line import RING_PATH
 from homefire.server.superlink import DATABASE
+from homefire.simulations.preparation import write_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(175)]
 
@@ -148,7 +153,7 @@ def test_what_comes_too_late_is_counted_and_in_no_sum(server: Operated, tmp_path
         assert quick.answer(asked[quick], quick.contribution(asked[quick].plan, UPDATE))
         (log,) = loop.end()
         assert (log.accepted, log.dropped) == (1, {"late": 1, "no answer": 2})
-        assert not any(slow.upload(*begun))
+        assert all(slow.upload(*begun))  # into nothing
         assert not later.answer(asked[later], later.contribution(asked[later].plan, UPDATE))
         assert server.refused()[LATE] == before + 1
         assert [kept(server, name) for name in ("message_ins", "message_res")] == [0, 0]
@@ -231,16 +236,21 @@ def test_a_stolen_task_token_is_of_no_use_elsewhere(server: Operated) -> None:
     assert status(server.private.runtime(stolen), *task) == 401
 
 
-# Pushed code
+# What a person's device is asked
 
 
 @contextmanager
-def joined(server: Operated, folder: Path, model: Path) -> Iterator[tuple[Vault, int]]:
+def joined(
+    server: Operated, folder: Path, model: Path, policy: DevicePolicy | None = None
+) -> Iterator[tuple[Vault, int]]:
     """A person's device that is enrolled and takes part; its vault, and its node."""
     (ticket,) = server.home.tickets(1)
     stop = Event()
     with Personalizer.open(folder, base_model=str(model), passphrase=PASSPHRASE) as me:
         me.remember(CANARY)
+        if policy is not None:
+            keys = (*policy.server_keys, ticket.server_key)
+            write_toml(folder / "policy.toml", policy.model_copy(update={"server_keys": keys}))
         me.enroll(ticket.text)
         node = server.home.enrolment.devices()[-1].node
         enrolled = enrolled_with(me.vault)
@@ -257,6 +267,35 @@ def joined(server: Operated, folder: Path, model: Path) -> Iterator[tuple[Vault,
                 assert not thread.is_alive()
 
 
+def answers_of(server: Operated, node: int, fab: Fab, *contents: RecordDict) -> list[RecordDict]:
+    """What a device answers in a run of this bundle to one content after another."""
+    call = server.control._call
+    run = call("StartRun", StartRunRequest(fab=fab)).run_id
+
+    def is_online() -> bool:
+        found = call("ListNodes", ListNodesRequest()).nodes_info
+        return any(each.node_id == node and each.status == "online" for each in found)
+
+    replies: list[Message] = []
+    with ExitStack() as undo:
+        undo.callback(server.control.stop, run)
+        until(is_online, lambda: "the device does not come")
+        token = token_of_a_task(server.private, executor_of(server))
+        grid = undo.enter_context(grid_of(server.private, token))
+        line = undo.enter_context(line_of(server))
+        for count, content in enumerate(contents, start=1):
+            message = Message(content, dst_node_id=node, message_type="train.contribute")
+            (identifier,) = grid.push_messages([message])
+            line.ring([node])
+
+            def is_answered(identifier: str = identifier, count: int = count) -> bool:
+                replies.extend(grid.pull_messages([identifier]))
+                return len(replies) == count
+
+            until(is_answered, str, 60)
+    return [each.content for each in replies]
+
+
 @pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
 def test_own_code_runs_whatever_an_enrolled_device_is_sent(
     server: Operated, tmp_path: Path, tiny_llama: Path
@@ -264,28 +303,22 @@ def test_own_code_runs_whatever_an_enrolled_device_is_sent(
     """The operator's machine is in other hands, which start a run with a bundle of their own."""
     marker = tmp_path / "marker"
     with joined(server, tmp_path / "home", tiny_llama) as (vault, node):
-        run = server.control._call("StartRun", StartRunRequest(fab=hostile_bundle(marker))).run_id
-        nodes = server.control._call
-
-        def is_online() -> bool:
-            found = nodes("ListNodes", ListNodesRequest()).nodes_info
-            return any(each.node_id == node and each.status == "online" for each in found)
-
-        until(is_online, lambda: "the device does not come")
-        token = token_of_a_task(server.private, executor_of(server))
-        with grid_of(server.private, token) as grid, line_of(server) as line:
-            message = Message(RecordDict(), dst_node_id=node, message_type="train.contribute")
-            (identifier,) = grid.push_messages([message])
-            line.ring([node])
-            replies: list[Message] = []
-
-            def is_answered() -> bool:
-                replies.extend(grid.pull_messages([identifier]))
-                return bool(replies)
-
-            until(is_answered, str, 60)
-        server.control.stop(run)
-    refusal = decode_refusal(replies[0].content)
+        (said,) = answers_of(server, node, hostile_bundle(marker), RecordDict())
+    refusal = decode_refusal(said)
     assert refusal is not None and refusal.reason == "malformed plan"
     assert not marker.exists()
     assert list((vault.folder / "flower").rglob("hostile.py")) == []
+
+
+@pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept")
+def test_a_replayed_round_is_refused(server: Operated, tmp_path: Path, tiny_llama: Path) -> None:
+    """A server that was put back asks again: in the run of before, and in another of Flower's."""
+    federation = make_federation(tmp_path / "server", tiny_llama, users=2)
+    privacy = PrivacyBlock.announce(Gaussian(2.0, 0.05), clip_norm=1.0, cohort=75)
+    plan = RecordDict({"plan": encode_plan(make_plan(federation, privacy=privacy), SERVER)})
+    with joined(server, tmp_path / "home", tiny_llama, POLICY) as (_, node):
+        said = answers_of(server, node, bundle(), plan, plan)
+        said += answers_of(server, node, bundle(), plan)
+    refusals = [decode_refusal(each) for each in said]
+    assert refusals[0] is None and "contribution" in said[0]
+    assert [each and each.reason for each in refusals[1:]] == ["replayed round"] * 2

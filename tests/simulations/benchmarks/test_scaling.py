@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from homefire.common.parent import ending
 from homefire.simulations.benchmarks import scaling
 from homefire.simulations.benchmarks.scaling import Point, experiment, main, measure
 from homefire.simulations.benchmarks.tiny_model import make_model
@@ -112,7 +113,7 @@ def test_the_last_line_is_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command[2:] == [scaling.__name__, "run", "model", "folder", "5", "3"]
+        assert command == ending(scaling.__name__, "run", "model", "folder", "5", "3")
         return subprocess.CompletedProcess(command, 0, 'a warning\n{"seconds": 1, "mib": 2}\n', "")
 
     monkeypatch.setattr(subprocess, "run", run)

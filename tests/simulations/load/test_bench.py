@@ -34,6 +34,7 @@ def test_light_and_real_devices_are_in_rounds_together() -> None:
     assert stage["dropped"] == stage["refused"] == stage["refused_at_the_door"] == {}
     assert stage["light_devices"]["active"] == 50
     assert stage["light_devices"]["lost"] == 0
+    assert stage["light_devices"]["refused"] == {}
     assert {"superlink", "serverapp", "executor", "registry"} <= stage["cpu_seconds"].keys()
     assert all(0 < spent < 1 for spent in stage["cpu_per_contribution"].values())
     assert found["memory_ratio"] == {"superlink": 1.0, "serverapp": 1.0}
