@@ -107,8 +107,8 @@ class Door:
             once, with whatever signature, and none that was signed before this was started.
         One version: a device that states another version of the protocol is told so.
         Enrolled alone: Flower hears of nobody else, and of nobody whom the operator has removed.
-        Clock first: a device whose clock is too far off is told so, and not merely refused. One whose
-            clock is a little behind is told to come again, where this was just started.
+        Clock first: a device whose clock is too far off is told so, and not merely refused. Where
+            this was just started, one whose clock is a little behind is told to come again.
         Counted only: what is kept of refusals is how many there were, by reason.
 
     Assumes:
@@ -230,7 +230,7 @@ class Door:
             raise _RefusedError(503, "enrolment failed") from None
 
     def _check_time(self, stamp: bytes) -> None:
-        """Refuse a signed time that Flower would not take, or that is of before this was started."""
+        """Refuse a signed time that Flower would not take, or one of before this was started."""
         try:
             signed_at = datetime.fromisoformat(stamp.decode("ascii")).timestamp()
         except (ValueError, OverflowError):

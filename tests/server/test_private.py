@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,10 @@ from flwr.supercore.state.schema.corestate_models import ObjectPushSession
 from flwr.superlink.servicer.fleet import fleet_handlers
 from sqlalchemy import update
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import ClientDisconnect
 from tiny_links import Device, leave_message, parts_of, pushing, reply_to, run
 
+from homefire.server import private as private_module
 from homefire.server.fleet import Bells, Fleet
 from homefire.server.line import ANSWERED_PATH, RING_PATH, WITHDRAW_PATH
 from homefire.server.private import Private, answered, runtime_stack, withdraw
@@ -77,10 +80,41 @@ def test_nothing_besides_of_flowers_app(flower_app: FastAPI, link: SqlLinkState,
     assert ask(private(flower_app, link, Bells()), path)[0] == 404
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/redoc", "/v2/fleet"])
+PULL = "/v1/fleet/pull-messages"
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/redoc", "/v2/fleet", PULL])
 def test_nothing_besides_is_reached(flower_app: FastAPI, link: SqlLinkState, path: str) -> None:
     status, said = ask(private(flower_app, link, Bells()), path, secret=SECRET)
     assert (status, said) == (404, {"error": "no such path"})
+
+
+@pytest.mark.parametrize(
+    "path", [RING_PATH, "/v1/control/list-runs", "/v1/runtime/push-messages", "/health"]
+)
+def test_bounded_whatever_is_asked(
+    flower_app: FastAPI, link: SqlLinkState, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private_module, "LARGEST", 1 << 16)
+    read = 0
+
+    async def receive() -> Any:
+        nonlocal read
+        read += 1 << 12
+        return {"type": "http.request", "body": b"x" * (1 << 12), "more_body": read < 1 << 22}
+
+    async def send(event: Any) -> None:
+        sent.append(event)
+
+    sent: list[Any] = []
+    headers = [(b"authorization", f"Bearer {SECRET}".encode())]
+    headers += [(b"content-type", b"application/protobuf")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    scope |= {"query_string": b"", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2)}
+    with suppress(ClientDisconnect):
+        asyncio.run(private(flower_app, link, Bells())({**scope, "scheme": "https"}, receive, send))
+    assert read <= (1 << 16) + (1 << 12)
+    assert not sent or sent[0]["status"] >= 400
 
 
 def test_programs_requests_go_through_two_layers_and_all_others_through_all(
