@@ -109,7 +109,7 @@ def test_bounded_whatever_is_asked(
     sent: list[Any] = []
     headers = [(b"authorization", f"Bearer {SECRET}".encode())]
     headers += [(b"content-type", b"application/protobuf")]
-    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": path, "headers": headers}
     scope |= {"query_string": b"", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2)}
     with suppress(ClientDisconnect):
         asyncio.run(private(flower_app, link, Bells())({**scope, "scheme": "https"}, receive, send))
