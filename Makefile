@@ -29,11 +29,11 @@ simulate: .venv/.installed  ## The main job: users, a shared adapter, private ad
 	$(BIN)/homefire simulate
 
 test: lint wheel  ## Everything CI checks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 test-fast: .venv/.installed  ## The tests that need no more than a few seconds each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
 
 torture: .venv/.installed  ## Kill servers and devices at 700 random moments and more; check what must hold
 	$(BIN)/python tests/torture.py --kills 200

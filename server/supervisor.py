@@ -28,8 +28,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 STEADY_SECONDS = 60.0
 """After so long a process that ends again is not the same trouble."""
 
-GONE_SECONDS = 3.0
-"""A ServerApp that ended by itself has told Flower so within that time."""
+GONE_SECONDS = 1.0
+"""A ServerApp that ends by itself tells Flower first; what was last heard of that may be older."""
 
 MOST_BURNT = 5
 """Rounds in a row that may be spent without a release before somebody has to look."""

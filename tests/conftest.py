@@ -15,6 +15,13 @@ pytest_plugins = ["tiny_flower", "tiny_links", "tiny_models", "tiny_runs", "tiny
 settings.register_profile("homefire", deadline=None)
 settings.load_profile("homefire")
 
+LONGEST = ("test_torture.py", "test_readme_server.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that workers side by side end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_fetched_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

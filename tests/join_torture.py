@@ -44,7 +44,7 @@ from homefire.simulations.experiment import load_experiment
 from homefire.simulations.preparation import Run, prepare
 
 Target = Literal["joined", "executor", "task", "SuperNode"]
-ROUNDS = [f"federation.rounds={10_000}", "federation.deadline=12"]
+ROUNDS = [f"federation.rounds={10_000}", "federation.deadline=8"]
 LONGEST_TASK, LONGEST_LIFE = 1.5, 4.0  # seconds
 PATIENCE = 150.0  # seconds
 SOON = 30.0  # seconds in which a process ends that has lost its parent

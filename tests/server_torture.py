@@ -1,6 +1,6 @@
 """Kills the processes of a server and its devices, again and again at random moments.
 
-    python tests/server_torture.py --kills 100 --seed 0
+    python tests/server_torture.py --kills 100 --seed 0 --targets superlink device
 
 `homefire server run` serves three vaults, which take part by `homefire device join`. What is killed
 is the supervisor, its SuperLink, its executor, the ServerApp, the registry, a device, or all of the
@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -148,12 +148,14 @@ class ServerTorture:
     """A server, three devices, and a run that does not end by itself.
 
     Attributes:
+        targets: What is killed, in turn.
         seen: How often each process was killed.
         found: Likewise, and what the files of the server then said of the run.
         outcomes: How long it took until the next release, by process.
     """
 
-    def __init__(self, folder: Path, seed: int, undo: ExitStack) -> None:
+    def __init__(self, folder: Path, seed: int, undo: ExitStack, targets: Sequence[Target]) -> None:
+        self.targets = targets
         self.rng = random.Random(seed)  # noqa: S311
         self.seen: Counter[Target] = Counter()
         self.found: Counter[tuple[Target, State]] = Counter()
@@ -221,7 +223,7 @@ class ServerTorture:
 
     def kill_once(self) -> None:
         """Kill one process at some moment, see that the run goes on, and examine."""
-        target = min(get_args(Target), key=lambda each: (self.seen[each], self.rng.random()))
+        target = min(self.targets, key=lambda each: (self.seen[each], self.rng.random()))
         wait_until(lambda: self.find(target) is not None, target, self.said)
         # In turn, so that few kills meet the moment that is shortest.
         moment = MOMENTS[self.seen[target] // 2 % 4] if self.seen[target] % 2 == 0 else "any time"
@@ -409,14 +411,15 @@ class ServerTorture:
 
     def end(self) -> None:
         """Drain, go on, drain again; the last check."""
-        for _ in range(2):
+        for again in (True, False):
             self._wait_for_release(after=self.newest())
             asked = start(self.folder / "stop.log", "server", "stop", "--home", self.home.folder)
             require(asked.wait(PATIENCE) == 0, "it cannot be stopped")
             assert self.server is not None
             require(self.server.wait(PATIENCE) == 0, f"it did not end well\n{self.said()}")
             self.examine(resting=True)
-            self.serve()
+            if again:
+                self.serve()
         ledger = self._ledger()
         print(
             f"{ledger.opened} rounds were opened, {len(ledger.burnt)} burnt, "
@@ -488,13 +491,16 @@ def wait_until(
         time.sleep(0.1)
 
 
-def kill_many(folder: Path, *, kills: int, seed: int) -> Iterator[ServerTorture]:
+def kill_many(
+    folder: Path, *, kills: int, seed: int, targets: Sequence[Target] = get_args(Target)
+) -> Iterator[ServerTorture]:
     """Kill so many times, and examine after each.
 
     Args:
         folder: Empty; everything is made there.
         kills: How many.
         seed: Of the moments.
+        targets: What is killed.
 
     Yields:
         What was killed so far, after each kill.
@@ -507,7 +513,7 @@ def kill_many(folder: Path, *, kills: int, seed: int) -> Iterator[ServerTorture]
     os.environ["XDG_STATE_HOME"] = str(folder / "account")
     cheapen_passphrases()
     with ExitStack() as undo:
-        torture = ServerTorture(folder, seed, undo)
+        torture = ServerTorture(folder, seed, undo, targets)
         while torture.seen.total() < kills:
             torture.kill_once()
             yield torture
@@ -519,10 +525,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    every: tuple[Target, ...] = get_args(Target)
+    parser.add_argument("--targets", nargs="+", choices=every, default=every, help="what is killed")
     options = parser.parse_args()
     started, seen = time.monotonic(), Counter[Target]()
     with tempfile.TemporaryDirectory(prefix="homefire-server-torture-") as folder:
-        for torture in kill_many(Path(folder), kills=options.kills, seed=options.seed):
+        for torture in kill_many(Path(folder), **vars(options)):
             if torture.seen.total() > seen.total():
                 (target,) = torture.seen - seen
                 seen, took = torture.seen.copy(), torture.outcomes[target][-1]
@@ -537,8 +545,8 @@ def main() -> None:
         if times:
             middle = sorted(times)[len(times) // 2]
             print(f"{target}: {len(times)} kills, next release after {middle:.0f} s (median)")
-    never = [each for each in get_args(Target) if not seen[each]]
-    require(options.kills < len(get_args(Target)) or not never, f"never killed: {never}")
+    never = [each for each in options.targets if not seen[each]]
+    require(options.kills < len(options.targets) or not never, f"never killed: {never}")
     print(f"all invariants held; {time.monotonic() - started:.0f} s")
 
 

@@ -28,23 +28,30 @@ pytestmark = [
     pytest.mark.usefixtures("quick_passphrases", "no_model_is_kept"),
 ]
 
-IN_THE_SUPERNODE = """
+HEARTBEAT = 3
+IN_THE_PROGRAMS = f"""
 import sys
+from flwr.common import constant
 
 if "homefire.client.supernode" in sys.orig_argv:
     from datetime import timedelta
-    from flwr.common import constant
     from flwr.supercore import date
-    constant.HEARTBEAT_DEFAULT_INTERVAL = {heartbeat}
+    constant.HEARTBEAT_DEFAULT_INTERVAL = {{heartbeat}}
+    constant.MAX_RETRY_DELAY = 4
     real = date.now
-    date.now = lambda: real() + timedelta(seconds={ahead})
+    date.now = lambda: real() + timedelta(seconds={{ahead}})
+if "homefire.server.superlink" in sys.orig_argv:
+    constant.HEARTBEAT_MIN_INTERVAL = {HEARTBEAT}
 """
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
-    with operated(tmp_path_factory.mktemp("operated") / "server") as running:
-        yield running
+    folder = tmp_path_factory.mktemp("operated")
+    with pytest.MonkeyPatch.context() as patch:
+        in_the_programs(folder, patch)
+        with operated(folder / "server") as running:
+            yield running
 
 
 @pytest.fixture
@@ -55,11 +62,11 @@ def me(tmp_path: Path, tiny_llama: Path, server: Operated) -> Iterator[Personali
         yield opened
 
 
-def in_the_supernode(
+def in_the_programs(
     folder: Path, patch: pytest.MonkeyPatch, *, heartbeat: float = 30, ahead: float = 0
 ) -> None:
     """Let SuperNodes have another clock, or say more often that they are there."""
-    code = IN_THE_SUPERNODE.format(heartbeat=heartbeat, ahead=ahead)
+    code = IN_THE_PROGRAMS.format(heartbeat=heartbeat, ahead=ahead)
     (folder / "sitecustomize.py").write_text(code)
     known = os.environ.get("PYTHONPATH", "")
     patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{known}".rstrip(os.pathsep))
@@ -111,7 +118,7 @@ def keep_online(server: Operated, me: Personalizer, done: Callable[[], bool]) ->
     key = load_ssh_private_key(enrolled.node_key.encode(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     node = Node(node_id=server.home.enrolment.devices()[-1].node)
-    beat = SendNodeHeartbeatRequest(node=node, heartbeat_interval=10)
+    beat = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT)
     deadline = time.monotonic() + 90
     while not done():
         assert time.monotonic() < deadline
@@ -123,7 +130,7 @@ def keep_online(server: Operated, me: Personalizer, done: Callable[[], bool]) ->
 def test_a_clock_that_is_off_is_told_to_the_person(
     me: Personalizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float
 ) -> None:
-    in_the_supernode(tmp_path, monkeypatch, ahead=ahead)
+    in_the_programs(tmp_path, monkeypatch, ahead=ahead)
     with joined(me) as said:
         wait_for(lambda change: change.trouble is Trouble.CLOCK, said)
         assert not any(map(connected, said))
@@ -137,7 +144,7 @@ def test_a_device_takes_part_again_when_either_side_was_killed(
     """Flower refuses a node that counts as connected, until two of its heartbeats are missing."""
     monkeypatch.setattr("homefire.client.joining.SHORTEST_PAUSE", 1.0)
     monkeypatch.setattr("homefire.client.joining.LONGEST_PAUSE", 4.0)
-    in_the_supernode(tmp_path, monkeypatch, heartbeat=10)
+    in_the_programs(tmp_path, monkeypatch, heartbeat=HEARTBEAT)
     with joined(me) as said:
         seen = wait_for(connected, said)
         before = server.control.nodes()
