@@ -17,7 +17,6 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as health
 
 from homefire.common import registry_pb2 as wire
 from homefire.common.errors import ConfigError, HomefireError
@@ -33,8 +32,9 @@ from homefire.server.admission import Admission, BusyError, Limits
 from homefire.server.registry_folder import RegistryFolder
 
 LOG = logging.getLogger(__name__)
-GRACE_SECONDS = 20.0
-"""How long downloads may go on after the order to stop."""
+GRACE_SECONDS = 10.0
+"""How long downloads may go on after the order to stop; a supervisor ends it by force after 15."""
+
 
 LARGEST_METADATA = 1 << 13
 STREAMS_OF_A_CONNECTION = 16
@@ -138,6 +138,42 @@ class Service:
         self.counts["download"] += 1
 
 
+@dataclass(slots=True)
+class Health:
+    """The standard health service: all of it serves until `stop`.
+
+    Guarantees:
+        Holds up nobody: watches end with the order to stop.
+    """
+
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def check(
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        """How it is now."""
+        if (status := self._status(request)) == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            raise _RefusedError(grpc.StatusCode.NOT_FOUND, "no such service")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """How it is, and that it stops."""
+        await context.write(health_pb2.HealthCheckResponse(status=self._status(request)))
+        await self._stopping.wait()
+        await context.write(health_pb2.HealthCheckResponse(status=self._status(request)))
+
+    def stop(self) -> None:
+        """It serves no longer."""
+        self._stopping.set()
+
+    def _status(self, request: health_pb2.HealthCheckRequest) -> Any:
+        if request.service not in ("", SERVICE):
+            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        if self._stopping.is_set():
+            return health_pb2.HealthCheckResponse.NOT_SERVING
+        return health_pb2.HealthCheckResponse.SERVING
+
+
 @dataclass(frozen=True, slots=True)
 class Tls:
     """The registry's certificate; files that are replaced serve the next connections.
@@ -205,7 +241,7 @@ class RegistryServer:
     service: Service
     port: int = 0
     _server: Any = None
-    _health: Any = None
+    _health: Health = field(default_factory=Health)
 
     async def start(self, listen: str, tls: Tls) -> None:
         """Listen.
@@ -218,8 +254,6 @@ class RegistryServer:
             ConfigError: No such address, or it is taken; or the certificate cannot be read.
         """
         limits = self.service.admission.limits
-        self._health = health.HealthServicer()
-        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         self._server = grpc.aio.server(
             options=_options(limits), maximum_concurrent_rpcs=2 * limits.streams
         )
@@ -233,8 +267,8 @@ class RegistryServer:
         await self._server.start()
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
-        """Take no more calls, say so to who asks for health, and let downloads end."""
-        await self._health.enter_graceful_shutdown()
+        """Take no more calls, say so to who watches its health, and let downloads end."""
+        self._health.stop()
         await self._server.stop(grace)
 
     def _calls(self) -> Any:
@@ -265,10 +299,10 @@ class RegistryServer:
         reply = health_pb2.HealthCheckResponse.SerializeToString
         handlers = {
             "Check": grpc.unary_unary_rpc_method_handler(
-                guarded(self._health.Check), request, reply
+                guarded(self._health.check), request, reply
             ),
             "Watch": grpc.unary_stream_rpc_method_handler(
-                guarded(self._health.Watch, stream=True), request, reply
+                guarded(self._health.watch, stream=True), request, reply
             ),
         }
         return grpc.method_handlers_generic_handler("grpc.health.v1.Health", handlers)

@@ -1,6 +1,7 @@
 """The registry as a service: calls, limits, health, draining, and a process that is killed."""
 
 import asyncio
+import inspect
 import json
 import os
 import signal
@@ -52,7 +53,13 @@ from homefire.common.registry_calls import (
 from homefire.common.release_statement import ReleaseStatement, read_statement
 from homefire.server.admission import Admission, Limits
 from homefire.server.operator_home import init
-from homefire.server.registry_service import RegistryServer, Service, Tls
+from homefire.server.registry_service import (
+    GRACE_SECONDS,
+    RegistryServer,
+    Service,
+    Tls,
+)
+from homefire.server.supervisor import Child
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = AdapterSpec(SPEC.config, (TargetModule("layers.0.q_proj", 6, 400_000),), ("q_proj",))
@@ -273,7 +280,7 @@ def test_draining_says_so_and_lets_downloads_end(home: Path, tls: tuple[Path, Tl
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
             received += sum(len(chunk.data) for chunk in chunks)
             assert received == (home / "registry" / "000021.safetensors").stat().st_size
-            watch.cancel()
+            assert not list(watch)
             stopping.result(20)
             with pytest.raises(grpc.RpcError):
                 call(opened, LATEST, wire.LatestRequest(), wire.LatestReply)
@@ -372,6 +379,27 @@ def test_nobody_named_the_program_serves_and_stops(home: Path, tls: tuple[Path, 
     assert "127.0.0.1" not in said and "ipv4" not in said
     lines = [line for line in said.splitlines() if " INFO " not in line]
     assert lines == []  # gRPC says nothing of its own
+
+
+def test_holds_up_nobody_watches_of_strangers_end_with_the_order_to_stop(
+    home: Path, tls: tuple[Path, Tls]
+) -> None:
+    process, address = started(home, tls[1])
+    with channel(address, tls[0]) as opened:
+        watches = [
+            health_pb2_grpc.HealthStub(opened).Watch(health_pb2.HealthCheckRequest(service=name))
+            for name in ("", SERVICE, "another")
+        ]
+        assert next(watches[0]).status == health_pb2.HealthCheckResponse.SERVING
+        begun = time.monotonic()
+        code, _ = ended(process)
+        assert (code, time.monotonic() - begun < GRACE_SECONDS / 2) == (0, True)
+        assert next(watches[0]).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_what_is_under_way_ends_within_the_patience_of_a_supervisor() -> None:
+    patience = inspect.signature(Child.end).parameters["seconds"].default
+    assert GRACE_SECONDS <= patience - 3
 
 
 def test_a_program_without_a_key_says_so(tmp_path: Path, tls: tuple[Path, Tls]) -> None:
