@@ -16,15 +16,14 @@ from threading import Thread
 from typing import Any
 
 from homefire.client.joining_changes import Change, Trouble
+from homefire.common.quiet import QUIET
 
 LOG_FILE = "join.log"
 END_SECONDS = 10.0
 MOST_SECONDS = 1e9
 
 ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    **QUIET,
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
     "TOKENIZERS_PARALLELISM": "false",
 }

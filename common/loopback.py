@@ -8,7 +8,8 @@ import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-NAMES = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = "127.0.0.1"
+NAMES = (LOOPBACK, "localhost", "::1")
 VARIABLES = ("no_proxy", "NO_PROXY")
 EVERYWHERE = "*"
 
@@ -30,7 +31,7 @@ def free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind((NAMES[0], 0))
+            each.bind((LOOPBACK, 0))
         return [int(each.getsockname()[1]) for each in sockets]
 
 

@@ -21,6 +21,7 @@ from homefire import (
 from homefire.bench_commands import bench_app
 from homefire.common.errors import ConfigError, HomefireError, PrivacyError
 from homefire.common.loopback import past_proxies
+from homefire.common.quiet import QUIET
 from homefire.device_session import device_app, exit_code
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
@@ -32,8 +33,7 @@ from homefire.server_commands import server_app
 # instead of spinning: on cores shared with other work that is ten times faster.
 _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    **QUIET,
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -23,9 +23,9 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
 from homefire import __version__
 from homefire.common.errors import FederationError
+from homefire.common.loopback import LOOPBACK
 from homefire.server.operator_home import OPERATOR_SECRET, OperatorHome
 
-LOOPBACK = "127.0.0.1"
 FINISHED, FAILED, UNKNOWN = "finished", "failed", "unknown"
 BUNDLE = {
     "pyproject.toml": f"""

@@ -6,9 +6,8 @@ import os
 import socket
 
 from homefire.common.errors import FederationError
+from homefire.common.loopback import LOOPBACK
 from homefire.server.operator_home import SERVER, ServerConfig
-
-LOOPBACK = "127.0.0.1"
 
 
 def check_ports(config: ServerConfig) -> None:

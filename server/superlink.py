@@ -39,6 +39,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from homefire.common.errors import EnrolmentError, FederationError
 from homefire.common.files import DISK_HINT
+from homefire.common.loopback import LOOPBACK
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
 from homefire.server.door import Door
@@ -55,7 +56,6 @@ from homefire.server.operator_home import (
 from homefire.server.private import Private
 
 DATABASE = "superlink.db"
-LOOPBACK = "127.0.0.1"
 LOOK_SECONDS = 1.0
 WIPE_SECONDS = 5.0
 LOCK_SECONDS = 20.0

@@ -18,6 +18,7 @@ from pathlib import Path
 from homefire.common.errors import HomefireError
 from homefire.common.files import DISK_HINT
 from homefire.common.loopback import past_proxies
+from homefire.common.quiet import QUIET
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
 from homefire.server.run_state import Federation, rounds_spent
@@ -38,9 +39,7 @@ MOST_FRUITLESS = 3
 """Starts in a row of a ServerApp that opened no round, before the state says so."""
 
 ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    **QUIET,
     "FLWR_LOG_LEVEL": "WARNING",  # below it Flower writes node ids
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }

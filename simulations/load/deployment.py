@@ -22,7 +22,7 @@ from flwr.app import Context, RecordDict
 import homefire
 from homefire.client.app import app as client_app
 from homefire.client.progress import Advance, Reporter
-from homefire.common.loopback import free_ports
+from homefire.common.loopback import LOOPBACK, free_ports
 from homefire.common.parent import ending
 from homefire.server.app import app as server_app
 from homefire.server.status import read_rounds
@@ -32,7 +32,6 @@ from homefire.simulations.experiment import load_experiment
 from homefire.simulations.grid import InProcessGrid
 from homefire.simulations.load.rig import (
     ENVIRONMENT,
-    LOOPBACK,
     RigError,
     end,
     scripts,

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 from flwr.proto.control_pb2 import RegisterNodeRequest
 
 from homefire.common.errors import HomefireError
-from homefire.common.loopback import free_ports
+from homefire.common.loopback import LOOPBACK, free_ports
 from homefire.common.parent import ending
+from homefire.common.quiet import QUIET
 from homefire.common.signatures import sign
 from homefire.common.ticket import ENROLMENT, signed_parts
 from homefire.server import operator_home
@@ -32,7 +33,6 @@ from homefire.simulations.load.processes import Cost, cost, descendants
 from homefire.simulations.load.shape import Shape
 
 Found = TypeVar("Found")
-LOOPBACK = "127.0.0.1"
 START_SECONDS = 120.0
 END_SECONDS = 30.0
 TICKET_SECONDS = 3600.0
@@ -46,9 +46,7 @@ PROCESSES = {
 """What stands in the command line of each of a server's processes."""
 
 ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    **QUIET,
     "HF_HUB_OFFLINE": "1",
     "HOMEFIRE_PASSPHRASE": PASSPHRASE,
     "OMP_NUM_THREADS": "1",
