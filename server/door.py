@@ -32,7 +32,7 @@ from homefire.server.admission import network_of
 from homefire.server.doorstep import WELCOME
 from homefire.server.enrolment import Standing
 from homefire.server.fleet import ANOTHERS, LATE
-from homefire.server.operator_home import LimitsConfig
+from homefire.server.server_config import LimitsConfig
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]

@@ -6,7 +6,8 @@ import os
 import socket
 
 from homefire.common.errors import FederationError
-from homefire.server.operator_home import SERVER, ServerConfig
+from homefire.server.operator_home import SERVER
+from homefire.server.server_config import ServerConfig
 
 LOOPBACK = "127.0.0.1"
 

@@ -14,7 +14,7 @@ from homefire.server.door import Door
 from homefire.server.doorstep import WELCOME
 from homefire.server.enrolment import Standing
 from homefire.server.fleet import HANDLERS, Bells, Fleet
-from homefire.server.operator_home import LimitsConfig
+from homefire.server.server_config import LimitsConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:No path_separator found:DeprecationWarning"  # Flower's call of alembic

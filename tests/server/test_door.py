@@ -18,7 +18,7 @@ from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.door import OPEN, Door
 from homefire.server.doorstep import WELCOME
 from homefire.server.enrolment import FORMS, Request, Standing
-from homefire.server.operator_home import LimitsConfig
+from homefire.server.server_config import LimitsConfig
 
 KEY = b64encode(b"an enrolled key")
 PULL = "/v1/fleet/pull-messages"
