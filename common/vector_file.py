@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from homefire.common.adapter import Vector
@@ -45,6 +45,28 @@ def read_vector(path: Path, *, kind: str) -> tuple[Vector, dict[str, Any]]:
     except FileNotFoundError as error:
         raise AdapterError(f"{path}: no such {kind}") from error
     return unpack_vector(payload, where=str(path), kind=kind)
+
+
+def read_about(path: Path, *, kind: str) -> tuple[int, dict[str, Any]]:
+    """How long a stored vector is, and what is said to be known about it; the vector is not read.
+
+    Guarantees:
+        As long as it says: a file that was cut is refused. A changed bit may go unnoticed.
+
+    Raises:
+        AdapterError: It is missing or cut, or no vector's file.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            (size,) = file.get_slice("vector").get_shape()
+            about = json.loads(file.metadata()["homefire"].partition(" ")[2])
+        if not isinstance(about, dict):
+            raise ValueError("no object")
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path}: no such {kind}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path}: damaged {kind} ({error})") from error
+    return size, about
 
 
 def unpack_vector(payload: bytes, *, where: str, kind: str) -> tuple[Vector, dict[str, Any]]:

@@ -30,8 +30,9 @@ from homefire.common.protocol import VERSION
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.admission import network_of
 from homefire.server.doorstep import WELCOME
+from homefire.server.enrolment import Standing
 from homefire.server.fleet import ANOTHERS, LATE
-from homefire.server.operator_home import LimitsConfig
+from homefire.server.server_config import LimitsConfig
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -120,8 +121,7 @@ class Door:
         names: Host names that a request may be for.
         enrol: Redeems a ticket.
         limits: How much is let in.
-        known: Whether a key, as the header shows it, is that of an enrolled device.
-        removed: Whether it is that of one which the operator has removed.
+        standing: Whose key it is that a header shows: a device's, one's that was removed, nobody's.
         held: How many requests of authenticated devices wait for a message; they have a bound of
             their own, and take no place from others.
         clock: Tells the time in seconds.
@@ -134,8 +134,7 @@ class Door:
     names: Collection[str]
     enrol: Enrol
     limits: LimitsConfig
-    known: Callable[[bytes], bool]
-    removed: Callable[[bytes], bool] = lambda shown: False
+    standing: Callable[[bytes], Standing]
     held: Callable[[], int] = lambda: 0
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
@@ -223,11 +222,12 @@ class Door:
 
     def _is_known(self, shown: bytes) -> bool:
         try:
-            if self.removed(shown):
-                raise _RefusedError(401, "removed", NOT_REGISTERED)
-            return self.known(shown)
+            standing = self.standing(shown)
         except (HomefireError, OSError):  # who is enrolled cannot be read
             raise _RefusedError(503, "enrolment failed") from None
+        if standing is Standing.REMOVED:
+            raise _RefusedError(401, "removed", NOT_REGISTERED)
+        return standing is Standing.ENROLLED
 
     def _check_time(self, stamp: bytes) -> None:
         """Refuse a signed time that Flower would not take, or one of before this was started."""

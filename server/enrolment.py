@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -31,6 +32,12 @@ FORMS = {
     "signature": "[0-9a-f]{128}",
 }
 """What the texts of a request look like."""
+
+
+class Standing(Enum):
+    """What a node's key is to a server."""
+
+    UNKNOWN, ENROLLED, REMOVED = range(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,18 +221,16 @@ class Enrolment:
     def _append(self, entry: dict[str, Any]) -> None:
         append_line(self.folder / FILE, canonical_json(entry))
 
-    def is_enrolled(self, node_key: bytes) -> bool:
-        """Whether a node's key, PEM, is that of an enrolled device; quick.
+    def standing(self, node_key: bytes) -> Standing:
+        """Whether a node's key, PEM, is that of a device, and of which; quick.
 
         Raises:
             LedgerError: The file is damaged.
         """
         book = self._book()
-        return node_key in book.node_keys and node_key not in book.removed_keys
-
-    def is_removed(self, node_key: bytes) -> bool:
-        """Whether it is that of a device that was removed; likewise."""
-        return node_key in self._book().removed_keys
+        if node_key in book.removed_keys:
+            return Standing.REMOVED
+        return Standing.ENROLLED if node_key in book.node_keys else Standing.UNKNOWN
 
     def _book(self) -> "_Book":
         """What the file says; where it has grown, only what is new is read."""

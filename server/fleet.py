@@ -50,7 +50,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from homefire.server.doorstep import WELCOME
-from homefire.server.operator_home import LimitsConfig
+from homefire.server.server_config import LimitsConfig
 
 Handler = Callable[[Any, LinkState], Message]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

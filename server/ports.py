@@ -7,7 +7,8 @@ import socket
 
 from homefire.common.errors import FederationError
 from homefire.common.loopback import LOOPBACK
-from homefire.server.operator_home import SERVER, ServerConfig
+from homefire.server.operator_home import SERVER
+from homefire.server.server_config import ServerConfig
 
 
 def check_ports(config: ServerConfig) -> None:

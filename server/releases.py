@@ -12,7 +12,7 @@ from homefire.common.errors import AdapterError, SignatureError
 from homefire.common.files import write_atomically
 from homefire.common.plan import release_digest
 from homefire.common.signatures import public_key, sign, verify
-from homefire.common.vector_file import read_vector, write_vector
+from homefire.common.vector_file import read_about, read_vector, write_vector
 
 LABEL = "homefire/signed-release/v1"
 SIGNING_KEY = "server-signing"
@@ -129,6 +129,14 @@ class ReleaseStore:
         if about["round"] != round_number:
             raise AdapterError(f"{path}: this is the release of round {about['round']}")
         return Release(round_number, vector, about)
+
+    def about(self, round_number: int) -> tuple[int, dict[str, Any]]:
+        """How long a release's vector is, and what it says of itself; nothing of it is checked.
+
+        Raises:
+            AdapterError: It is missing or cut.
+        """
+        return read_about(self.path(round_number), kind="release")
 
     def latest(self) -> Release:
         """The newest release.

@@ -15,7 +15,7 @@ from shutil import disk_usage
 from typing import Any, get_args
 
 from homefire.common.config import FederationConfig
-from homefire.common.errors import HomefireError
+from homefire.common.errors import AdapterError, HomefireError
 from homefire.common.privacy.mechanism import NoPrivacy
 from homefire.common.privacy.statement import epsilon_known_cohort, epsilon_release
 from homefire.common.protocol import STATISTICS, RefusalReason
@@ -24,7 +24,6 @@ from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import PrivacyPlan, plan_privacy
 from homefire.server.registry import REGISTRY
 from homefire.server.registry_folder import newest_statements
-from homefire.server.releases import Release
 from homefire.server.run_state import Federation
 
 SHOWN_ROUNDS, SHOWN_RELEASES = 500, 20
@@ -196,9 +195,8 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         trouble.append(error.in_full)
     try:
         federation = home.federation()
-        newest = _newest(home)
-        budget = budget_of(federation, released=max(releases, default=0), stated=newest)
-        size = 0 if newest is None else len(newest.vector)
+        size, stated = _newest(home)
+        budget = budget_of(federation, released=max(releases, default=0), stated=stated)
     except HomefireError as error:
         trouble.append(error.in_full)
     trouble += _signs(home)
@@ -262,20 +260,22 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
-def budget_of(config: FederationConfig, *, released: int, stated: Release | None = None) -> Budget:
+def budget_of(
+    config: FederationConfig, *, released: int, stated: Mapping[str, Any] | None = None
+) -> Budget:
     """What a run's releases cost after so many rounds.
 
     Args:
         config: The run's settings.
         released: Rounds that have a release.
-        stated: The newest release: where it states more than the settings do, devices refused
-            because they took part before, and nothing is amplified any more.
+        stated: What the newest release says of itself: where it states more than the settings do,
+            devices refused because they took part before, and nothing is amplified any more.
 
     Raises:
         PrivacyError: The settings cannot be stated.
     """
     plan = _plan(config)
-    claim = None if stated is None else stated.about["privacy"]["epsilon_release"]
+    claim = None if stated is None else stated["privacy"]["epsilon_release"]
     if unamplified := stated is not None and claim != plan.statement.epsilon_release:
         plan = plan.without_amplification()
     mechanism, rounds, delta = plan.mechanism, config.federation.rounds, config.privacy.delta
@@ -307,7 +307,15 @@ def _plan(config: FederationConfig) -> PrivacyPlan:
     return _planned(config.model_dump_json())
 
 
-def _newest(home: OperatorHome) -> Release | None:
-    """The newest release of the newest run; None before the first."""
+def _newest(home: OperatorHome) -> tuple[int, dict[str, Any] | None]:
+    """The newest release of the newest run: how long it is, and what it says; before it, nothing.
+
+    Its vector is not read: that would be megabytes for each look.
+    """
     store = Federation.store_of(home.output)
-    return store.latest() if store.rounds() else None
+    if not (rounds := store.rounds()):
+        return 0, None
+    size, about = store.about(rounds[-1])
+    if "epsilon_release" not in about.get("privacy", {}):
+        raise AdapterError(f"{store.path(rounds[-1])}: it does not state its privacy")
+    return size, about

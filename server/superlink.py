@@ -44,7 +44,7 @@ from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
 from homefire.server.door import Door
 from homefire.server.doorstep import PublicServer
-from homefire.server.enrolment import Device, Enrolment, Request
+from homefire.server.enrolment import Device, Enrolment, Request, Standing
 from homefire.server.fleet import Bells, Fleet
 from homefire.server.listener import bounded_protocol, make_room
 from homefire.server.logs import begin
@@ -236,20 +236,16 @@ async def serve(home: OperatorHome) -> None:
     config, tls, app = home.config, home.certificates, make_app(home)
     enrolment = home.enrolment
 
-    def known(shown: bytes) -> bool:
-        return enrolment.is_enrolled(b64decode(shown))
-
-    def removed(shown: bytes) -> bool:
-        return enrolment.is_removed(b64decode(shown))
+    def standing(shown: bytes) -> Standing:
+        return enrolment.standing(b64decode(shown))
 
     limits = config.limits
     # Some connections are kept between two requests.
     room = make_room(2 * limits.connections + limits.waiting)
     fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
     waiting = fleet.bells.__len__
-    door = Door(
-        fleet, config.all_names, enroller(home, enrolment, app), limits, known, removed, waiting
-    )
+    enrol = enroller(home, enrolment, app)
+    door = Door(fleet, config.all_names, enrol, limits, standing, waiting)
     fleet.refused = door.refused
     secret = home.read_secret(OPERATOR_SECRET)
     private = Private(app, door, fleet.bells, secret)

@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from test_documents import parse
 
 from homefire.__main__ import app
-from homefire.server.operator_home import ServerConfig
+from homefire.server.server_config import ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"

@@ -12,8 +12,9 @@ from tiny_links import Device, leave_message, run
 
 from homefire.server.door import Door
 from homefire.server.doorstep import WELCOME
+from homefire.server.enrolment import Standing
 from homefire.server.fleet import HANDLERS, Bells, Fleet
-from homefire.server.operator_home import LimitsConfig
+from homefire.server.server_config import LimitsConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:No path_separator found:DeprecationWarning"  # Flower's call of alembic
@@ -145,7 +146,9 @@ def test_so_many_none_of_them_shuts_others_out(flower_app: FastAPI, link: SqlLin
     """Both bounds by the door: devices that wait, and requests under way besides those."""
     fleet, devices = Fleet(flower_app, Bells(most=2), hold=60), [Device(link) for _ in range(4)]
     limits = LimitsConfig(connections=1, waiting=2)
-    door = Door(fleet, {"here"}, dict, limits, lambda _: True, held=fleet.bells.__len__)
+    door = Door(
+        fleet, {"here"}, dict, limits, lambda _: Standing.ENROLLED, held=fleet.bells.__len__
+    )
 
     async def meanwhile() -> list[int]:
         waiting = []

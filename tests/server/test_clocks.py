@@ -14,8 +14,8 @@ from homefire.common.errors import FrozenRegistryError, UpdateError, WrongClockE
 from homefire.common.release_statement import ReleaseStatement
 from homefire.server.door import Door, _RefusedError
 from homefire.server.enrolment import Enrolment
-from homefire.server.operator_home import LimitsConfig
 from homefire.server.registry_folder import DAY, RELEASE_SECONDS, RegistryFolder
+from homefire.server.server_config import LimitsConfig
 
 NOW = 1_800_000_000.0
 HOUR = 3600.0

@@ -17,8 +17,8 @@ from homefire.common.protocol import VERSION
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.door import OPEN, Door
 from homefire.server.doorstep import WELCOME
-from homefire.server.enrolment import FORMS, Request
-from homefire.server.operator_home import LimitsConfig
+from homefire.server.enrolment import FORMS, Request, Standing
+from homefire.server.server_config import LimitsConfig
 
 KEY = b64encode(b"an enrolled key")
 PULL = "/v1/fleet/pull-messages"
@@ -55,9 +55,13 @@ def enrol(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
     raise EnrolmentError("there is no such ticket", hint="Ask.")
 
 
+def standing(shown: bytes) -> Standing:
+    return Standing.ENROLLED if shown == KEY else Standing.UNKNOWN
+
+
 @pytest.fixture
 def door() -> Door:
-    return Door(Flower(), {"fed.example", "127.0.0.1"}, enrol, LIMITS, lambda key: key == KEY)
+    return Door(Flower(), {"fed.example", "127.0.0.1"}, enrol, LIMITS, standing)
 
 
 def moment() -> str:
@@ -150,7 +154,7 @@ def test_fleet_only_nothing_else_is_there(door: Door, path: str) -> None:
 
 @given(st.text())
 def test_fleet_only_whatever_the_path(path: str) -> None:
-    door = Door(Flower(), {"fed.example"}, enrol, LIMITS, lambda key: True)
+    door = Door(Flower(), {"fed.example"}, enrol, LIMITS, lambda _: Standing.ENROLLED)
     assert Asking(path).at(door).status == (200 if path in OPEN else 404) or path == ENROL_PATH
 
 
@@ -248,7 +252,7 @@ def test_bounded_how_many_of_one_are_under_way(door: Door, monkeypatch: pytest.M
     """One device, however often it may ask, leaves room for the others."""
     monkeypatch.setattr("homefire.server.door.MOST_OF_ONE", 2)
     door.limits = LIMITS.model_copy(update={"burst": 50, "connections": 50})
-    door.known = lambda key: True
+    door.standing = lambda _: Standing.ENROLLED
     other = b64encode(b"another device").decode()
 
     async def ask() -> list[int]:
@@ -335,7 +339,7 @@ def test_not_twice(door: Door) -> None:
 
 @pytest.mark.parametrize("path", sorted(OPEN))
 def test_enrolled_alone_nobody_who_was_removed(door: Door, path: str) -> None:
-    door.removed = lambda shown: True
+    door.standing = lambda _: Standing.REMOVED
     asked = Asking(path).at(door)
     assert (asked.status, json.loads(asked.body)["code"]) == (401, 2001)
     assert dict(door.refused) == {"removed": 1}
@@ -345,7 +349,7 @@ def test_enrolled_alone_nobody_who_was_removed(door: Door, path: str) -> None:
 def test_not_twice_also_when_it_was_started_again(door: Door) -> None:
     """What was seen is not kept; what was signed before the start is as good as seen."""
     before = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
-    again = Door(door.app, door.names, door.enrol, door.limits, door.known)
+    again = Door(door.app, door.names, door.enrol, door.limits, door.standing)
     asked = Asking(PULL, signed_at=before).at(again)
     assert (asked.status, asked.error) == (503, "of before")
     assert Asking(PULL).at(again).status == 200
@@ -390,7 +394,7 @@ def test_who_is_enrolled_cannot_be_read(door: Door, error: Exception) -> None:
     def broken(_: object) -> Any:
         raise error
 
-    door.known = broken
+    door.standing = broken
     asked = Asking(PULL).at(door)
     assert (asked.status, asked.error) == (503, "enrolment failed")
     door.enrol = broken
@@ -506,7 +510,7 @@ JSON = st.recursive(
 def test_whatever_is_sent_has_an_answer(
     path: str, headers: list[tuple[bytes, bytes]], body: list[bytes], method: str
 ) -> None:
-    door = Door(Translating(), {"fed.example"}, enrol, LIMITS, lambda key: key == KEY)
+    door = Door(Translating(), {"fed.example"}, enrol, LIMITS, standing)
     asked = Asking(path, *body, method=method)
     asked.scope["headers"] = headers
     asked.at(door)
@@ -520,7 +524,7 @@ def test_whatever_is_sent_for_a_ticket_has_an_answer(content: object) -> None:
         Request.read(wanted).verify()
         raise AssertionError("nobody signed that")
 
-    door = Door(Flower(), {"fed.example"}, read, LIMITS, lambda key: False)
+    door = Door(Flower(), {"fed.example"}, read, LIMITS, lambda _: Standing.UNKNOWN)
     asked = Asking(ENROL_PATH, json.dumps(content).encode()).at(door)
     assert asked.status in {400, 403, 413}
 

@@ -11,8 +11,9 @@ from tiny_operators import HERE, made_home
 
 from homefire.common.errors import FederationError
 from homefire.server import ports as ports_module
-from homefire.server.operator_home import OperatorHome, ServerConfig
+from homefire.server.operator_home import OperatorHome
 from homefire.server.ports import check_ports
+from homefire.server.server_config import ServerConfig
 
 
 @pytest.fixture

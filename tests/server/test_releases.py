@@ -1,5 +1,6 @@
 """Releases on disk: they come back as they were written, or not at all."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -273,6 +274,54 @@ def test_store_without_releases_has_no_newest(store: ReleaseStore, exists: bool)
     assert store.rounds() == []
     with pytest.raises(AdapterError, match="no releases"):
         store.latest()
+
+
+# What a release says of itself
+
+
+def test_what_a_release_says_of_itself_is_what_was_written(store: ReleaseStore) -> None:
+    written = store.write(2, VECTOR, ABOUT, KEY)
+    assert store.about(2) == (len(VECTOR), written.about)
+
+
+def test_as_long_as_it_says_a_release_that_was_cut_says_nothing(
+    store: ReleaseStore, stored: Path
+) -> None:
+    content = stored.read_bytes()
+    for length in range(len(content)):
+        stored.write_bytes(content[:length])
+        with pytest.raises(AdapterError, match="damaged release"):
+            store.about(1)
+    stored.unlink()
+    with pytest.raises(AdapterError, match="no such release"):
+        store.about(1)
+
+
+@pytest.mark.parametrize("metadata", [None, {"homefire": "digest"}, {"else": "digest {}"}])
+def test_what_is_no_release_says_nothing(
+    store: ReleaseStore, stored: Path, metadata: dict[str, str] | None
+) -> None:
+    save_file({"vector": VECTOR}, stored, metadata=metadata)
+    with pytest.raises(AdapterError, match="damaged release"):
+        store.about(1)
+
+
+def test_what_a_release_says_of_itself_is_read_without_its_vector(
+    store: ReleaseStore, stored: Path
+) -> None:
+    """Here the vector is a hole of 64 GiB."""
+    size, content = 1 << 34, stored.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:length])
+    header["vector"] = {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    stored.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(stored, 8 + len(text) + 4 * size)
+    assert store.about(1)[0] == size
+
+
+# What is no release
 
 
 def test_leftover_of_a_killed_process_is_no_release(store: ReleaseStore, stored: Path) -> None:

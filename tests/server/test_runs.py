@@ -25,6 +25,7 @@ from homefire.common.errors import (
 from homefire.common.keystore import Keystore
 from homefire.common.protocol import Refusal, encode_refusal
 from homefire.common.signatures import public_key
+from homefire.server.enrolment import Standing
 from homefire.server.federation import run_federation
 from homefire.server.model_card import model_card
 from homefire.server.operator_home import ROSTER, OperatorHome, init
@@ -33,7 +34,7 @@ from homefire.server.roster import read_roster
 from homefire.server.run_ledger import RunLedger
 from homefire.server.run_state import LEDGER, RUN_KEY, Federation, open_ledger
 from homefire.server.runs import all_runs, follow, make_run, start_of
-from homefire.server.status import budget_of
+from homefire.server.status import budget_of, look
 
 SETTINGS = """
 users = 2
@@ -303,11 +304,22 @@ def test_what_is_spent_is_told_without_amplification_where_that_was_lost(
         made = small_federation(tmp_path / name, privacy=GAUSSIAN, federation=rounds)
         run_federation(SmallGrid(answers=answers), made)
         newest = made.store.latest()
-        budgets.append(budget_of(made.config, released=3, stated=newest))
+        budgets.append(budget_of(made.config, released=3, stated=newest.about))
         assert budgets[-1].epsilon_end == newest.about["privacy"]["epsilon_release"]
     amplified, lost = budgets
     assert (amplified.epsilon_now or 0) < (lost.epsilon_now or 0)
     assert lost.epsilon_now == lost.epsilon_known_cohort_now == lost.epsilon_end
+
+
+def test_a_newest_release_that_cannot_be_read_is_trouble(home: OperatorHome) -> None:
+    """How a server is can be told all the same."""
+    store, key = Federation.store_of(home.output), device_key(1)
+    store.write(1, np.zeros(3, np.float32), {"privacy": {}}, key)
+    assert [each for each in look(home).trouble if "does not state its privacy" in each]
+    store.path(1).write_bytes(b"cut")
+    assert [each for each in look(home).trouble if "damaged release" in each]
+    store.write(1, np.zeros(3, np.float32), {"privacy": {"epsilon_release": None}}, key)
+    assert not [each for each in look(home).trouble if "release" in each]
 
 
 def test_removed_for_good(home: OperatorHome) -> None:
@@ -315,11 +327,10 @@ def test_removed_for_good(home: OperatorHome) -> None:
     watching = home.enrolment
     (device,) = watching.devices()
     node_key = device.node_key.encode()
-    assert watching.is_enrolled(node_key)
-    assert not watching.is_removed(node_key)
+    assert watching.standing(b"another") is Standing.UNKNOWN
+    assert watching.standing(node_key) is Standing.ENROLLED
     home.enrolment.remove(key)  # by another process
-    assert not watching.is_enrolled(node_key)
-    assert watching.is_removed(node_key)
+    assert watching.standing(node_key) is Standing.REMOVED
     assert home.enrolment.devices() == []
     with pytest.raises(EnrolmentError, match="removed this device"):
         enrol(home, 1)
