@@ -29,7 +29,7 @@ from homefire.common.protocol import VERSION
 from homefire.common.signatures import public_key, sign
 from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
 
-SETTING, PENDING = "enrolment", "enrolling"
+SETTING, NODE_KEYS = "enrolment", "node_keys"
 TIMEOUT_SECONDS = 30.0
 LARGEST_ANSWER = 1 << 16
 _NO_KEYS = re.compile(r"^server_keys *= *\[\s*\]", re.MULTILINE)
@@ -64,8 +64,9 @@ def enroll(vault: Vault, text: str) -> Enrolled:
     Guarantees:
         Its server alone: the ticket's secret goes to nobody but the server that the ticket's
             authority vouches for.
-        Again is the same: a ticket whose answer was lost on the way can be redeemed again; and a
-            device that is enrolled gets the server's new address by another ticket of it.
+        Again is the same: a ticket whose answer was lost on the way can be redeemed again, whatever
+            other servers were asked meanwhile; and a device that is enrolled gets the server's new
+            address by another ticket of it.
         Nothing lost: where a ticket is refused, the enrolment before stays.
 
     Raises:
@@ -77,7 +78,6 @@ def enroll(vault: Vault, text: str) -> Enrolled:
     if ticket.registry is not None:
         may_trust(vault, ticket.server_key)  # before anything is changed or asked
     wanted = _wanted(ticket, _node_key(vault, ticket.server_key))
-    vault.set(PENDING, asdict(wanted))  # before it is sent: its answer may be lost
     key = serialization.load_ssh_private_key(wanted.node_key.encode(), None)
     node = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -107,7 +107,6 @@ def enroll(vault: Vault, text: str) -> Enrolled:
         authority = ticket.authority.encode()
         trust(vault, ticket.server_key, ticket.registry, root_certificates=authority)
     vault.set(SETTING, asdict(wanted))
-    vault.set(PENDING, None)
     return wanted
 
 
@@ -123,17 +122,18 @@ def _wanted(ticket: Ticket, node_key: str) -> Enrolled:
 
 
 def _node_key(vault: Vault, server_key: str) -> str:
-    """What this device's node shows to a server: the same as before, where it asked it before."""
-    for found in (vault.setting(PENDING), vault.setting(SETTING)):
-        if found and found["server_key"] == server_key:
-            return str(found["node_key"])
-    key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.OpenSSH,
-        serialization.NoEncryption(),
-    )
-    return private.decode()
+    """What this device's node shows to a server, the same each time; another one to each."""
+    keys: dict[str, str] = vault.setting(NODE_KEYS, {})
+    if server_key not in keys:
+        key = ec.generate_private_key(ec.SECP384R1())
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+        keys[server_key] = private.decode()
+        vault.set(NODE_KEYS, keys)  # before it is shown: the answer may be lost
+    return keys[server_key]
 
 
 def _ask(ticket: Ticket, wanted: dict[str, str | int]) -> dict[str, Any]:

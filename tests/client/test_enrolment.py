@@ -83,12 +83,18 @@ class Server:
         return Handler
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path / "server")
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    made = Server(folder)
     yield made
     made.web.shutdown()
     made.web.server_close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with serving(tmp_path / "server") as made:
+        yield made
 
 
 @pytest.fixture
@@ -169,8 +175,8 @@ def test_key_and_certificate_are_in_memory_alone_and_a_child_reads_them(
         assert not path.is_file() or secret not in path.read_bytes()
 
 
-def test_again_is_the_same_where_an_answer_was_lost(me: Personalizer, server: Server) -> None:
-    ticket = server.ticket()
+def lose_the_answer(server: Server, me: Personalizer, ticket: Ticket) -> None:
+    """Redeem a ticket, and hear nothing of it."""
 
     def lost(answer: dict[str, Any]) -> dict[str, Any]:
         server.spoil = lambda answer: answer
@@ -179,10 +185,31 @@ def test_again_is_the_same_where_an_answer_was_lost(me: Personalizer, server: Se
     server.spoil = lost
     with pytest.raises(EnrolmentError, match="cannot be reached"):
         me.enroll(ticket.text)
+
+
+def test_again_is_the_same_where_an_answer_was_lost(me: Personalizer, server: Server) -> None:
+    ticket = server.ticket()
+    lose_the_answer(server, me, ticket)
     assert enrolled_with(me.vault) is None
     me.enroll(ticket.text)
     assert server.asked[0] == server.asked[1]
     assert len(server.home.enrolment.devices()) == 1
+
+
+def test_again_is_the_same_whatever_other_servers_were_asked(
+    me: Personalizer, server: Server, tmp_path: Path
+) -> None:
+    with serving(tmp_path / "other") as other:
+        tickets = [each.ticket() for each in (server, other)]
+        for asked, ticket in zip((server, other), tickets, strict=True):
+            lose_the_answer(asked, me, ticket)
+        for asked, ticket in zip((server, other, server), (*tickets, tickets[0]), strict=True):
+            (me.vault.folder / "policy.toml").write_text("server_keys = []\n")
+            trust(me.vault, ticket.server_key, "127.0.0.1:9", replace_key=True)
+            me.enroll(ticket.text)
+            assert asked.asked[-1] == asked.asked[0]
+            assert len(asked.home.enrolment.devices()) == 1
+        assert server.asked[0]["node_key"] != other.asked[0]["node_key"]
 
 
 def test_its_server_alone_gets_the_secret(me: Personalizer, server: Server, tmp_path: Path) -> None:
