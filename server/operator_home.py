@@ -31,6 +31,7 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from homefire.common.address import canonical_host, with_port
 from homefire.common.config import (
     FederationConfig,
     Frozen,
@@ -42,7 +43,7 @@ from homefire.common.errors import ConfigError, FederationError
 from homefire.common.files import hold, is_held, locked, make_folder, write_atomically
 from homefire.common.signatures import public_key
 from homefire.common.ticket import Ticket
-from homefire.server.certificates import Certificates, check_names
+from homefire.server.certificates import Certificates
 from homefire.server.enrolment import Device, Enrolment
 from homefire.server.run_state import SIGNING_KEY
 from homefire.server.runs import RUNS, all_runs, follow, has_begun, keystore, make_run, signing_key
@@ -77,7 +78,11 @@ class LimitsConfig(Frozen):
 
 
 class ServerConfig(Frozen):
-    """Where a server listens, and under which names."""
+    """Where a server listens, and under which names.
+
+    Guarantees:
+        One way: names are as `canonical_host` writes them, for tickets, certificate and door alike.
+    """
 
     names: tuple[str, ...] = Field(min_length=1, description="Names and addresses for devices.")
     fleet: str = Field("0.0.0.0:9092", description="For devices.")
@@ -92,18 +97,24 @@ class ServerConfig(Frozen):
         """What its certificate is for: the names of this machine to itself as well."""
         return tuple(dict.fromkeys([*self.names, *LOOPBACK_NAMES]))
 
+    @field_validator("names")
+    @classmethod
+    def _canonical(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(canonical_host(name) for name in value))
+
     @field_validator("fleet", "registry")
     @classmethod
     def _listens(cls, value: str, info: ValidationInfo) -> str:
         host, _, port = value.rpartition(":")
         try:
-            ipaddress.ip_address(host.strip("[]"))  # of this machine: names could be others'
+            host = canonical_host(host)
+            ipaddress.ip_address(host)  # of this machine: names could be others'
         except ValueError as error:
             example = cls.model_fields[str(info.field_name)].default
             raise ValueError(f"give ADDRESS:PORT, such as {example}, not {value!r}") from error
         if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
             raise ValueError(f"{port} is no port: 1 to 65535")
-        return value
+        return with_port(host, port)
 
     @model_validator(mode="after")
     def _apart(self) -> "ServerConfig":
@@ -360,12 +371,16 @@ class OperatorHome:
             OSError: They could not be kept; none is good.
         """
         config, enrolment = self.config, self.enrolment
-        name, seconds = config.names[0], 3600 * config.ticket_hours
+        seconds = 3600 * config.ticket_hours
+        superlink, registry = (
+            with_port(config.names[0], place.rpartition(":")[2])
+            for place in (config.fleet, config.registry)
+        )
         authority = self.certificates.authority.read_text(encoding="ascii")
         return [
             Ticket(
-                superlink=f"{name}:{config.fleet.rpartition(':')[2]}",
-                registry=f"{name}:{config.registry.rpartition(':')[2]}",
+                superlink=superlink,
+                registry=registry,
                 authority=authority,
                 server_key=self.server_key,
                 secret=enrolment.issue(valid_seconds=seconds),
@@ -392,7 +407,6 @@ def init(
     home = OperatorHome(folder)
     wanted = {"names": list(names), **settings}
     config = validate(ServerConfig, wanted, where="homefire server init")
-    check_names(config.names)  # before anything is written
     try:
         _make_folders(folder)
     except OSError as error:
