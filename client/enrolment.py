@@ -23,6 +23,7 @@ from homefire.client.trust import may_trust, trust
 from homefire.client.tunnel import connection_to
 from homefire.client.vault import Vault
 from homefire.client.vault_files import POLICY
+from homefire.common.address import split_address
 from homefire.common.errors import ConfigError, EnrolmentError
 from homefire.common.files import write_atomically
 from homefire.common.protocol import VERSION
@@ -137,11 +138,9 @@ def _node_key(vault: Vault, server_key: str) -> str:
 
 
 def _ask(ticket: Ticket, wanted: dict[str, str | int]) -> dict[str, Any]:
-    host, _, port = ticket.superlink.rpartition(":")
+    host, port = split_address(ticket.superlink)
     context = ssl.create_default_context(cadata=ticket.authority)
-    connection = connection_to(
-        host.strip("[]"), int(port), context=context, seconds=TIMEOUT_SECONDS
-    )
+    connection = connection_to(host, port, context=context, seconds=TIMEOUT_SECONDS)
     try:
         body = json.dumps(wanted)
         connection.request("POST", ENROL_PATH, body, {"content-type": "application/json"})

@@ -21,6 +21,7 @@ from homefire.client.vault import Vault
 from homefire.client.vault_files import POLICY
 from homefire.client.vault_home import VaultHome
 from homefire.common.adapter import AdapterSpec
+from homefire.common.address import split_address, with_port
 from homefire.common.errors import ConfigError
 from homefire.common.policy import DevicePolicy, Participation, lifetime_epsilon
 from homefire.common.protocol import STATISTICS
@@ -155,9 +156,13 @@ class Link:
     node_key: Path | None = None
 
     def __post_init__(self) -> None:
-        host, _, port = self.address.rpartition(":")
-        if not host or not port.isdigit():
-            raise ConfigError(f"{self.address!r} is no address", hint="Give host:port.")
+        try:
+            host, port = split_address(self.address)
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.address!r} is no address ({error})", hint="Give host:port."
+            ) from error
+        object.__setattr__(self, "address", with_port(host, port))
         if self.insecure and not is_this_machine(host):
             raise ConfigError(
                 f"{host} is another machine: nothing goes there without TLS",

@@ -1,6 +1,5 @@
 """Whose releases a device takes, and from where: one key, pinned by the person."""
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from cryptography import x509
 
 from homefire.client.vault import Vault
+from homefire.common.address import canonical_address
 from homefire.common.errors import ConfigError
 from homefire.common.signatures import check_public_key
 
@@ -51,13 +51,13 @@ def trust(
     Raises:
         ConfigError: No key, address or certificate; or another key is trusted already.
     """
-    _check_address(registry)
+    address = _address(registry)
     check_public_key(key)
     known = trusted(vault)
     if not replace_key:
         may_trust(vault, key)
     pem = None if root_certificates is None else _read_certificates(root_certificates)
-    new = Trust(key, registry, pem)
+    new = Trust(key, address, pem)
     if known is None or known.key != key:
         # In the log, so that a vault put back from a backup does not bring an old key back.
         with vault.log.transaction(TRUSTED, key=key):
@@ -88,10 +88,13 @@ def trusted(vault: Vault) -> Trust | None:
     return None if kept is None else Trust(**kept)
 
 
-def _check_address(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or re.search(r"[\s/]|^unix", host):
-        raise ConfigError(f"{address!r} is no address of a registry", hint="Give host:port.")
+def _address(text: str) -> str:
+    try:
+        return canonical_address(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{text!r} is no address of a registry ({error})", hint="Give host:port."
+        ) from error
 
 
 def _read_certificates(given: Path | bytes) -> str:

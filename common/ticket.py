@@ -7,9 +7,11 @@ hold of it can enrol a device in the person's place, and nothing else.
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from binascii import Error as Base64Error
+from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
+from homefire.common.address import LONGEST_ADDRESS, canonical_address
 from homefire.common.config import Frozen
 from homefire.common.encoding import canonical_json, digest
 from homefire.common.errors import ConfigError
@@ -25,6 +27,7 @@ CLOCK_SIGN = "homefire: your clock is off"
 
 PREFIX = "homefire1."
 LONGEST = 8192  # characters
+Address = Annotated[str, Field(max_length=LONGEST_ADDRESS), AfterValidator(canonical_address)]
 Hex64 = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -39,8 +42,8 @@ class Ticket(Frozen):
         secret: 32 bytes in hex; good once.
     """
 
-    superlink: str = Field(pattern=r"^[^\s/]+:[0-9]{1,5}$", max_length=300)
-    registry: str | None = Field(None, pattern=r"^[^\s/]+:[0-9]{1,5}$", max_length=300)
+    superlink: Address
+    registry: Address | None = None
     authority: str = Field(max_length=4096)
     server_key: str = Hex64
     secret: str = Hex64

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from homefire.common.address import canonical_host
 from homefire.common.errors import ConfigError
 from homefire.common.files import write_atomically
 
@@ -117,15 +118,6 @@ class Certificates:
         write_atomically(self.server, _pem(key) + shown, mode=0o600)
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Refuse what no certificate can be for.
-
-    Raises:
-        ConfigError: No name, or one that is none.
-    """
-    _subjects(names)
-
-
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: PrivateKey, *, days: int
 ) -> x509.CertificateBuilder:
@@ -149,14 +141,13 @@ def _subjects(names: Sequence[str]) -> x509.SubjectAlternativeName:
 
 def _subject(name: str) -> x509.GeneralName:
     try:
-        return x509.IPAddress(ipaddress.ip_address(name.strip("[]")))
+        host = canonical_host(name)
+    except ValueError as error:
+        raise ConfigError(str(error), hint="Give names and addresses without a port.") from error
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        pass
-    labels = name.rstrip(".").split(".")
-    letters = all(part and part.replace("-", "").isalnum() and part.isascii() for part in labels)
-    if not letters or len(name) > 253:
-        raise ConfigError(f"{name!r} is neither a host name nor an IP address")
-    return x509.DNSName(name)
+        return x509.DNSName(host)
 
 
 def _usage(*, signs: bool) -> x509.KeyUsage:

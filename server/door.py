@@ -25,6 +25,7 @@ from flwr.common.constant import (
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from starlette.concurrency import run_in_threadpool
 
+from homefire.common.address import canonical_host
 from homefire.common.errors import EnrolmentError, HomefireError, SignatureError
 from homefire.common.protocol import VERSION
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
@@ -118,7 +119,7 @@ class Door:
 
     Attributes:
         app: Flower's.
-        names: Host names that a request may be for.
+        names: That a request may be for, as `canonical_host` writes them.
         enrol: Redeems a ticket.
         limits: How much is let in.
         standing: Whose key it is that a header shows: a device's, one's that was removed, nobody's.
@@ -415,13 +416,11 @@ def _nothing() -> None:
 def _host(header: bytes) -> str:
     """The name in a Host header, without its port; nothing if it is no plain one."""
     try:
-        text = header.decode("ascii").lower()
-    except UnicodeDecodeError:
+        text = header.decode("ascii")
+        name, colon, port = text.rpartition(":")
+        return canonical_host(name if colon and port.isdigit() else text)
+    except ValueError:
         return ""
-    name, colon, port = text.rpartition(":")
-    if not colon:
-        return text
-    return name.strip("[]") if port.isdigit() else text.strip("[]")
 
 
 async def _parts(receive: Receive) -> Any:

@@ -21,6 +21,7 @@ from homefire.server.admission import network_of
 
 HANDSHAKE_SECONDS = 10.0
 BACKLOG = 2048
+EVERYWHERE = "::"
 WELCOME = "homefire.welcome"
 """In an ASGI scope: what to call when its sender was found to be an enrolled device."""
 
@@ -167,6 +168,18 @@ class Doorstep:
             del self._of[visit.network]
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; at `::` to IPv4 as well, as gRPC does, where the system can."""
+    listening = socket.create_server(
+        (host, port),
+        family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+        backlog=BACKLOG,
+        dualstack_ipv6=host == EVERYWHERE and socket.has_dualstack_ipv6(),
+    )
+    listening.setblocking(False)
+    return listening
+
+
 class PublicServer(uvicorn.Server):
     """uvicorn's, with a doorstep; it leaves the signals to the private listener's.
 
@@ -189,9 +202,7 @@ class PublicServer(uvicorn.Server):
         """Begin to take connections."""
         config = self.config
         await self.lifespan.startup()
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        listening = socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
-        listening.setblocking(False)
+        listening = _listen(config.host, config.port)
         step = Doorstep(listening, config.ssl, self._make, most=self._most, each=self._each)
         self.servers: list[Any] = [step]
         self.started = True

@@ -28,12 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from homefire.common.address import with_port
 from homefire.common.config import FederationConfig, load_config, read_toml, validate
 from homefire.common.errors import ConfigError, FederationError
 from homefire.common.files import hold, is_held, locked, make_folder, write_atomically
 from homefire.common.signatures import public_key
 from homefire.common.ticket import Ticket
-from homefire.server.certificates import Certificates, check_names
+from homefire.server.certificates import Certificates
 from homefire.server.enrolment import Device, Enrolment
 from homefire.server.run_state import SIGNING_KEY
 from homefire.server.runs import RUNS, all_runs, follow, has_begun, keystore, make_run, signing_key
@@ -299,12 +300,16 @@ class OperatorHome:
             OSError: They could not be kept; none is good.
         """
         config, enrolment = self.config, self.enrolment
-        name, seconds = config.names[0], 3600 * config.ticket_hours
+        seconds = 3600 * config.ticket_hours
+        superlink, registry = (
+            with_port(config.names[0], place.rpartition(":")[2])
+            for place in (config.fleet, config.registry)
+        )
         authority = self.certificates.authority.read_text(encoding="ascii")
         return [
             Ticket(
-                superlink=f"{name}:{config.fleet.rpartition(':')[2]}",
-                registry=f"{name}:{config.registry.rpartition(':')[2]}",
+                superlink=superlink,
+                registry=registry,
                 authority=authority,
                 server_key=self.server_key,
                 secret=enrolment.issue(valid_seconds=seconds),
@@ -331,7 +336,6 @@ def init(
     home = OperatorHome(folder)
     wanted = {"names": list(names), **settings}
     config = validate(ServerConfig, wanted, where="homefire server init")
-    check_names(config.names)  # before anything is written
     try:
         _make_folders(folder)
     except OSError as error:

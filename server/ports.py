@@ -5,8 +5,10 @@ import ipaddress
 import os
 import socket
 
+from homefire.common.address import split_address
 from homefire.common.errors import FederationError
 from homefire.common.loopback import LOOPBACK
+from homefire.server.doorstep import EVERYWHERE
 from homefire.server.operator_home import SERVER
 from homefire.server.server_config import ServerConfig
 
@@ -22,9 +24,8 @@ def check_ports(config: ServerConfig) -> None:
     places = {"fleet": config.fleet, "registry": config.registry}
     places |= {name: f"{LOOPBACK}:{port}" for name, port in own.items()}
     for name, place in places.items():
-        host, _, port = place.rpartition(":")
         try:
-            _take(host.strip("[]"), int(port))
+            _take(*split_address(place))
         except OSError as error:
             raise _cannot(error, name, place) from error
 
@@ -35,6 +36,8 @@ def _take(host: str, port: int) -> None:
     with socket.socket(family) as taken:
         # As listeners do: what a server that has ended leaves behind for a minute is no obstacle.
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if host == EVERYWHERE and socket.has_dualstack_ipv6():
+            taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         taken.bind((host, port))
 
 

@@ -5,6 +5,7 @@ import re
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from homefire.common.address import canonical_host, with_port
 from homefire.common.config import Frozen
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
@@ -25,7 +26,11 @@ class LimitsConfig(Frozen):
 
 
 class ServerConfig(Frozen):
-    """Where a server listens, and under which names."""
+    """Where a server listens, and under which names.
+
+    Guarantees:
+        One way: names are as `canonical_host` writes them, for tickets, certificate and door alike.
+    """
 
     names: tuple[str, ...] = Field(min_length=1, description="Names and addresses for devices.")
     fleet: str = Field("0.0.0.0:9092", description="For devices.")
@@ -40,18 +45,24 @@ class ServerConfig(Frozen):
         """What its certificate is for: the names of this machine to itself as well."""
         return tuple(dict.fromkeys([*self.names, *LOOPBACK_NAMES]))
 
+    @field_validator("names")
+    @classmethod
+    def _canonical(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(canonical_host(name) for name in value))
+
     @field_validator("fleet", "registry")
     @classmethod
     def _listens(cls, value: str, info: ValidationInfo) -> str:
         host, _, port = value.rpartition(":")
         try:
-            ipaddress.ip_address(host.strip("[]"))  # of this machine: names could be others'
+            host = canonical_host(host)
+            ipaddress.ip_address(host)  # of this machine: names could be others'
         except ValueError as error:
             example = cls.model_fields[str(info.field_name)].default
             raise ValueError(f"give ADDRESS:PORT, such as {example}, not {value!r}") from error
         if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
             raise ValueError(f"{port} is no port: 1 to 65535")
-        return value
+        return with_port(host, port)
 
     @model_validator(mode="after")
     def _apart(self) -> "ServerConfig":

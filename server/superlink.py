@@ -37,6 +37,7 @@ from flwr.superlink.main import create_app
 from flwr.superlink.servicer.control.control_handlers import register_node
 from sqlalchemy.exc import SQLAlchemyError
 
+from homefire.common.address import split_address
 from homefire.common.errors import EnrolmentError, FederationError
 from homefire.common.files import DISK_HINT
 from homefire.common.loopback import LOOPBACK
@@ -264,10 +265,10 @@ async def serve(home: OperatorHome) -> None:
         "http": bounded_protocol(seconds=limits.seconds),
         "lifespan": "off",
     }
-    host, _, port = config.fleet.rpartition(":")
+    host, port = split_address(config.fleet)
     inner = uvicorn.Server(uvicorn.Config(private, host=LOOPBACK, port=config.private, **common))
     outer = PublicServer(
-        uvicorn.Config(door, host=host.strip("[]"), port=int(port), **common, **strangers),
+        uvicorn.Config(door, host=host, port=port, **common, **strangers),
         most=room,
         each=limits.strangers,
     )

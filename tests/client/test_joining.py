@@ -135,7 +135,12 @@ def test_files_of_a_link_are_looked_at_first_and_found_from_any_folder(
         Link("127.0.0.1:9092", tmp_path / "ca.crt", insecure=True)
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":9092", "host:port"])
+@pytest.mark.parametrize("given", ["::1:9092", "[0::1]:9092"])
+def test_an_address_of_ipv6_is_written_in_brackets(given: str) -> None:
+    assert Link(given).options[:2] == ["--superlink", "[::1]:9092"]
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:", ":9092", "host:port", "host:99999"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="no address"):
         Link(address)

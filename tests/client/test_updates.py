@@ -183,6 +183,10 @@ def test_what_is_no_address_is_not_trusted(vault: Vault, address: str) -> None:
         trust(vault, TRUSTED, address)
 
 
+def test_an_address_of_ipv6_is_kept_in_brackets(vault: Vault) -> None:
+    assert trust(vault, TRUSTED, "::1:9093").registry == "[::1]:9093"
+
+
 def test_certificates_are_given_as_a_file_or_as_they_are(
     vault: Vault, tls: tuple[Path, Tls]
 ) -> None:

@@ -186,6 +186,14 @@ def test_a_strange_request_is_refused(
     assert (asked.status, asked.error) == (status, reason)
 
 
+@pytest.mark.parametrize(
+    "host", ["fed.example", "Fed.EXAMPLE:9092", "fed.example.:9092", "[::1]", "[0:0::1]:9092"]
+)
+def test_a_host_is_known_however_it_is_written(host: str) -> None:
+    door = Door(Flower(), ("fed.example", "::1"), enrol, LIMITS, standing)
+    assert Asking(PULL, headers={"host": host}).at(door).status == 200
+
+
 # Bounded
 
 

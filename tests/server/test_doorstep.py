@@ -32,7 +32,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def served(*, most: int, each: int, folder: Path | None = None) -> Iterator[tuple[int, Doorstep]]:
+def served(
+    *, most: int, each: int, folder: Path | None = None, host: str = "127.0.0.1"
+) -> Iterator[tuple[int, Doorstep]]:
     """A server that listens; with TLS if there is a folder for its certificates."""
     tls: dict[str, Any] = {}
     if folder is not None:
@@ -41,7 +43,7 @@ def served(*, most: int, each: int, folder: Path | None = None) -> Iterator[tupl
         tls = dict.fromkeys(("ssl_certfile", "ssl_keyfile"), str(certificates.server))
     config = uvicorn.Config(
         app,
-        host="127.0.0.1",
+        host=host,
         port=0,
         http=bounded_protocol(seconds=30),
         lifespan="off",
@@ -94,6 +96,15 @@ def ask(far: socket.socket, path: bytes = b"/") -> bytes:
     while not answer.endswith(b"ok") and (part := far.recv(1 << 16)):
         answer += part
     return answer
+
+
+def test_what_listens_everywhere_takes_ipv4_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an address of IPv6 that is this machine's own; only of a dual stack it can be one."""
+    mapped = "::ffff:127.0.0.1"
+    monkeypatch.setattr(doorstep, "EVERYWHERE", mapped)
+    with served(most=5, each=1, host=mapped) as (port, step), connect(port) as far:
+        assert ask(far).endswith(b"ok")
+        assert [visit.network for visit in step._visits] == ["127.0.0.1"]
 
 
 def test_so_many_also_before_tls(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from tiny_disks import run_in_child
 from tiny_operators import enrol_at, made_home, settings_of_run
 from tiny_runs import device_key
@@ -14,6 +15,7 @@ from homefire.common.errors import ConfigError, FederationError
 from homefire.common.files import hold, write_atomically
 from homefire.common.signatures import public_key
 from homefire.server import operator_home
+from homefire.server.door import _host
 from homefire.server.operator_home import (
     EXECUTOR_SECRET,
     LONGEST_TROUBLE,
@@ -21,6 +23,7 @@ from homefire.server.operator_home import (
     OperatorHome,
     init,
 )
+from homefire.server.server_config import ServerConfig
 from homefire.server.superlink import make_app
 
 
@@ -103,6 +106,34 @@ def test_a_server_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
     init(tmp_path / "server", names=["localhost"], settings={})
     assert written[-1] == "server.toml"
     assert len(written) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "ticket"),
+    [
+        (["Fed.Example.ORG", "fed.example.org."], "fed.example.org:9092"),
+        (["::1"], "[::1]:9092"),
+        (["[0::1]", "::1"], "[::1]:9092"),
+        (["192.0.2.7"], "192.0.2.7:9092"),
+    ],
+)
+def test_one_way_of_writing_names(tmp_path: Path, given: list[str], ticket: str) -> None:
+    """Ticket, certificate and door go by the same."""
+    home = init(tmp_path / "server", names=given, settings={})
+    (name,) = home.config.names
+    (made,) = home.tickets(1)
+    assert (made.superlink, made.registry) == (ticket, ticket.replace("9092", "9093"))
+    pem = x509.load_pem_x509_certificate(
+        home.certificates.server.read_bytes().split(b"KEY-----\n")[-1]
+    )
+    subjects = pem.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert name in [str(each.value) for each in subjects]
+    assert _host(ticket.encode()) == name
+
+
+@pytest.mark.parametrize("given", ["::1:9092", "[0::1]:9092", "[::1]:9092"])
+def test_one_way_of_writing_where_it_listens(given: str) -> None:
+    assert ServerConfig(names=("x",), fleet=given).fleet == "[::1]:9092"
 
 
 # Secrets

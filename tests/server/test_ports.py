@@ -44,9 +44,12 @@ def test_a_port_in_use_is_named(home: OperatorHome, name: str) -> None:
     check_ports(home.config)
 
 
+@pytest.mark.parametrize("everywhere", ["0.0.0.0", "[::]"])  # noqa: S104 - taken for a moment
 @pytest.mark.parametrize("name", ["fleet", "registry"])
-def test_also_at_all_addresses(home: OperatorHome, listener: socket.socket, name: str) -> None:
-    place = f"0.0.0.0:{listener.getsockname()[1]}"
+def test_also_at_all_addresses(
+    home: OperatorHome, listener: socket.socket, name: str, everywhere: str
+) -> None:
+    place = f"{everywhere}:{listener.getsockname()[1]}"
     config = home.config.model_copy(update={name: place})
     with pytest.raises(FederationError, match="is in use"):
         check_ports(config)
