@@ -17,6 +17,8 @@ from homefire import (
     __version__,
     device_commands,  # noqa: F401 - adds the device's verbs
     device_network_commands,  # noqa: F401 - adds more of them
+    server_commands,  # noqa: F401 - adds the server's
+    server_report_commands,  # noqa: F401 - likewise
 )
 from homefire.bench_commands import bench_app
 from homefire.common.errors import ConfigError, HomefireError, PrivacyError
@@ -26,7 +28,7 @@ from homefire.device_session import device_app, exit_code
 from homefire.options import AsJson, ExperimentFile, Name, Overrides, Runs, need
 from homefire.privacy_commands import privacy_app
 from homefire.privacy_experiments import clip, compare
-from homefire.server_commands import server_app
+from homefire.server_session import server_app
 
 # Set before torch, Flower and Ray are imported, unless the caller chose otherwise. No command of
 # homefire tells anybody that it runs; Flower and Ray would. Threads that wait for each other sleep

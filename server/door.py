@@ -4,17 +4,15 @@ Flower serves devices, operators and its own programs on one port. This stands i
 lets in what devices need, under limits, and the redemption of tickets; nothing else is there.
 """
 
-import asyncio
 import json
 import time
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
-from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import sha256
 from typing import Any
 
 from flwr.common.constant import (
@@ -30,18 +28,25 @@ from homefire.common.errors import EnrolmentError, HomefireError, SignatureError
 from homefire.common.protocol import VERSION
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
 from homefire.server.admission import network_of
+from homefire.server.door_measures import (
+    Answer,
+    App,
+    Body,
+    Bucket,
+    Receive,
+    RefusedError,
+    Scope,
+    Seen,
+    Send,
+    parts_of,
+    send_json,
+)
 from homefire.server.doorstep import WELCOME
 from homefire.server.enrolment import Standing
 from homefire.server.fleet import ANOTHERS, LATE
 from homefire.server.server_config import LimitsConfig
 
-Scope = MutableMapping[str, Any]
-Event = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Enrol = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-
 FLEET = "/v1/fleet/"
 OPEN = frozenset(
     f"{FLEET}{name}"
@@ -85,15 +90,6 @@ MOST_OF_ONE = 32  # requests under way of one device, or of one address of stran
 MOST_RATES = 65_536  # addresses whose rates are remembered
 KEY, SIGNED_AT = FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), TIMESTAMP_HEADER.encode()
 VERSION_NAME = VERSION_HEADER.encode()
-
-
-@dataclass(slots=True)
-class _RefusedError(Exception):
-    """Why a request is not let in."""
-
-    status: int
-    reason: str
-    body: Mapping[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -143,10 +139,10 @@ class Door:
     served: int = 0
     _under_way: int = 0
     _of: Counter[bytes] = field(default_factory=Counter)
-    _rates: dict[bytes, "_Bucket"] = field(default_factory=dict)  # of devices
-    _strangers: "OrderedDict[bytes, _Bucket]" = field(default_factory=OrderedDict)
+    _rates: dict[bytes, "Bucket"] = field(default_factory=dict)  # of devices
+    _strangers: "OrderedDict[bytes, Bucket]" = field(default_factory=OrderedDict)
     _began: float = field(init=False)
-    _seen: "_Seen" = field(default_factory=lambda: _Seen(SIGNED_SECONDS))
+    _seen: "Seen" = field(default_factory=lambda: Seen(SIGNED_SECONDS))
 
     def __post_init__(self) -> None:
         self._began = self.now()
@@ -157,19 +153,19 @@ class Door:
             return  # no web sockets here: the server closes them
         try:
             who, largest = self._check(scope, _headers(scope))
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             await self._refuse(refusal, send)
             return
         self._under_way += 1
         self._of[who] += 1
-        body = _Body(receive, largest, self.limits.seconds)
-        answer = _Answer(send, body)
+        body = Body(receive, largest, self.limits.seconds)
+        answer = Answer(send, body)
         try:
             if scope["path"] == ENROL_PATH:
                 await self._redeem(body, answer)
             else:
                 await self.app(scope, body, answer)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             body.refusal = body.refusal or refusal
         finally:
             self._under_way -= 1
@@ -196,38 +192,38 @@ class Door:
         if fleet:
             self._check_time(signed_at)
         if not self._within_rate(shown if known else _stranger(scope, fleet), known):
-            raise _RefusedError(429, "too often")
+            raise RefusedError(429, "too often")
         if fleet and not known:
-            raise _RefusedError(401, "not enrolled", NOT_REGISTERED)
+            raise RefusedError(401, "not enrolled", NOT_REGISTERED)
         if fleet and not self._seen.first(shown + b" " + signed_at, self.clock()):
-            raise _RefusedError(401, "seen before")
+            raise RefusedError(401, "seen before")
         who = shown or _stranger(scope, fleet)
         if self._of[who] >= MOST_OF_ONE:
-            raise _RefusedError(429, "too often")
+            raise RefusedError(429, "too often")
         return who, largest
 
     def _check_place(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
         """Refuse what is not for here, or say whether it is for Flower."""
         path, fleet = scope["path"], scope["path"] in OPEN
         if not fleet and path != ENROL_PATH:
-            raise _RefusedError(404, "no such path")
+            raise RefusedError(404, "no such path")
         if scope["method"] != "POST":
-            raise _RefusedError(405, "no such method")
+            raise RefusedError(405, "no such method")
         if _host(headers.get(b"host", b"")) not in self.names:
-            raise _RefusedError(421, "another host")
+            raise RefusedError(421, "another host")
         if headers.get(VERSION_NAME, b"1") != str(VERSION).encode():
-            raise _RefusedError(426, "another version")
+            raise RefusedError(426, "another version")
         if self._under_way - self.held() >= self.limits.connections:
-            raise _RefusedError(503, "too many at once")
+            raise RefusedError(503, "too many at once")
         return fleet
 
     def _is_known(self, shown: bytes) -> bool:
         try:
             standing = self.standing(shown)
         except (HomefireError, OSError):  # who is enrolled cannot be read
-            raise _RefusedError(503, "enrolment failed") from None
+            raise RefusedError(503, "enrolment failed") from None
         if standing is Standing.REMOVED:
-            raise _RefusedError(401, "removed", NOT_REGISTERED)
+            raise RefusedError(401, "removed", NOT_REGISTERED)
         return standing is Standing.ENROLLED
 
     def _check_time(self, stamp: bytes) -> None:
@@ -239,37 +235,37 @@ class Door:
         now = self.now()
         age, self._began = now - signed_at, min(self._began, now)  # the clock may be set back
         if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
-            raise _RefusedError(400, "another time", OTHER_TIME)
+            raise RefusedError(400, "another time", OTHER_TIME)
         if signed_at < self._began:
-            raise _RefusedError(503, "of before")
+            raise RefusedError(503, "of before")
 
     def _check_length(self, headers: Mapping[bytes, bytes], largest: int) -> None:
         stated = headers.get(b"content-length")
         if stated is None:
             return
         if b"transfer-encoding" in headers:
-            raise _RefusedError(400, "two lengths")
+            raise RefusedError(400, "two lengths")
         if not stated.isdigit() or len(stated) > 20:
-            raise _RefusedError(400, "no length")
+            raise RefusedError(400, "no length")
         if int(stated) > largest:
-            raise _RefusedError(413, "too large")
+            raise RefusedError(413, "too large")
 
     def _within_rate(self, key: bytes, known: bool) -> bool:
         now, rates = self.clock(), self._rates if known else self._strangers
-        bucket = rates.pop(key, None) or _Bucket(float(self.limits.burst), now)
+        bucket = rates.pop(key, None) or Bucket(float(self.limits.burst), now)
         rates[key] = bucket
         if len(self._strangers) > MOST_RATES:
             self._strangers.popitem(last=False)
         return bucket.take(self.limits.requests, self.limits.burst, now)
 
     async def _redeem(self, receive: Receive, send: Send) -> None:
-        body = b"".join([part async for part in _parts(receive)])
+        body = b"".join([part async for part in parts_of(receive)])
         try:
             wanted = json.loads(body)
             if not isinstance(wanted, dict):
                 raise ValueError("no object")
         except (ValueError, RecursionError):
-            raise _RefusedError(400, "no request") from None
+            raise RefusedError(400, "no request") from None
         try:
             status, said = 200, dict(await run_in_threadpool(self.enrol, wanted))
         except (EnrolmentError, SignatureError) as error:
@@ -280,104 +276,11 @@ class Door:
             status, said = 503, {"error": "the server cannot enrol now", "hint": "Try again later."}
         await send_json(send, status, said)
 
-    async def _refuse(self, refusal: _RefusedError, send: Send) -> None:
+    async def _refuse(self, refusal: RefusedError, send: Send) -> None:
         self.refused[refusal.reason] += 1
         with suppress(OSError):
             said = refusal.body or {"error": refusal.reason}
             await send_json(send, refusal.status, said)
-
-
-@dataclass(slots=True)
-class _Body:
-    """Reads a body up to a length, and for so long.
-
-    Attributes:
-        receive: Where it comes from.
-        largest: Bytes.
-        seconds: For all of it, from when it is first asked for.
-        refusal: Why no more is read. Flower catches it, as it does all errors.
-    """
-
-    receive: Receive
-    largest: int
-    seconds: float
-    refusal: _RefusedError | None = None
-    _began: float | None = None
-    _taken: int = 0
-    _whole: bool = False
-
-    async def __call__(self) -> Event:
-        """The next part; after the last, whether the other side has gone."""
-        if self.refusal is not None:
-            raise self.refusal
-        if self._whole:
-            return await self.receive()
-        now = time.monotonic()
-        self._began = self._began or now
-        left = self._began + self.seconds - now
-        try:
-            event = await asyncio.wait_for(self.receive(), max(0.0, left))
-        except TimeoutError:
-            self.refusal = _RefusedError(408, "too slow")
-            raise self.refusal from None
-        if event["type"] == "http.request":
-            self._taken += len(event.get("body", b""))
-            self._whole = not event.get("more_body", False)
-            if self._taken > self.largest:
-                self.refusal = _RefusedError(413, "too large")
-                raise self.refusal
-        return event
-
-
-@dataclass(slots=True)
-class _Answer:
-    """Passes an answer on, unless the body was refused before; knows whether it has begun."""
-
-    send: Send
-    body: _Body
-    begun: bool = False
-    status: int = 500
-
-    async def __call__(self, event: Event) -> None:
-        if self.body.refusal is None or self.begun:
-            self.begun, self.status = True, event.get("status", self.status)
-            await self.send(event)
-
-
-@dataclass(slots=True)
-class _Bucket:
-    """So many requests are left; they come back with time."""
-
-    left: float
-    at: float
-
-    def take(self, rate: float, most: float, now: float) -> bool:
-        """One of them, if there is one."""
-        self.left, self.at = min(most, self.left + rate * (now - self.at)), now
-        if self.left < 1:
-            return False
-        self.left -= 1
-        return True
-
-
-class _Seen:
-    """What was seen within the last seconds, by digests of 16 bytes."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._known: set[bytes] = set()
-        self._order: deque[tuple[float, bytes]] = deque()
-
-    def first(self, what: bytes, now: float) -> bool:
-        """Whether it is seen for the first time."""
-        while self._order and now - self._order[0][0] > self._seconds:
-            self._known.discard(self._order.popleft()[1])
-        short = sha256(what).digest()[:16]
-        if short in self._known:
-            return False
-        self._known.add(short)
-        self._order.append((now, short))
-        return True
 
 
 def _key(headers: Mapping[bytes, bytes]) -> bytes:
@@ -388,7 +291,7 @@ def _key(headers: Mapping[bytes, bytes]) -> bytes:
     except (Base64Error, ValueError):
         plain = False
     if not shown or not plain:
-        raise _RefusedError(401, "no key")
+        raise RefusedError(401, "no key")
     return shown
 
 
@@ -404,7 +307,7 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
     for name, value in scope["headers"]:
         lowered = bytes(name).lower()
         if lowered in found:
-            raise _RefusedError(400, "header twice")
+            raise RefusedError(400, "header twice")
         found[lowered] = bytes(value)
     return found
 
@@ -421,27 +324,3 @@ def _host(header: bytes) -> str:
         return canonical_host(name if colon and port.isdigit() else text)
     except ValueError:
         return ""
-
-
-async def _parts(receive: Receive) -> Any:
-    while True:
-        event = await receive()
-        if event["type"] != "http.request":
-            raise _RefusedError(400, "gone")
-        yield event.get("body", b"")
-        if not event.get("more_body", False):
-            return
-
-
-async def send_json(
-    send: Send, status: int, content: Mapping[str, Any], *, keep: bool = False
-) -> None:
-    """Answer with a JSON object, and end the connection unless it is to be kept."""
-    body = json.dumps(content).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        *([] if keep else [(b"connection", b"close")]),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -26,7 +26,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 
-from homefire.server.door import Door, Event, Receive, send_json
+from homefire.server.door import Door
+from homefire.server.door_measures import Event, Receive, send_json
 from homefire.server.fleet import Bells
 from homefire.server.line import ANSWERED_PATH, RING_PATH, WITHDRAW_PATH
 

@@ -106,6 +106,8 @@ def test_nothing_but_the_command_line_stands_above_the_folders() -> None:
         "device_network_commands.py",
         "device_session.py",
         "server_commands.py",
+        "server_report_commands.py",
+        "server_session.py",
     }
     commands |= {"privacy_commands.py", "privacy_experiments.py"}
     assert names == {"__init__.py", "__main__.py"} | commands

@@ -23,6 +23,7 @@ from tiny_registries import RUN, SPEC, about, vector
 from tiny_vaults import served_on_a_port
 from typer.testing import CliRunner
 
+import homefire.__main__  # noqa: F401 - adds all verbs
 from homefire.common.config import load_config
 from homefire.common.errors import ConfigError, EnrolmentError, FederationError, HomefireError
 from homefire.common.keystore import Keystore
@@ -39,7 +40,7 @@ from homefire.server.releases import SERVER_KEYS, SIGNING_KEY, ReleaseStore
 from homefire.server.run_ledger import RunLedger
 from homefire.server.run_state import LEDGER
 from homefire.server.status import look
-from homefire.server_commands import server_app
+from homefire.server_session import server_app
 
 KEY = re.compile("[0-9a-f]{64}")
 
@@ -311,7 +312,7 @@ def test_status_checks_whether_all_processes_run(
     runs = {name: {"runs": True, "starts": 1} for name in names}
     for processes, code in ((runs, 0), (runs | {"registry": down}, 1)):
         told = {**found, "processes": processes}
-        monkeypatch.setattr("homefire.server_commands._status", lambda _, told=told: told)
+        monkeypatch.setattr("homefire.server_report_commands._status", lambda _, told=told: told)
         for more in ([], ["--json"]):
             assert server("status", "--check", *more).exit_code == code
 

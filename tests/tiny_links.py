@@ -32,7 +32,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from homefire.server.door import App
+from homefire.server.door_measures import App
 from homefire.server.fleet import FLEET
 from homefire.simulations.load.keys import Keys
 

@@ -12,7 +12,8 @@ from homefire.client.registry_link import Newest
 from homefire.client.updates import verified
 from homefire.common.errors import FrozenRegistryError, UpdateError, WrongClockError
 from homefire.common.release_statement import ReleaseStatement
-from homefire.server.door import Door, _RefusedError
+from homefire.server.door import Door
+from homefire.server.door_measures import RefusedError
 from homefire.server.enrolment import Enrolment
 from homefire.server.registry_folder import DAY, RELEASE_SECONDS, RegistryFolder
 from homefire.server.server_config import LimitsConfig
@@ -71,7 +72,7 @@ def test_devices_are_let_in_after_the_servers_clock_was_set_back() -> None:
 def is_recent(door: Door, signed_at: bytes) -> bool:
     try:
         door._check_time(signed_at)
-    except _RefusedError:
+    except RefusedError:
         return False
     return True
 

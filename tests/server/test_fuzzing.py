@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from homefire.server.control import _told_by_door
-from homefire.server.door import _Body, _RefusedError
+from homefire.server.door_measures import Body, RefusedError
 from homefire.server.private import _listed
 from homefire.server.status import HIDDEN, LONGEST, Status, plain
 
@@ -79,13 +79,13 @@ def test_of_a_body_no_more_is_passed_on_than_is_allowed(
         return left.pop(0) if left else {"type": "http.disconnect"}
 
     async def read() -> list[bytes]:
-        body, found = _Body(receive, largest, 10.0), list[bytes]()
+        body, found = Body(receive, largest, 10.0), list[bytes]()
         while True:
             try:
                 event = await body()
-            except _RefusedError as refusal:
+            except RefusedError as refusal:
                 assert (refusal.status, refusal.reason) == (413, "too large")
-                with pytest.raises(_RefusedError):  # and it stays so
+                with pytest.raises(RefusedError):  # and it stays so
                     await body()
                 return found
             if event["type"] != "http.request":

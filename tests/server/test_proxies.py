@@ -15,7 +15,7 @@ from homefire.server.control import Control
 from homefire.server.line import HttpLine
 from homefire.server.operator_home import OperatorHome
 from homefire.server.supervisor import Child
-from homefire.server_commands import _status
+from homefire.server_report_commands import _status
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
