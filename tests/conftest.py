@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,19 +41,21 @@ def _no_system_keystore() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_state_of_the_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _accounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Path]]:
     """No test reads or writes what vaults of whoever runs it have spent."""
+    folder = tmp_path_factory.mktemp("accounts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield
+        patch.setenv("XDG_STATE_HOME", str(folder))
+        # Counted here: pytest would look through all that it made before, test by test.
+        yield (folder / str(number) for number in itertools.count())
 
 
 @pytest.fixture(autouse=True)
-def _an_account_of_its_own(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _an_account_of_its_own(_accounts: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No test inherits what another's vaults have spent."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+    account = next(_accounts)
+    account.mkdir()
+    monkeypatch.setenv("XDG_STATE_HOME", str(account))
 
 
 @pytest.fixture(scope="session")
