@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from homefire.options import AsJson, need
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from homefire.server.operator_home import OperatorHome
+    from homefire.server.registry_folder import Published
 
 server_app = typer.Typer(
     help="""A server that many devices take part at.
@@ -90,8 +96,9 @@ def enroll(
     from homefire.server.runs import has_begun
 
     server = _home(home)
+    begun = has_begun(server.output)  # before a ticket is spent: there may be no run
     tickets = [ticket.text for ticket in server.tickets(count)]
-    if has_begun(server.output):
+    if begun:
         said = "A run has begun with those who were enrolled then: new devices take part from"
         typer.echo(f"{said} the next run on ({_command('next', home)}).", err=True)
     _show(as_json, {"tickets": tickets}, "\n".join(tickets))
@@ -158,7 +165,7 @@ def status(
         raise typer.Exit(1)
 
 
-def _status(home: Any) -> dict[str, Any]:
+def _status(home: "OperatorHome") -> dict[str, Any]:
     """From the server that runs here, or else from its files.
 
     Who answers at its port may be another server.
@@ -241,7 +248,7 @@ def stop(
     _show(as_json, {"draining": not undo and not wait, "ended": wait}, said)
 
 
-def _wait_for_end(server: Any) -> None:
+def _wait_for_end(server: "OperatorHome") -> None:
     from homefire.common.errors import FederationError
 
     asked = time.monotonic()
@@ -259,7 +266,8 @@ def releases(
         Path | None, typer.Option(help="Write one as a PEFT folder with a model card.")
     ] = None,
     number: Annotated[
-        int | None, typer.Option(min=1, help="Which, by the list; by default the newest.")
+        int | None,
+        typer.Option(min=1, help="Which, by the list; else all are shown, or the newest written."),
     ] = None,
     home: ServerFolder = HOME,
     as_json: AsJson = False,
@@ -279,7 +287,10 @@ def releases(
         _export(server, export, number)
         _show(as_json, {"folder": str(export)}, f"{export}: load it with PEFT; see its README.md.")
         return
-    found = [each.statement for each in open_home(server.folder).releases]
+    published = open_home(server.folder).releases
+    if number is not None:
+        published = [_numbered(published, number)]
+    found = [each.statement for each in published]
     if as_json:
         typer.echo(json.dumps([each.model_dump(mode="json") for each in found]))
         return
@@ -297,13 +308,10 @@ def releases(
     Console().print(table)
 
 
-def _export(server: Any, folder: Path, number: int | None) -> None:
-    from homefire.common.base_model import load_base_model
+def _numbered(published: "Sequence[Published]", number: int | None) -> "Published":
+    """One of them; the newest without a number."""
     from homefire.common.errors import ConfigError
-    from homefire.common.peft_adapter import resolve_spec
-    from homefire.server.registry import open_home
 
-    published = open_home(server.folder).releases
     if not published:
         raise ConfigError(
             "nothing is published yet",
@@ -314,7 +322,16 @@ def _export(server: Any, folder: Path, number: int | None) -> None:
             f"there is no release {number}",
             hint=f"The newest is {len(published)}; see: homefire server releases",
         )
-    chosen = published[(number or len(published)) - 1]
+    return published[(number or len(published)) - 1]
+
+
+def _export(server: "OperatorHome", folder: Path, number: int | None) -> None:
+    from homefire.common.base_model import load_base_model
+    from homefire.common.errors import ConfigError
+    from homefire.common.peft_adapter import resolve_spec
+    from homefire.server.registry import open_home
+
+    chosen = _numbered(open_home(server.folder).releases, number)
     name = server.federation().base_model.name
     base = load_base_model(name, fetch=False)
     if base.fingerprint != chosen.statement.base_model:
@@ -390,7 +407,7 @@ def renew(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
     _show(as_json, {"expires": expires}, f"Good until {expires}; restart the server.")
 
 
-def _home(folder: Path) -> Any:
+def _home(folder: Path) -> "OperatorHome":
     from homefire.server.operator_home import OperatorHome
 
     home = OperatorHome(folder.expanduser().absolute())  # its processes work elsewhere
