@@ -90,7 +90,7 @@ def enroll(
     """Make tickets; each lets one device take part.
 
     A ticket is a secret: give it to one person, by a way that others cannot
-    read. On the device: homefire device enroll TICKET
+    read. On the device, to paste it into: homefire device enroll -
     """
     _need()
     from homefire.server.runs import has_begun

@@ -225,6 +225,7 @@ def test_enroll_gives_tickets_that_lead_here(home: Path) -> None:
     assert first.secret not in stored
     assert (home / "enrolment.jsonl").stat().st_mode & 0o077 == 0
     assert server("enroll", "--count", "0").exit_code == 2
+    assert "homefire device enroll -" in run("enroll", "--help")
 
 
 def test_status_of_a_server_that_does_not_run(home: Path) -> None:
