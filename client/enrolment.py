@@ -27,7 +27,7 @@ from homefire.common.address import split_address
 from homefire.common.errors import ConfigError, EnrolmentError
 from homefire.common.files import write_atomically
 from homefire.common.protocol import VERSION
-from homefire.common.signatures import public_key, sign
+from homefire.common.signatures import check_public_key, public_key, sign
 from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
 
 SETTING, NODE_KEYS = "enrolment", "node_keys"
@@ -76,6 +76,7 @@ def enroll(vault: Vault, text: str) -> Enrolled:
         EnrolmentError: The server refuses it, cannot be reached, or is another one.
     """
     ticket = Ticket.read(text)
+    check_public_key(ticket.server_key)
     if ticket.registry is not None:
         may_trust(vault, ticket.server_key)  # before anything is changed or asked
     wanted = _wanted(ticket, _node_key(vault, ticket.server_key))

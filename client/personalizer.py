@@ -325,7 +325,7 @@ class Personalizer:
         if (found := enrolled_with(self.vault)) is None:
             raise ConfigError(
                 "this device is not enrolled with a server",
-                hint="homefire device enroll TICKET; or name the SuperLink.",
+                hint="homefire device enroll - reads its ticket; or name the SuperLink.",
             )
         return found
 

@@ -103,7 +103,7 @@ def _read_certificates(given: Path | bytes) -> str:
         content = given if isinstance(given, bytes) else given.read_bytes()
         x509.load_pem_x509_certificates(content)
         return content.decode("ascii")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, x509.InvalidVersion) as error:
         raise ConfigError(
             f"{where}: no certificate ({error})", hint="Give the PEM file of the authority."
         ) from error

@@ -5,10 +5,12 @@ hold of it can enrol a device in the person's place, and nothing else.
 """
 
 import re
+import ssl
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from binascii import Error as Base64Error
 from typing import Annotated
 
+from cryptography import x509
 from pydantic import AfterValidator, Field, ValidationError
 
 from homefire.common.address import LONGEST_ADDRESS, canonical_address
@@ -28,6 +30,19 @@ CLOCK_SIGN = "homefire: your clock is off"
 PREFIX = "homefire1."
 LONGEST = 8192  # characters
 Address = Annotated[str, Field(max_length=LONGEST_ADDRESS), AfterValidator(canonical_address)]
+
+
+def _authority(pem: str) -> str:
+    """Refuse what TLS does not take, or this device cannot keep: another moment is too late."""
+    try:
+        x509.load_pem_x509_certificates(pem.encode("ascii"))
+        ssl.create_default_context(cadata=pem)
+    except (OSError, ValueError, x509.InvalidVersion) as error:
+        raise ValueError("no certificate") from error
+    return pem
+
+
+Authority = Annotated[str, Field(max_length=4096), AfterValidator(_authority)]
 Hex64 = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -44,7 +59,7 @@ class Ticket(Frozen):
 
     superlink: Address
     registry: Address | None = None
-    authority: str = Field(max_length=4096)
+    authority: Authority
     server_key: str = Hex64
     secret: str = Hex64
 
@@ -74,8 +89,9 @@ class Ticket(Frozen):
             return cls.model_validate_json(urlsafe_b64decode(content.encode()))
         except (ValueError, ValidationError, Base64Error):
             raise ConfigError(
-                "this is no ticket, or only a part of one",
-                hint=f"A ticket is one line that begins with {PREFIX}; ask the operator for one.",
+                "this is no ticket, only a part of one, or a damaged one",
+                hint=f"A ticket is one line that begins with {PREFIX}: copy all of it, or ask the "
+                "operator for another.",
             ) from None
 
 

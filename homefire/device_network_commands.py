@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from homefire.client.updates import Updated
 
 
+SEEN = (
+    "A ticket on a command line can be read by others of this machine, and stays in the shell's "
+    "history; next time: homefire device enroll -"
+)
+
+
 @device_app.command()
 def join(
     superlink: Annotated[
@@ -112,7 +118,9 @@ def join(
 
 @device_app.command("enroll")
 def enroll_(
-    ticket: Annotated[str, typer.Argument(help="From the operator; - reads standard input.")],
+    ticket: Annotated[
+        str, typer.Argument(metavar="-", help="Reads the operator's ticket from standard input.")
+    ],
     home: HomeFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -120,8 +128,18 @@ def enroll_(
 
     The server's key goes into policy.toml, and its registry is trusted for
     updates.
+
+    Paste the ticket, then Enter and Ctrl-D. It is taken as an argument too, but
+    there it is no secret: other accounts see it (ps), and shells keep it.
+
+    Example:
+      homefire device enroll - < ticket.txt
     """
-    words = sys.stdin.read() if ticket == "-" else ticket
+    if ticket == "-":
+        words = sys.stdin.read()
+    else:
+        words = ticket
+        typer.echo(SEEN, err=True)
     with open_vault(home) as me:
         server = me.enroll(words)
     show(as_json, {"superlink": server}, f"Enrolled with {server}. Next: homefire device join")

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from homefire.server_session import (
     server_app,
     show,
 )
+
+if TYPE_CHECKING:
+    from homefire.server.operator_home import OperatorHome
 
 LOOK_SECONDS = 1.0
 ENDING_SECONDS = 60.0
@@ -72,14 +75,15 @@ def enroll(
     """Make tickets; each lets one device take part.
 
     A ticket is a secret: give it to one person, by a way that others cannot
-    read. On the device: homefire device enroll TICKET
+    read. On the device, to paste it into: homefire device enroll -
     """
     need_server()
     from homefire.server.runs import has_begun
 
     server = open_server(home)
+    begun = has_begun(server.output)  # before a ticket is spent: there may be no run
     tickets = [ticket.text for ticket in server.tickets(count)]
-    if has_begun(server.output):
+    if begun:
         said = "A run has begun with those who were enrolled then: new devices take part from"
         typer.echo(f"{said} the next run on ({command_of('next', home)}).", err=True)
     show(as_json, {"tickets": tickets}, "\n".join(tickets))
@@ -153,7 +157,7 @@ def stop(
     show(as_json, {"draining": not undo and not wait, "ended": wait}, said)
 
 
-def _wait_for_end(server: Any) -> None:
+def _wait_for_end(server: "OperatorHome") -> None:
     from homefire.common.errors import FederationError
 
     asked = time.monotonic()

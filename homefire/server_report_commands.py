@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,12 @@ from rich.table import Table
 
 from homefire.options import AsJson
 from homefire.server_session import HOME, ServerFolder, need_server, open_server, server_app, show
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from homefire.server.operator_home import OperatorHome
+    from homefire.server.registry_folder import Published
 
 
 @server_app.command()
@@ -38,7 +44,7 @@ def status(
         raise typer.Exit(1)
 
 
-def _status(home: Any) -> dict[str, Any]:
+def _status(home: "OperatorHome") -> dict[str, Any]:
     """From the server that runs here, or else from its files.
 
     Who answers at its port may be another server.
@@ -97,7 +103,8 @@ def releases(
         Path | None, typer.Option(help="Write one as a PEFT folder with a model card.")
     ] = None,
     number: Annotated[
-        int | None, typer.Option(min=1, help="Which, by the list; by default the newest.")
+        int | None,
+        typer.Option(min=1, help="Which, by the list; else all are shown, or the newest written."),
     ] = None,
     home: ServerFolder = HOME,
     as_json: AsJson = False,
@@ -117,7 +124,10 @@ def releases(
         _export(server, export, number)
         show(as_json, {"folder": str(export)}, f"{export}: load it with PEFT; see its README.md.")
         return
-    found = [each.statement for each in open_home(server.folder).releases]
+    published = open_home(server.folder).releases
+    if number is not None:
+        published = [_numbered(published, number)]
+    found = [each.statement for each in published]
     if as_json:
         typer.echo(json.dumps([each.model_dump(mode="json") for each in found]))
         return
@@ -135,13 +145,10 @@ def releases(
     Console().print(table)
 
 
-def _export(server: Any, folder: Path, number: int | None) -> None:
-    from homefire.common.base_model import load_base_model
+def _numbered(published: "Sequence[Published]", number: int | None) -> "Published":
+    """One of them; the newest without a number."""
     from homefire.common.errors import ConfigError
-    from homefire.common.peft_adapter import resolve_spec
-    from homefire.server.registry import open_home
 
-    published = open_home(server.folder).releases
     if not published:
         raise ConfigError(
             "nothing is published yet",
@@ -152,7 +159,16 @@ def _export(server: Any, folder: Path, number: int | None) -> None:
             f"there is no release {number}",
             hint=f"The newest is {len(published)}; see: homefire server releases",
         )
-    chosen = published[(number or len(published)) - 1]
+    return published[(number or len(published)) - 1]
+
+
+def _export(server: "OperatorHome", folder: Path, number: int | None) -> None:
+    from homefire.common.base_model import load_base_model
+    from homefire.common.errors import ConfigError
+    from homefire.common.peft_adapter import resolve_spec
+    from homefire.server.registry import open_home
+
+    chosen = _numbered(open_home(server.folder).releases, number)
     name = server.federation().base_model.name
     base = load_base_model(name, fetch=False)
     if base.fingerprint != chosen.statement.base_model:

@@ -25,6 +25,9 @@ from homefire.common.ticket import ENROLMENT, secret_digest, signed_parts
 
 FILE, LOCK = "enrolment.jsonl", "enrolment.lock"
 SECRET_BYTES = 32
+FEWEST_DIGITS = 8
+"""Of a key, by which a device is removed."""
+
 FORMS = {
     "secret": "[0-9a-f]{64}",
     "identity": "[0-9a-f]{64}",
@@ -182,12 +185,18 @@ class Enrolment:
         """Let a device in no more.
 
         Args:
-            identity: Its key, or the first digits of it.
+            identity: Its key, or at least the first `FEWEST_DIGITS` of it.
 
         Raises:
-            EnrolmentError: No enrolled device, or several, have a key that begins so.
+            EnrolmentError: No enrolled device, or several, have a key that begins so; or too few
+                digits, with which an empty variable of a shell would remove somebody for good.
             OSError: It could not be written.
         """
+        if not re.fullmatch(f"[0-9a-f]{{{FEWEST_DIGITS},64}}", identity):
+            raise EnrolmentError(
+                f"{identity[:80]!r} is no key of a device, nor enough of one",
+                hint=f"Give {FEWEST_DIGITS} hex digits or more; see: homefire server devices",
+            )
         with locked(self.folder / LOCK):
             found = [each for each in self._book().devices if each.identity.startswith(identity)]
             if len(found) != 1:

@@ -301,6 +301,20 @@ def test_exit_codes_are_those_of_the_help(error: ConfigError, code: int) -> None
     assert f"{code} " in device("--help").stdout
 
 
+def test_a_ticket_is_read_from_standard_input_and_seen_elsewhere(home: Path) -> None:
+    """Here it is none, and not quoted."""
+    by_input = device("enroll", "-", stdin="homefire1.secret\n")
+    by_argument = device("enroll", "homefire1.secret")
+    for done in (by_input, by_argument):
+        assert isinstance(done.exception, ConfigError)
+        assert "this is no ticket" in str(done.exception)
+    assert by_input.stderr == ""
+    assert "can be read by others of this machine" in by_argument.stderr
+    assert "homefire device enroll -" in by_argument.stderr
+    assert "secret" not in by_argument.stderr
+    assert "homefire device enroll -" in device("enroll", "--help").stdout
+
+
 def test_joining_needs_a_server_that_is_trusted_and_tls(home: Path) -> None:
     done = device("join", "superlink.example:9092", "--yes")
     assert isinstance(done.exception, ConfigError)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from homefire.common.loopback import free_port
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.mechanism import participation_charge
 from homefire.common.ticket import Ticket
+from homefire.server.enrolment import FEWEST_DIGITS
 from homefire.server.operator_home import OperatorHome
 from homefire.server.operator_page import make_app
 from homefire.server.planning import plan_privacy
@@ -224,6 +226,7 @@ def test_enroll_gives_tickets_that_lead_here(home: Path) -> None:
     assert first.secret not in stored
     assert (home / "enrolment.jsonl").stat().st_mode & 0o077 == 0
     assert server("enroll", "--count", "0").exit_code == 2
+    assert "homefire device enroll -" in run("enroll", "--help")
 
 
 def test_status_of_a_server_that_does_not_run(home: Path) -> None:
@@ -358,12 +361,29 @@ def test_releases_says_what_there_is_to_export(home: Path, tmp_path: Path) -> No
     assert re.search(r"3\.50 +\d{4}-\d\d-\d\d \d\d:\d\dZ +\d{4}-\d\d-\d\d", lines[1])
 
 
+def test_a_release_is_shown_alone(home: Path) -> None:
+    publish(home, 3)
+    assert [each["number"] for each in json.loads(run("releases", "--json"))] == [1, 2, 3]
+    (only,) = json.loads(run("releases", "--number", "2", "--json"))
+    assert only["number"] == 2
+    _, line = run("releases", "--number", "2").splitlines()
+    assert line.split()[0] == "2"
+    assert "The newest is 3" in refused("releases", "--number", "4").hint
+
+
 def test_enroll_says_from_when_on_devices_take_part(home: Path) -> None:
     assert server("enroll").stderr == ""
     begin_run(OperatorHome(home))
     done = server("enroll", "--json")
     assert "take part from the next run on (homefire server next)" in done.stderr
     assert len(json.loads(done.stdout)["tickets"]) == 1
+
+
+def test_enroll_spends_no_ticket_where_there_is_no_run(home: Path) -> None:
+    shutil.rmtree(home / "runs")
+    error = refused("enroll", "--count", "3")
+    assert "there is no run here" in str(error)
+    assert OperatorHome(home).enrolment.open_tickets() == 0
 
 
 def test_next_says_why_there_is_none_yet(home: Path) -> None:
@@ -382,6 +402,18 @@ def test_devices_are_listed_and_removed(home: Path) -> None:
     assert json.loads(run("devices", "--json")) == {"devices": keys[1:]}
     assert "no enrolled devices" in str(refused("devices", "--remove", keys[0]))
     assert "1 enrolled" in run("status")
+
+
+@pytest.mark.parametrize("digits", [0, 1, FEWEST_DIGITS - 1])
+def test_an_empty_variable_removes_nobody(home: Path, digits: int) -> None:
+    """Also where there is one device alone, whose key begins so."""
+    key = enrol_made_up(OperatorHome(home).enrolment, 1).identity
+    error = refused("devices", "--remove", key[:digits])
+    assert "nor enough of one" in str(error)
+    assert "8 hex digits" in error.hint
+    assert [each.identity for each in OperatorHome(home).enrolment.devices()] == [key]
+    run("devices", "--remove", key[:FEWEST_DIGITS])
+    assert OperatorHome(home).enrolment.devices() == []
 
 
 def test_renew_keeps_the_authority(home: Path) -> None:

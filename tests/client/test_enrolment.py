@@ -6,6 +6,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -24,7 +25,7 @@ from homefire.client.trust import trust, trusted
 from homefire.common.config import load_config
 from homefire.common.errors import ConfigError, EnrolmentError
 from homefire.common.policy import DevicePolicy
-from homefire.common.ticket import ENROL_PATH, Ticket
+from homefire.common.ticket import ENROL_PATH, PREFIX, Ticket
 from homefire.server.enrolment import Request
 from homefire.server.operator_home import OperatorHome, init
 
@@ -358,6 +359,86 @@ def test_whatever_bytes_are_answered(server: Server, answers: list[bytes]) -> No
                 assert isinstance(enrolment._ask(at(ticket, port), {}), dict)
             except EnrolmentError:
                 continue
+
+
+def put(text: str, place: int, length: int, other: str) -> str:
+    """A text with some of it replaced."""
+    start = place % (len(text) + 1)
+    return text[:start] + other + text[start + length :]
+
+
+def with_fields(text: str, **fields: Any) -> str:
+    """A ticket that says something else."""
+    content = json.loads(urlsafe_b64decode(text.removeprefix(PREFIX)))
+    return PREFIX + urlsafe_b64encode(json.dumps({**content, **fields}).encode()).decode()
+
+
+EDITS = st.tuples(st.integers(0, 4000), st.integers(0, 3), st.text(max_size=3))
+ANYTHING = st.none() | st.integers() | st.text() | st.lists(st.text(), max_size=2)
+FIELDS = ("superlink", "registry", "authority", "server_key", "secret")
+Altered = Callable[[Ticket], str]
+
+
+def _in_line(edit: tuple[int, int, str]) -> Altered:
+    return lambda ticket: put(ticket.text, *edit)
+
+
+def _in_field(name: str, edit: tuple[int, int, str]) -> Altered:
+    return lambda ticket: with_fields(ticket.text, **{name: put(getattr(ticket, name), *edit)})
+
+
+def _in_certificate(place: int, byte: int) -> Altered:
+    def altered(ticket: Ticket) -> str:
+        content = bytearray(ssl.PEM_cert_to_DER_cert(ticket.authority))
+        content[place % len(content)] = byte
+        return with_fields(ticket.text, authority=ssl.DER_cert_to_PEM_cert(bytes(content)))
+
+    return altered
+
+
+ALTERED = st.one_of(
+    st.builds(_in_line, EDITS),
+    st.builds(_in_field, st.sampled_from(FIELDS), EDITS),
+    st.builds(_in_certificate, st.integers(0, 4000), st.integers(0, 255)),
+    st.tuples(st.sampled_from(FIELDS), ANYTHING).map(
+        lambda chosen: lambda ticket: with_fields(ticket.text, **{chosen[0]: chosen[1]})
+    ),
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ALTERED)
+@example(lambda ticket: with_fields(ticket.text, authority=ticket.authority.replace("M", "Ж")))
+@example(lambda ticket: with_fields(ticket.text, authority=ticket.authority.replace("M", "N")))
+@example(lambda ticket: with_fields(ticket.text, authority=""))
+@example(lambda ticket: with_fields(ticket.text, superlink="127.0.0.1:99999"))
+@example(lambda ticket: with_fields(ticket.text, superlink="a\x01b:9092"))
+@example(lambda ticket: with_fields(ticket.text, server_key="01" + "0" * 62, registry=None))
+def test_whatever_becomes_of_a_ticket_is_an_error_with_a_remedy(
+    me: Personalizer, server: Server, alter: Altered
+) -> None:
+    def nobody(*_: Any, **__: Any) -> socket.socket:
+        raise ConnectionRefusedError("nobody is there")
+
+    text = alter(server.ticket())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "create_connection", nobody)
+        with pytest.raises((ConfigError, EnrolmentError)) as error:
+            enroll(me.vault, text)
+    assert error.value.hint
+    assert enrolled_with(me.vault) is None
+
+
+def test_a_damaged_authority_is_found_before_anybody_is_asked(
+    me: Personalizer, server: Server
+) -> None:
+    ticket = server.ticket()
+    half = ticket.authority[: len(ticket.authority) // 2]
+    for pem in (half, half + "Ж", "", "no PEM"):
+        with pytest.raises(ConfigError, match="damaged") as error:
+            enroll(me.vault, with_fields(ticket.text, authority=pem))
+        assert "ask the operator" in error.value.hint
+    assert server.asked == []
 
 
 def test_who_is_not_enrolled_is_told_how(me: Personalizer) -> None:

@@ -10,6 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
+from vectors.generate_enrolments import authority
 
 from homefire.common.errors import ConfigError, EnrolmentError, LedgerError, SignatureError
 from homefire.common.signatures import public_key, sign
@@ -180,7 +181,7 @@ def test_a_damaged_file_is_refused(enrolment: Enrolment, tmp_path: Path, line: b
 TICKET = Ticket(
     superlink="fed.example:9092",
     registry="fed.example:9093",
-    authority="-----BEGIN CERTIFICATE-----\n…",
+    authority=authority(),
     server_key="ab" * 32,
     secret="cd" * 32,
 )

@@ -1,5 +1,6 @@
 """The runs of one server: each whole, one signer, none before the one before is over."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from homefire.common.errors import (
     LedgerError,
     SignatureError,
 )
+from homefire.common.files import append_line
 from homefire.common.keystore import Keystore
 from homefire.common.protocol import Refusal, encode_refusal
 from homefire.common.signatures import public_key
@@ -337,9 +339,21 @@ def test_removed_for_good(home: OperatorHome) -> None:
     assert home.enrolment.devices() == []
 
 
-@pytest.mark.parametrize("asked", ["", "ffff"])
-def test_remove_is_of_one_device(home: OperatorHome, asked: str) -> None:
-    keys = {enrol(home, number) for number in (1, 2)}
-    with pytest.raises(EnrolmentError, match="have a key that begins with"):
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("abcdef01", "no enrolled devices"),
+        ("01" * 4, "2 enrolled devices have a key that begins with 01010101"),
+        ("", "nor enough of one"),
+        ("G" * 8, "nor enough of one"),
+        ("01" * 4 + "\n", "nor enough of one"),
+    ],
+)
+def test_remove_is_of_one_device(home: OperatorHome, asked: str, said: str) -> None:
+    for number, identity in enumerate(("01" * 32, "01" * 31 + "02"), 1):
+        about = {"node": number, "identity": identity, "key": f"{number}"}
+        line = {"event": "redeemed", "ticket": f"{number}", **about}
+        append_line(home.folder / "enrolment.jsonl", json.dumps(line).encode())
+    with pytest.raises(EnrolmentError, match=said):
         home.enrolment.remove(asked)
-    assert {each.identity for each in home.enrolment.devices()} == keys
+    assert len(home.enrolment.devices()) == 2

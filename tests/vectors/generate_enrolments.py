@@ -7,10 +7,13 @@ protocol that is meant, together with a new version.
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from vectors.generate import OTHER, SERVER
 
 from homefire.common.protocol import VERSION
@@ -28,12 +31,30 @@ NODE = (
 IDENTITY = OTHER
 
 
+def authority() -> str:
+    """A certificate that is the same each time, for its signature is Ed25519's."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "homefire server authority")])
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(SERVER.public_key())
+        .serial_number(1)
+        .not_valid_before(datetime(2026, 1, 1, tzinfo=UTC))
+        .not_valid_after(datetime(2036, 1, 1, tzinfo=UTC))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(SERVER, None)
+        .public_bytes(serialization.Encoding.PEM)
+        .decode()
+    )
+
+
 def ticket() -> Ticket:
     """The ticket."""
     return Ticket(
         superlink="fed.example:9092",
         registry="fed.example:9093",
-        authority="-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        authority=authority(),
         server_key=public_key(SERVER),
         secret=SECRET,
     )
