@@ -41,13 +41,12 @@ from homefire.server.door_measures import (
     parts_of,
     send_json,
 )
-from homefire.server.doorstep import WELCOME
+from homefire.server.doorstep import welcome
 from homefire.server.enrolment import Standing
-from homefire.server.fleet import ANOTHERS, LATE
+from homefire.server.fleet import ANOTHERS, FLEET, LATE
 from homefire.server.server_config import LimitsConfig
 
 Enrol = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-FLEET = "/v1/fleet/"
 OPEN = frozenset(
     f"{FLEET}{name}"
     for name in (
@@ -175,7 +174,7 @@ class Door:
         if body.refusal is None:
             self.served += 1
             if scope["path"] in OPEN and answer.status < 400:  # Flower has authenticated it
-                scope.get(WELCOME, _nothing)()
+                welcome(scope)
         elif answer.begun:
             self.refused[body.refusal.reason] += 1
         else:
@@ -310,10 +309,6 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
             raise RefusedError(400, "header twice")
         found[lowered] = bytes(value)
     return found
-
-
-def _nothing() -> None:
-    """Where nobody waits for it."""
 
 
 def _host(header: bytes) -> str:

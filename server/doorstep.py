@@ -8,7 +8,7 @@ parts of uvicorn 0.49, which flwr pins.
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,12 @@ BACKLOG = 2048
 EVERYWHERE = "::"
 WELCOME = "homefire.welcome"
 """In an ASGI scope: what to call when its sender was found to be an enrolled device."""
+
+
+def welcome(scope: Mapping[str, Any]) -> None:
+    """Say that the sender of a request is an enrolled device, if anybody waits for it."""
+    if (told := scope.get(WELCOME)) is not None:
+        told()
 
 
 @dataclass(eq=False, slots=True)

@@ -49,7 +49,7 @@ from google.protobuf.message import Message
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from homefire.server.doorstep import WELCOME
+from homefire.server.doorstep import welcome
 from homefire.server.server_config import LimitsConfig
 
 Handler = Callable[[Any, LinkState], Message]
@@ -264,7 +264,7 @@ class Fleet:
         if PullMessagesResponse.FromString(found).messages_list:
             return found
         # From here on the node is known to be the one that it says, and no stranger while it waits.
-        request.scope.get(WELCOME, _nothing)()
+        welcome(request.scope)
         if self.bells.rung(node) == before and not await self._is_rung(node, request):
             return found
         return await self._work(request, asked, handle)
@@ -307,10 +307,6 @@ def _are_late(asked: PushMessagesRequest, state: SqlLinkState) -> bool:
     """Whether nothing waits for these answers."""
     questions = [each.metadata.reply_to_message_id for each in asked.messages_list]
     return bool(questions) and all(state.get_valid_message_ins(q) is None for q in questions)
-
-
-def _nothing() -> None:
-    """Where nobody waits for it."""
 
 
 async def _send(response: Response, send: Send) -> None:
