@@ -231,6 +231,9 @@ def test_bounded_streams_and_readers_that_stand_still(home: Path, tls: tuple[Pat
             assert code_of(raised) is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "one address" in (raised.value.details() or "")
             time.sleep(2)
+            with pytest.raises(grpc.RpcError) as raised:
+                list(stuck[0])
+            assert code_of(raised) is grpc.StatusCode.UNAVAILABLE
             assert list(downloaded(opened, 1, 0))  # the two were given up, and made room
 
 
@@ -385,9 +388,12 @@ def test_holds_up_nobody_watches_of_strangers_end_with_the_order_to_stop(
     home: Path, tls: tuple[Path, Tls]
 ) -> None:
     process, address = started(home, tls[1])
-    with channel(address, tls[0]) as opened:
+    # No window of flow control: not one word of the second one's watches is ever taken.
+    closed = {"http2.lookahead_bytes": 0, "http2.bdp_probe": 0}
+    with channel(address, tls[0]) as opened, channel(address, tls[0], **closed) as other:
         watches = [
-            health_pb2_grpc.HealthStub(opened).Watch(health_pb2.HealthCheckRequest(service=name))
+            health_pb2_grpc.HealthStub(each).Watch(health_pb2.HealthCheckRequest(service=name))
+            for each in (opened, other)
             for name in ("", SERVICE, "another")
         ]
         assert next(watches[0]).status == health_pb2.HealthCheckResponse.SERVING
