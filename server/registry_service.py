@@ -40,6 +40,7 @@ GRACE_SECONDS = 10.0
 """How long downloads may go on after the order to stop; a supervisor ends it by force after 15."""
 
 
+RENEWAL_LOOK_SECONDS = 3600.0
 WORD_SECONDS = 3.0
 """How long one word of a watch may lie untaken."""
 
@@ -381,8 +382,24 @@ def _wired(signed: Signed) -> wire.Signed:
     return wire.Signed(text=signed.text, signature=signed.signature)
 
 
+async def _keep_renewing(folder: RegistryFolder) -> None:
+    """Publish the newest release anew whenever its time is nearly up."""
+    while True:
+        try:
+            if (again := await asyncio.to_thread(folder.renew)) is not None:
+                LOG.info(
+                    "the newest release is published anew, as number %s", again.statement.number
+                )
+        except (HomefireError, OSError) as error:
+            LOG.error("the newest release could not be published anew: %s", error)
+        await asyncio.sleep(RENEWAL_LOOK_SECONDS)
+
+
 async def serve(folder: RegistryFolder, listen: str, tls: Tls, limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT; says on standard output where, as one line of JSON.
+
+    Guarantees:
+        Never out of date: while this runs, the newest release is published anew in time.
 
     Raises:
         ConfigError: As `RegistryServer.start`.
@@ -394,7 +411,9 @@ async def serve(folder: RegistryFolder, listen: str, tls: Tls, limits: Limits) -
         loop.add_signal_handler(number, stop.set)
     where = f"{listen.rpartition(':')[0]}:{server.port}"
     print(json.dumps({"listening": where, "releases": len(folder.releases)}), flush=True)
+    renewing = asyncio.create_task(_keep_renewing(folder))
     await stop.wait()
+    renewing.cancel()
     LOG.info("stopping: downloads under way may end")
     await server.stop()
     LOG.info("stopped; answered %s", json.dumps(dict(server.service.counts), sort_keys=True))
