@@ -161,7 +161,7 @@ def verified(newest: Newest, key: str, *, now: float) -> ReleaseStatement:
     if statement.expires_at <= now:
         raise FrozenRegistryError(
             f"release {statement.number} was good until {_date(statement.expires_at)}",
-            hint="Ask the operator to publish it anew, or a newer one.",
+            hint="Tell the operator: a server that runs publishes its newest release anew in time.",
         )
     return statement
 

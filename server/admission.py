@@ -29,6 +29,8 @@ class Limits:
         call_seconds: How long a download may take.
         chunk_seconds: How long a reader may leave one chunk untaken.
         connection_seconds: How long a connection without calls is kept.
+        connections: At once, whether or not TLS is agreed on; the oldest one makes room.
+        connections_of_one: Those of one address.
     """
 
     rate: float = 5.0
@@ -38,6 +40,8 @@ class Limits:
     call_seconds: float = 900.0
     chunk_seconds: float = 30.0
     connection_seconds: float = 120.0
+    connections: int = 1024
+    connections_of_one: int = 32
 
 
 class BusyError(Exception):
@@ -53,16 +57,16 @@ class Admission:
     _buckets: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict, repr=False)
     _streams: Counter[str] = field(default_factory=Counter, repr=False)
 
-    def admit(self, peer: str) -> None:
+    def admit(self, who: str) -> None:
         """Count one call.
 
         Args:
-            peer: As gRPC names it.
+            who: As `network_of` names it.
 
         Raises:
             BusyError: This address asked too often.
         """
-        who, now = network_of(peer), self.clock()
+        now = self.clock()
         tokens, then = self._buckets.pop(who, (float(self.limits.burst), now))
         tokens = min(float(self.limits.burst), tokens + (now - then) * self.limits.rate)
         self._buckets[who] = (max(0.0, tokens - 1), now)
@@ -72,13 +76,12 @@ class Admission:
             raise BusyError("too many calls: ask again later")
 
     @contextmanager
-    def stream(self, peer: str) -> Iterator[None]:
+    def stream(self, who: str) -> Iterator[None]:
         """Count one stream for as long as the block runs.
 
         Raises:
             BusyError: There are too many.
         """
-        who = network_of(peer)
         if self._streams.total() >= self.limits.streams:
             raise BusyError("too many streams: ask again later")
         if self._streams[who] >= self.limits.streams_of_one:

@@ -1,21 +1,19 @@
 """Where connections from outside arrive, before there is TLS: so many, and few of one stranger.
 
-uvicorn, which Flower brings, counts a connection when TLS is agreed on. Until then each is a file
-of this process, which the private listener needs too. So connections are taken here. It uses inner
-parts of uvicorn 0.49, which flwr pins.
+uvicorn, which Flower brings, counts a connection when TLS is agreed on, and gRPC counts none. Until
+then each is a file of this process, which needs others too. So connections are taken here.
 """
 
 import asyncio
+import resource
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from ssl import SSLContext, SSLError
 from typing import Any
-
-import uvicorn
 
 from homefire.server.admission import network_of
 
@@ -24,6 +22,36 @@ BACKLOG = 2048
 EVERYWHERE = "::"
 WELCOME = "homefire.welcome"
 """In an ASGI scope: what to call when its sender was found to be an enrolled device."""
+
+FULL, GAVE_WAY = "too many connections of one address", "gave way to newer connections"
+
+
+def allow_files(wanted: int) -> int:
+    """Let this process have so many files open at once.
+
+    Returns:
+        How many of them it may have: fewer where the system's hard limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
+
+
+def listen_at(host: str, port: int) -> socket.socket:
+    """A socket that listens; at `::` for IPv4 too, as gRPC does, where the system can.
+
+    Raises:
+        OSError: No such address, or it is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == EVERYWHERE and socket.has_dualstack_ipv6()
+    listening = socket.create_server(
+        (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both
+    )
+    listening.setblocking(False)
+    return listening
 
 
 def welcome(scope: Mapping[str, Any]) -> None:
@@ -76,6 +104,7 @@ class Doorstep:
         make: Makes the protocol of a connection.
         most: Connections at once.
         each: Likewise, of one network's strangers.
+        refused: Counts those that were not taken, or given up, by reason.
     """
 
     def __init__(
@@ -86,9 +115,11 @@ class Doorstep:
         *,
         most: int,
         each: int,
+        refused: Counter[str] | None = None,
     ) -> None:
         self._socket, self._context, self._make = listening, context, make
         self._most, self._each = most, each
+        self._refused = Counter[str]() if refused is None else refused
         self._visits: set[Visit] = set()
         self._strangers: dict[Visit, None] = {}  # oldest first
         self._of = Counter[str]()
@@ -126,12 +157,14 @@ class Doorstep:
 
     def _arrive(self, connection: socket.socket, network: str) -> None:
         if self._of[network] >= self._each:
+            self._refused[FULL] += 1
             connection.close()
             return
         if len(self._visits) >= self._most:
             if not self._strangers:
                 connection.close()
                 return
+            self._refused[GAVE_WAY] += 1
             oldest = next(iter(self._strangers))
             self._leave(oldest)
             oldest.end()
@@ -172,52 +205,3 @@ class Doorstep:
         self._of[visit.network] -= 1
         if not self._of[visit.network]:
             del self._of[visit.network]
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; at `::` to IPv4 as well, as gRPC does, where the system can."""
-    listening = socket.create_server(
-        (host, port),
-        family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-        backlog=BACKLOG,
-        dualstack_ipv6=host == EVERYWHERE and socket.has_dualstack_ipv6(),
-    )
-    listening.setblocking(False)
-    return listening
-
-
-class PublicServer(uvicorn.Server):
-    """uvicorn's, with a doorstep; it leaves the signals to the private listener's.
-
-    Args:
-        config: uvicorn's; its protocol is one of `homefire.server.listener`.
-        most: Connections at once.
-        each: Of strangers with one address.
-    """
-
-    def __init__(self, config: uvicorn.Config, *, most: int, each: int) -> None:
-        super().__init__(config)
-        self._most, self._each = most, each
-
-    @contextmanager
-    def capture_signals(self) -> Any:
-        """Nothing is captured."""
-        yield
-
-    async def startup(self, sockets: Any = None) -> None:
-        """Begin to take connections."""
-        config = self.config
-        await self.lifespan.startup()
-        listening = _listen(config.host, config.port)
-        step = Doorstep(listening, config.ssl, self._make, most=self._most, each=self._each)
-        self.servers: list[Any] = [step]
-        self.started = True
-
-    def _make(self, visit: Visit) -> Any:
-        protocol: Any = self.config.http_protocol_class
-        return protocol(
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
-            visit=visit,
-        )

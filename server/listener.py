@@ -5,14 +5,15 @@ nobody fetches. This ends such connections. It uses inner parts of uvicorn 0.49,
 """
 
 import asyncio
-import resource
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from homefire.server.doorstep import WELCOME, Visit
+from homefire.server.doorstep import WELCOME, Doorstep, Visit, allow_files, listen_at
 
 LARGEST_HEAD = 16_384  # bytes; Flower's own have a few hundred
 LEAST_TAKEN = 65_536  # bytes of an answer that is being taken
@@ -28,11 +29,7 @@ def make_room(connections: int) -> int:
         How many it may have: fewer where the system allows it fewer files.
     """
     SSLProtocol.max_size = TLS_BUFFER
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + OTHER_FILES
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < allowed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    allowed = allow_files(connections + OTHER_FILES)
     return max(1, min(connections, allowed - OTHER_FILES))
 
 
@@ -139,3 +136,40 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def _later(self, seconds: float, what: Callable[[], None]) -> asyncio.TimerHandle:
         return self.loop.call_later(seconds, what)
+
+
+class PublicServer(uvicorn.Server):
+    """uvicorn's, with a doorstep; it leaves the signals to the private listener's.
+
+    Args:
+        config: uvicorn's; its protocol is a `bounded_protocol`.
+        most: Connections at once.
+        each: Of strangers with one address.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, most: int, each: int) -> None:
+        super().__init__(config)
+        self._most, self._each = most, each
+
+    @contextmanager
+    def capture_signals(self) -> Any:
+        """Nothing is captured."""
+        yield
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Begin to take connections."""
+        config = self.config
+        await self.lifespan.startup()
+        listening = listen_at(config.host, config.port)
+        step = Doorstep(listening, config.ssl, self._make, most=self._most, each=self._each)
+        self.servers: list[Any] = [step]
+        self.started = True
+
+    def _make(self, visit: Visit) -> Any:
+        protocol: Any = self.config.http_protocol_class
+        return protocol(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            visit=visit,
+        )

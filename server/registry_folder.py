@@ -43,7 +43,10 @@ ANCHOR = "registry"
 LOCK = "registry.lock"
 DAY = 86_400
 RELEASE_SECONDS = 365 * DAY
-"""How long a release is offered as good; afterwards it is published anew."""
+"""How long a release is offered as good."""
+
+RENEWAL_SECONDS = 60 * DAY
+"""So long before that ends the newest one is published anew."""
 
 LATEST_SECONDS = DAY
 """How long devices can be kept from newer releases unnoticed; their clocks must be better."""
@@ -165,13 +168,31 @@ class RegistryFolder:
             if (before := self._before(release)) and before.statement.expires_at > now:
                 return before
             content = releases.path(round_number).read_bytes()
-            number = len(self._releases) + 1
-            statement = _statement(release, spec, content, number=number, key=self.key)
-            times = {"issued_at": now, "expires_at": now + valid_seconds}
-            self._write(_validated({**statement, **times}), content)
+            said = _statement(release, spec, content, key=self.key)
+            return self._publish({**said, **_times(now, valid_seconds)}, content)
+
+    def renew(self) -> Published | None:
+        """Publish the newest release anew where its time is nearly up; None where it is not.
+
+        It is the same release, with the next number: devices that have it fetch nothing.
+
+        Raises:
+            RegistryError: Its file is damaged.
+            LedgerError: The keystore cannot be written.
+            OSError: It could not be written; the one before stays the newest.
+        """
+        with self._alone, locked(self.folder / LOCK):
             self._read_new()
             self._keep_anchor(self.store.anchor(ANCHOR))
-            return self._releases[-1]
+            now = int(self.clock())
+            if not self._releases:
+                return None
+            newest = self._releases[-1].statement
+            if newest.expires_at - now > RENEWAL_SECONDS:
+                return None
+            self._check_file()
+            content = self._releases[-1].file.read_bytes()
+            return self._publish({**dict(newest), **_times(now, RELEASE_SECONDS)}, content)
 
     def latest(self) -> tuple[Signed, Published] | None:
         """The newest release, with a word that it is the newest; None where nothing is published.
@@ -200,6 +221,12 @@ class RegistryFolder:
         signed = sign_statement(statement, self.key)
         self._latest = statement, signed
         return signed, newest
+
+    def _publish(self, said: dict[str, Any], content: bytes) -> Published:
+        self._write(_validated({**said, "number": len(self._releases) + 1}), content)
+        self._read_new()
+        self._keep_anchor(self.store.anchor(ANCHOR))
+        return self._releases[-1]
 
     def _before(self, release: Release) -> Published | None:
         """The newest of the same run, where it is the same release."""
@@ -315,12 +342,11 @@ def _damaged(path: Path, why: str) -> RegistryError:
 
 
 def _statement(
-    release: Release, spec: AdapterSpec, content: bytes, *, number: int, key: Ed25519PrivateKey
+    release: Release, spec: AdapterSpec, content: bytes, *, key: Ed25519PrivateKey
 ) -> dict[str, Any]:
     said = ("run", "base_model", "privacy", "deployment", "ledger")
     return {
         **{name: release.about.get(name) for name in said},
-        "number": number,
         "round": release.round,
         "release_digest": release.about["digest"],
         "file_digest": _sha256(content),
@@ -329,6 +355,10 @@ def _statement(
         "adapter_digest": spec.digest,
         "server_key": public_key(key),
     }
+
+
+def _times(now: int, valid_seconds: int) -> dict[str, int]:
+    return {"issued_at": now, "expires_at": now + valid_seconds}
 
 
 def _validated(fields: dict[str, Any]) -> ReleaseStatement:

@@ -7,6 +7,8 @@ import asyncio
 import json
 import logging
 import signal
+import socket
+import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
@@ -28,17 +30,28 @@ from homefire.common.registry_calls import (
     SERVICE,
 )
 from homefire.common.release_statement import Signed
-from homefire.server.admission import Admission, BusyError, Limits
+from homefire.server.admission import Admission, BusyError, Limits, network_of
+from homefire.server.doorstep import allow_files, listen_at
 from homefire.server.registry_folder import RegistryFolder
+from homefire.server.registry_front import FILES, Front
 
 LOG = logging.getLogger(__name__)
 GRACE_SECONDS = 10.0
 """How long downloads may go on after the order to stop; a supervisor ends it by force after 15."""
 
 
+RENEWAL_LOOK_SECONDS = 3600.0
+WORD_SECONDS = 3.0
+"""How long one word of a watch may lie untaken."""
+
 LARGEST_METADATA = 1 << 13
-STREAMS_OF_A_CONNECTION = 16
+STREAMS_OF_A_CONNECTION = 4
+"""gRPC counts a call from its first frame, and hands it on with its last: limits of calls under way
+are those of connections, times this."""
+
 HANDSHAKE_SECONDS = 10
+OTHER_FILES = 128
+GIVEN_UP_SECONDS = 60.0
 Context = Any
 """`grpc.aio.ServicerContext`; grpcio brings no types."""
 
@@ -65,28 +78,37 @@ class Service:
         folder: What is published.
         admission: Who is let in.
         counts: Answers by kind, refusals by reason.
+        network: Whose a connection is, by its other end.
+        end: Gives a connection up, likewise.
     """
 
     folder: RegistryFolder
     admission: Admission
     counts: Counter[str] = field(default_factory=Counter)
+    network: Callable[[str], str] = network_of
+    end: Callable[[str], None] = lambda peer: None
 
     def guarded(self, work: Handler, *, stream: bool = False) -> Handler:
         """A call with its limits; what it raises becomes a refusal in constant words."""
 
         async def handler(request: Message, context: Context) -> Message | None:
+            who = self.network(context.peer())
             try:
                 with ExitStack() as stack:
-                    self.admission.admit(context.peer())
+                    self.admission.admit(who)
                     if not stream:
                         return await work(request, context)
-                    stack.enter_context(self.admission.stream(context.peer()))
+                    stack.enter_context(self.admission.stream(who))
                     async with asyncio.timeout(self.admission.limits.call_seconds):
                         return await work(request, context)
             except BusyError as error:
                 refusal = _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
             except TimeoutError:
-                refusal = _RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "it took too long")
+                # What is not taken stands in the way of every word: gRPC has no other end to it.
+                self.counts[grpc.StatusCode.DEADLINE_EXCEEDED.name] += 1
+                self.end(context.peer())
+                await asyncio.sleep(GIVEN_UP_SECONDS)
+                return None
             except _RefusedError as error:
                 refusal = error
             except (HomefireError, OSError) as error:
@@ -143,7 +165,7 @@ class Health:
     """The standard health service: all of it serves until `stop`.
 
     Guarantees:
-        Holds up nobody: watches end with the order to stop.
+        Holds up nobody: watches end with the order to stop, whether or not anybody reads them.
     """
 
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -158,13 +180,17 @@ class Health:
 
     async def watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         """How it is, and that it stops."""
-        await context.write(health_pb2.HealthCheckResponse(status=self._status(request)))
+        await self._tell(request, context)
         await self._stopping.wait()
-        await context.write(health_pb2.HealthCheckResponse(status=self._status(request)))
+        await self._tell(request, context)
 
     def stop(self) -> None:
         """It serves no longer."""
         self._stopping.set()
+
+    async def _tell(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        told = context.write(health_pb2.HealthCheckResponse(status=self._status(request)))
+        await asyncio.wait_for(told, WORD_SECONDS)
 
     def _status(self, request: health_pb2.HealthCheckRequest) -> Any:
         if request.service not in ("", SERVICE):
@@ -240,7 +266,9 @@ class RegistryServer:
 
     service: Service
     port: int = 0
-    _server: Any = None
+    _server: Any = field(init=False)
+    _front: Front = field(init=False)
+    _begun: ExitStack = field(init=False)
     _health: Health = field(default_factory=Health)
 
     async def start(self, listen: str, tls: Tls) -> None:
@@ -254,22 +282,32 @@ class RegistryServer:
             ConfigError: No such address, or it is taken; or the certificate cannot be read.
         """
         limits = self.service.admission.limits
-        self._server = grpc.aio.server(
-            options=_options(limits), maximum_concurrent_rpcs=2 * limits.streams
-        )
-        self._server.add_generic_rpc_handlers((self._calls(), self._health_calls()))
-        try:
-            self.port = self._server.add_secure_port(listen, tls.credentials())
-        except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {listen}", hint="Name a free port by --listen host:port."
-            ) from error
-        await self._server.start()
+        with ExitStack() as begun:
+            listening = begun.enter_context(_listening(listen))
+            folder = begun.enter_context(tempfile.TemporaryDirectory(prefix="homefire-"))
+            gate = Path(folder) / "gate"
+            self._server = grpc.aio.server(options=_options(limits))
+            self._server.add_generic_rpc_handlers((self._calls(), self._health_calls()))
+            self._server.add_secure_port(f"unix:{gate}", tls.credentials())
+            await self._server.start()
+            self.port = listening.getsockname()[1]
+            self._front = Front(
+                listening,
+                gate,
+                most=_room(limits),
+                each=limits.connections_of_one,
+                refused=self.service.counts,
+            )
+            self.service.network, self.service.end = self._front.network, self._front.end
+            self._begun = begun.pop_all()
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
         """Take no more calls, say so to who watches its health, and let downloads end."""
+        self._front.close()
         self._health.stop()
         await self._server.stop(grace)
+        await self._front.end_all()
+        self._begun.close()
 
     def _calls(self) -> Any:
         service = self.service
@@ -308,9 +346,25 @@ class RegistryServer:
         return grpc.method_handlers_generic_handler("grpc.health.v1.Health", handlers)
 
 
+def _listening(listen: str) -> socket.socket:
+    host, _, port = listen.rpartition(":")
+    try:
+        return listen_at(host.strip("[]"), int(port))
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"cannot listen on {listen}", hint="Name a free port by --listen host:port."
+        ) from error
+
+
+def _room(limits: Limits) -> int:
+    """How many connections there may be; each stream has a file of its own."""
+    others = limits.streams + OTHER_FILES
+    allowed = allow_files(FILES * limits.connections + others)
+    return max(1, min(limits.connections, (allowed - others) // FILES))
+
+
 def _options(limits: Limits) -> list[tuple[str, int]]:
     return [
-        ("grpc.so_reuseport", 0),  # else a second server on this port would get half of the calls
         ("grpc.max_receive_message_length", LARGEST_REQUEST),
         ("grpc.max_send_message_length", LARGEST_ANSWER),
         ("grpc.max_metadata_size", LARGEST_METADATA),
@@ -318,6 +372,7 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_SECONDS),
         ("grpc.max_connection_idle_ms", int(1000 * limits.connection_seconds)),
         ("grpc.max_connection_age_ms", int(4000 * limits.call_seconds)),
+        ("grpc.max_connection_age_grace_ms", int(1000 * limits.call_seconds)),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
     ]
@@ -327,8 +382,24 @@ def _wired(signed: Signed) -> wire.Signed:
     return wire.Signed(text=signed.text, signature=signed.signature)
 
 
+async def _keep_renewing(folder: RegistryFolder) -> None:
+    """Publish the newest release anew whenever its time is nearly up."""
+    while True:
+        try:
+            if (again := await asyncio.to_thread(folder.renew)) is not None:
+                LOG.info(
+                    "the newest release is published anew, as number %s", again.statement.number
+                )
+        except (HomefireError, OSError) as error:
+            LOG.error("the newest release could not be published anew: %s", error)
+        await asyncio.sleep(RENEWAL_LOOK_SECONDS)
+
+
 async def serve(folder: RegistryFolder, listen: str, tls: Tls, limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT; says on standard output where, as one line of JSON.
+
+    Guarantees:
+        Never out of date: while this runs, the newest release is published anew in time.
 
     Raises:
         ConfigError: As `RegistryServer.start`.
@@ -340,7 +411,9 @@ async def serve(folder: RegistryFolder, listen: str, tls: Tls, limits: Limits) -
         loop.add_signal_handler(number, stop.set)
     where = f"{listen.rpartition(':')[0]}:{server.port}"
     print(json.dumps({"listening": where, "releases": len(folder.releases)}), flush=True)
+    renewing = asyncio.create_task(_keep_renewing(folder))
     await stop.wait()
+    renewing.cancel()
     LOG.info("stopping: downloads under way may end")
     await server.stop()
     LOG.info("stopped; answered %s", json.dumps(dict(server.service.counts), sort_keys=True))

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from shutil import disk_usage
+from time import time
 from typing import Any, get_args
 
 from homefire.common.config import FederationConfig
@@ -23,7 +24,7 @@ from homefire.server.door import REASONS
 from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import PrivacyPlan, plan_privacy
 from homefire.server.registry import REGISTRY
-from homefire.server.registry_folder import newest_statements
+from homefire.server.registry_folder import DAY, newest_statements
 from homefire.server.run_state import Federation
 
 SHOWN_ROUNDS, SHOWN_RELEASES = 500, 20
@@ -199,7 +200,7 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         budget = budget_of(federation, released=max(releases, default=0), stated=stated)
     except HomefireError as error:
         trouble.append(error.in_full)
-    trouble += _signs(home)
+    trouble += [*_signs(home), *_expiry(published, time())]
     dropped, refused = Counter[str](), Counter[str]()
     for each in rounds:
         dropped.update(each["dropped"])
@@ -250,6 +251,20 @@ def _signs(home: OperatorHome) -> list[str]:
     if left < WARN_DAYS:
         found.append(f"the certificate is good for {left} days more: homefire server renew")
     return found
+
+
+def _expiry(published: list[dict[str, Any]], now: float) -> list[str]:
+    """Whether the registry failed to publish the newest release anew, which it does long before."""
+    if not published:
+        return []
+    number, left = published[-1]["number"], published[-1]["expires_at"] - now
+    if left >= WARN_DAYS * DAY:
+        return []
+    until = f"is good for {left // DAY:.0f} days more" if left > 0 else "is refused by devices"
+    return [
+        f"release {number} {until}: a server that runs publishes it anew; if this one does, "
+        "logs/registry.log says why it could not"
+    ]
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:

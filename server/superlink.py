@@ -44,10 +44,9 @@ from homefire.common.loopback import LOOPBACK
 from homefire.common.parent import end_with
 from homefire.common.protocol import VERSION
 from homefire.server.door import Door
-from homefire.server.doorstep import PublicServer
 from homefire.server.enrolment import Device, Enrolment, Request, Standing
 from homefire.server.fleet import Bells, Fleet
-from homefire.server.listener import bounded_protocol, make_room
+from homefire.server.listener import PublicServer, bounded_protocol, make_room
 from homefire.server.logs import begin
 from homefire.server.operator_home import (
     EXECUTOR_SECRET,

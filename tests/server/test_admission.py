@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from homefire.server import admission
 from homefire.server.admission import Admission, BusyError, Limits, network_of
 
-ONE, OTHER, THIRD = (f"ipv4:192.0.2.{n}:1000" for n in (7, 8, 9))
+ONE, OTHER, THIRD = (network_of(f"ipv4:192.0.2.{n}:1000") for n in (7, 8, 9))
 
 
 class Clock:
@@ -21,11 +21,11 @@ class Clock:
         return self.now
 
 
-def admitted(gate: Admission, peer: str, calls: int) -> int:
+def admitted(gate: Admission, who: str, calls: int) -> int:
     done = 0
     for _ in range(calls):
         try:
-            gate.admit(peer)
+            gate.admit(who)
         except BusyError:
             continue
         done += 1
@@ -36,7 +36,9 @@ def test_bounded_calls_of_one_address_and_of_nobody_else() -> None:
     clock = Clock()
     gate = Admission(Limits(rate=2, burst=5), clock)
     assert admitted(gate, ONE, 50) == 5
-    assert admitted(gate, "ipv4:192.0.2.7:2000", 5) == 0  # another port is the same address
+    assert (
+        admitted(gate, network_of("ipv4:192.0.2.7:2000"), 5) == 0
+    )  # another port is the same address
     assert admitted(gate, OTHER, 5) == 5
     clock.now += 1
     assert admitted(gate, ONE, 50) == 2
@@ -61,10 +63,7 @@ def test_bounded_streams_of_one_and_of_all() -> None:
         with pytest.raises(BusyError, match="one address"), gate.stream(ONE):
             pass
         with gate.stream(OTHER):
-            with (
-                pytest.raises(BusyError, match="too many streams"),
-                gate.stream("ipv4:192.0.2.9:1"),
-            ):
+            with pytest.raises(BusyError, match="too many streams"), gate.stream(THIRD):
                 pass
         with gate.stream(OTHER):
             pass

@@ -1,5 +1,6 @@
 """Clocks that are off, or are set: what a server and a device make of them."""
 
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from homefire.common.release_statement import ReleaseStatement
 from homefire.server.door import Door
 from homefire.server.door_measures import RefusedError
 from homefire.server.enrolment import Enrolment
+from homefire.server.operator_home import init
 from homefire.server.registry_folder import DAY, RELEASE_SECONDS, RegistryFolder
 from homefire.server.server_config import LimitsConfig
+from homefire.server.status import look
 
 NOW = 1_800_000_000.0
 HOUR = 3600.0
@@ -161,3 +164,37 @@ def test_a_release_of_a_clock_that_was_far_behind_is_offered_again_once_it_is_ri
     assert (again.number, again.round) == (2, 1)
     assert taken(registry, at=NOW) == again
     assert publish(registry, 1) == again
+
+
+def test_a_release_of_a_run_that_is_over_is_offered_for_years(
+    registry: RegistryFolder, clock: Clock
+) -> None:
+    first = publish(registry, 1)
+    for day in range(3 * 365):
+        clock.now = NOW + day * DAY
+        registry.renew()
+        found = taken(registry, at=clock.now)
+        assert found.release_digest == first.release_digest
+        assert found.expires_at - clock.now >= 59 * DAY
+    assert len(registry.releases) == 4
+
+
+@pytest.mark.parametrize(
+    ("age", "said"),
+    [
+        (RELEASE_SECONDS - 31 * DAY, None),
+        (RELEASE_SECONDS - 29.5 * DAY, "release 1 is good for 29 days more"),
+        (RELEASE_SECONDS + DAY, "release 1 is refused by devices"),
+    ],
+)
+def test_a_release_that_nobody_publishes_anew_is_said(
+    tmp_path: Path, age: float, said: str | None
+) -> None:
+    home = init(tmp_path / "server", names=["127.0.0.1"], settings={})
+    registry = open_registry(home.folder, clock=lambda: time.time() - age)
+    registry.publish(run_of(tmp_path / "run", 1), 1, SPEC)
+    trouble = [each for each in look(home).trouble if "release 1" in each]
+    assert [each.partition(":")[0] for each in trouble] == ([] if said is None else [said])
+    registry.clock = time.time
+    registry.renew()
+    assert not [each for each in look(home).trouble if "release" in each]

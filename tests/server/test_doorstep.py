@@ -15,8 +15,8 @@ import uvicorn
 
 from homefire.server import doorstep
 from homefire.server.certificates import Certificates
-from homefire.server.doorstep import WELCOME, Doorstep, PublicServer
-from homefire.server.listener import bounded_protocol
+from homefire.server.doorstep import WELCOME, Doorstep
+from homefire.server.listener import PublicServer, bounded_protocol
 
 HEAD = b"POST %s HTTP/1.1\r\nhost: here\r\ncontent-length: 0\r\n\r\n"
 

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homefire.server.certificates import Certificates
-from homefire.server.doorstep import PublicServer
 from homefire.server.listener import (
     LARGEST_HEAD,
     OTHER_FILES,
     TLS_BUFFER,
+    PublicServer,
     bounded_protocol,
     make_room,
 )

@@ -34,6 +34,7 @@ from tiny_registries import (
 )
 
 from homefire.client.registry_link import Patience, RegistryLink
+from homefire.client.updates import verified
 from homefire.common import registry_pb2 as wire
 from homefire.common.adapter import AdapterSpec, TargetModule
 from homefire.common.errors import (
@@ -53,6 +54,7 @@ from homefire.common.registry_calls import (
 from homefire.common.release_statement import ReleaseStatement, read_statement
 from homefire.server.admission import Admission, Limits
 from homefire.server.operator_home import init
+from homefire.server.registry_folder import DAY
 from homefire.server.registry_service import (
     GRACE_SECONDS,
     RegistryServer,
@@ -231,6 +233,9 @@ def test_bounded_streams_and_readers_that_stand_still(home: Path, tls: tuple[Pat
             assert code_of(raised) is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "one address" in (raised.value.details() or "")
             time.sleep(2)
+            with pytest.raises(grpc.RpcError) as raised:
+                list(stuck[0])
+            assert code_of(raised) is grpc.StatusCode.UNAVAILABLE
             assert list(downloaded(opened, 1, 0))  # the two were given up, and made room
 
 
@@ -385,9 +390,12 @@ def test_holds_up_nobody_watches_of_strangers_end_with_the_order_to_stop(
     home: Path, tls: tuple[Path, Tls]
 ) -> None:
     process, address = started(home, tls[1])
-    with channel(address, tls[0]) as opened:
+    # No window of flow control: not one word of the second one's watches is ever taken.
+    closed = {"http2.lookahead_bytes": 0, "http2.bdp_probe": 0}
+    with channel(address, tls[0]) as opened, channel(address, tls[0], **closed) as other:
         watches = [
-            health_pb2_grpc.HealthStub(opened).Watch(health_pb2.HealthCheckRequest(service=name))
+            health_pb2_grpc.HealthStub(each).Watch(health_pb2.HealthCheckRequest(service=name))
+            for each in (opened, other)
             for name in ("", SERVICE, "another")
         ]
         assert next(watches[0]).status == health_pb2.HealthCheckResponse.SERVING
@@ -400,6 +408,25 @@ def test_holds_up_nobody_watches_of_strangers_end_with_the_order_to_stop(
 def test_what_is_under_way_ends_within_the_patience_of_a_supervisor() -> None:
     patience = inspect.signature(Child.end).parameters["seconds"].default
     assert GRACE_SECONDS <= patience - 3
+
+
+def test_never_out_of_date_the_program_publishes_the_newest_release_anew(
+    tmp_path: Path, tls: tuple[Path, Tls]
+) -> None:
+    long_ago = open_registry(tmp_path, clock=lambda: time.time() - 400 * DAY)
+    first = long_ago.publish(run_of(tmp_path / "run", 1), 1, SPEC).statement
+    process, address = started(tmp_path, tls[1])
+    try:
+        with RegistryLink(address, tls[0].read_bytes()) as link:
+            found, until = first, time.monotonic() + 20
+            while found.number == 1 and time.monotonic() < until:
+                newest = link.newest()
+                found = read_statement(ReleaseStatement, newest.release, key=TRUSTED)
+        assert verified(newest, TRUSTED, now=time.time()) == found
+    finally:
+        code, said = ended(process)
+    assert (found.number, found.release_digest) == (2, first.release_digest)
+    assert (code, "is published anew, as number 2" in said) == (0, True)
 
 
 def test_a_program_without_a_key_says_so(tmp_path: Path, tls: tuple[Path, Tls]) -> None:

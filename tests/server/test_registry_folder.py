@@ -160,6 +160,41 @@ def test_a_release_that_is_past_its_time_is_published_anew(home: Path, store: Re
     assert (again.number, again.round, again.issued_at) == (2, 1, int(now[0]))
 
 
+def test_the_newest_is_renewed_before_its_time_is_up(home: Path, store: ReleaseStore) -> None:
+    now = [1_800_000_000.0]
+    folder = open_registry(home, clock=lambda: now[0])
+    assert folder.renew() is None
+    folder.publish(store, 1, SPEC)
+    first = folder.publish(store, 2, SPEC)
+    now[0] += 305 * DAY - 1
+    assert folder.renew() is None
+    now[0] += 1
+    other = open_registry(home, clock=lambda: now[0])
+    again = folder.renew()
+    assert again is not None
+    assert again.statement == first.statement.model_copy(
+        update={"number": 3, "issued_at": int(now[0]), "expires_at": int(now[0]) + 365 * DAY}
+    )
+    assert again.file.read_bytes() == first.file.read_bytes()
+    assert other.renew() is None  # another process sees that it was done
+    assert numbers(open_registry(home)) == [(1, RUN, 1), (2, RUN, 2), (3, RUN, 2)]
+    assert folder.publish(store, 2, SPEC) == again
+    assert folder.publish(store, 3, SPEC).statement.number == 4
+
+
+def test_a_damaged_release_is_not_renewed(home: Path, store: ReleaseStore) -> None:
+    now = [1_800_000_000.0]
+    folder = open_registry(home, clock=lambda: now[0])
+    published = folder.publish(store, 1, SPEC)
+    content = bytearray(published.file.read_bytes())
+    content[-1] ^= 1
+    published.file.write_bytes(content)
+    now[0] += 330 * DAY
+    with pytest.raises(RegistryError, match="does not have its digest"):
+        folder.renew()
+    assert len(folder.releases) == 1
+
+
 # Rollback and damage
 
 
