@@ -241,7 +241,9 @@ def test_all_or_nothing_where_the_device_is_killed(
     with serving(folder, tls[1]) as address:
         trust(vault, TRUSTED, address, root_certificates=tls[0])
         vault.close()
-        for moment in range(2, 14):
+        for seconds in (*(0.004 * n for n in range(2, 14)), *(0.1 * 2**n for n in range(7))):
+            if seconds >= 0.1 and len(seen) == 2:
+                break  # the machine is quick enough
             updater = subprocess.Popen(  # noqa: S603 - our own command
                 [sys.executable, "-c", UPDATER, str(vault.folder)],
                 stdout=subprocess.PIPE,
@@ -250,7 +252,7 @@ def test_all_or_nothing_where_the_device_is_killed(
             )
             assert updater.stdout is not None
             assert updater.stdout.readline() == "ready\n"
-            time.sleep(0.004 * moment)
+            time.sleep(seconds)
             updater.kill()
             updater.communicate()
             newest = folder.releases[-1].statement.number
