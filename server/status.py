@@ -15,7 +15,7 @@ from shutil import disk_usage
 from typing import Any, get_args
 
 from homefire.common.config import FederationConfig
-from homefire.common.errors import HomefireError
+from homefire.common.errors import HomefireError, LedgerError
 from homefire.common.privacy.mechanism import NoPrivacy
 from homefire.common.privacy.statement import epsilon_known_cohort, epsilon_release
 from homefire.common.protocol import STATISTICS, RefusalReason
@@ -251,6 +251,10 @@ def _signs(home: OperatorHome) -> list[str]:
     left = (home.certificates.expires() - datetime.now(UTC)).days
     if left < WARN_DAYS:
         found.append(f"the certificate is good for {left} days more: homefire server renew")
+    try:
+        home.enrolment.check()
+    except LedgerError as error:
+        found.append(error.in_full)
     return found
 
 
