@@ -9,6 +9,7 @@ import json
 import os
 import re
 import ssl
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,8 +25,10 @@ from homefire.client.tunnel import connection_to
 from homefire.client.vault import Vault
 from homefire.client.vault_files import POLICY
 from homefire.common.address import split_address
+from homefire.common.config import load_config
 from homefire.common.errors import ConfigError, EnrolmentError
 from homefire.common.files import write_atomically
+from homefire.common.policy import DevicePolicy
 from homefire.common.protocol import VERSION
 from homefire.common.signatures import check_public_key, public_key, sign
 from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
@@ -33,7 +36,7 @@ from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
 SETTING, NODE_KEYS = "enrolment", "node_keys"
 TIMEOUT_SECONDS = 30.0
 LARGEST_ANSWER = 1 << 16
-_NO_KEYS = re.compile(r"^server_keys *= *\[\s*\]", re.MULTILINE)
+_NO_KEYS = re.compile(r"^server_keys[ \t]*=[ \t]*\[\s*\]", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +74,16 @@ def enroll(vault: Vault, text: str) -> Enrolled:
         Nothing lost: where a ticket is refused, the enrolment before stays.
 
     Raises:
-        ConfigError: No ticket, no proxy that can be used, or the policy file has keys already and
-            is left alone.
+        ConfigError: No ticket, no proxy that can be used, or the policy file has keys already, or
+            is none, and is left alone; the ticket stays good then.
         EnrolmentError: The server refuses it, cannot be reached, or is another one.
     """
     ticket = Ticket.read(text)
     check_public_key(ticket.server_key)
     if ticket.registry is not None:
         may_trust(vault, ticket.server_key)  # before anything is changed or asked
+    policy = vault.folder / POLICY
+    _allowing(policy, ticket.server_key)  # likewise
     wanted = _wanted(ticket, _node_key(vault, ticket.server_key))
     key = serialization.load_ssh_private_key(wanted.node_key.encode(), None)
     node = key.public_key().public_bytes(
@@ -104,7 +109,7 @@ def enroll(vault: Vault, text: str) -> Enrolled:
         raise EnrolmentError(
             "the server signs with another key than the ticket says", hint="Ask the operator."
         )
-    _allow(vault, ticket.server_key)
+    write_atomically(policy, _allowing(policy, ticket.server_key).encode(), mode=0o600)
     if ticket.registry is not None:
         authority = ticket.authority.encode()
         trust(vault, ticket.server_key, ticket.registry, root_certificates=authority)
@@ -174,19 +179,32 @@ def _printable(said: object) -> str:
     return "".join(letter for letter in str(said)[:200] if letter.isprintable())
 
 
-def _allow(vault: Vault, server_key: str) -> None:
-    """Put the server's key into the policy, which trusts nobody before."""
-    path = vault.folder / POLICY
-    text = path.read_text(encoding="utf-8") if path.exists() else "server_keys = []\n"
-    if server_key in text:
-        return
-    changed, count = _NO_KEYS.subn(f'server_keys = ["{server_key}"]', text, count=1)
+def _allowing(path: Path, server_key: str) -> str:
+    """The text of a policy that trusts this server, of one that does or trusts nobody.
+
+    Raises:
+        ConfigError: It is no policy, trusts others alone, or is written so that it takes a person.
+    """
+    if not path.exists():
+        return f'server_keys = ["{server_key}"]\n'
+    trusted = load_config(DevicePolicy, path).server_keys
+    text = path.read_text(encoding="utf-8")
+    if server_key in trusted:
+        return text
+    hint = f'Add "{server_key}" to server_keys yourself, and enrol again.'
+    if trusted:
+        raise ConfigError(f"{path} trusts another server already", hint=hint)
+    line = f'server_keys = ["{server_key}"]'
+    changed, count = _NO_KEYS.subn(line, text, count=1)
     if not count:
-        raise ConfigError(
-            f"{path} trusts another server already",
-            hint=f'Add "{server_key}" to server_keys yourself, and enrol again.',
-        )
-    write_atomically(path, changed.encode(), mode=0o600)
+        changed = f"{line}\n{text}"
+    try:
+        right = tomllib.loads(changed) == {**tomllib.loads(text), "server_keys": [server_key]}
+    except tomllib.TOMLDecodeError:
+        right = False
+    if not right:
+        raise ConfigError(f"{path}: it is not clear where its server_keys stand", hint=hint)
+    return changed
 
 
 @contextmanager

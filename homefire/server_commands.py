@@ -194,6 +194,9 @@ def devices(
     remove: Annotated[
         str | None, typer.Option(metavar="KEY", help="Let this one in no more.")
     ] = None,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Go on from an older copy; open tickets are void.")
+    ] = False,
     home: ServerFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -201,12 +204,22 @@ def devices(
 
     A removed device is out at once and for good, also where its keys were
     stolen. A run that it began with counts it as one that does not answer.
+
+    Where enrolment.jsonl is an older copy, no ticket is good and no round is
+    opened until you have removed again whom it brought back, and --confirm it.
     """
+    if confirm and remove is not None:
+        raise typer.BadParameter("remove devices first", param_hint="--confirm")
     need_server()
     enrolment = open_server(home).enrolment
     if remove is not None:
         gone = enrolment.remove(remove).identity
         show(as_json, {"removed": gone}, f"{gone} is removed.")
+        return
+    if confirm:
+        done = enrolment.confirm()
+        said = "It goes on from here; make new tickets." if done else "Nothing is to be confirmed."
+        show(as_json, {"confirmed": done}, said)
         return
     keys = [each.identity for each in enrolment.devices()]
     show(as_json, {"devices": keys}, "\n".join(keys) or "None is enrolled.")

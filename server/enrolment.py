@@ -2,7 +2,9 @@
 
 One file, `enrolment.jsonl`, to which lines are appended; of a ticket only a digest is kept. A
 device is known by two keys: with its node key it shows at the SuperLink which node it is, with its
-identity it signs contributions.
+identity it signs contributions. An anchor in the server's keystore tells how many lines there were
+when a device enrolled or was removed last, and which: an older copy of the file would bring removed
+devices and used tickets back.
 """
 
 import json
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,11 +22,17 @@ from typing import Any
 from homefire.common.encoding import canonical_json
 from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
 from homefire.common.files import append_line, locked
+from homefire.common.keystore import Keystore
+from homefire.common.privacy.ledger import Anchor
 from homefire.common.protocol import VERSION
 from homefire.common.signatures import verify
 from homefire.common.ticket import ENROLMENT, secret_digest, signed_parts
+from homefire.server.releases import SERVER_KEYS
 
 FILE, LOCK = "enrolment.jsonl", "enrolment.lock"
+ANCHOR = "enrolment"
+"""The name, in the server's keystore, of how much the file must have at least."""
+
 SECRET_BYTES = 32
 FEWEST_DIGITS = 8
 """Of a key, by which a device is removed."""
@@ -116,6 +125,12 @@ class Enrolment:
         Nothing to steal: the file holds digests of secrets.
         One person one device: an identity, or a node key, that is enrolled is not enrolled again.
         Removed for good: a device that was removed is not enrolled again with the same keys.
+        Newest alone: no ticket is made or taken by a file that may lack who enrolled or was
+            removed since, until the operator confirms it.
+
+    Assumes:
+        The keystore is not as old as the file: where both are put back from one backup, nothing
+        tells that they are old.
 
     Attributes:
         folder: Where the file is.
@@ -131,11 +146,13 @@ class Enrolment:
         """Draw a ticket's secret; 64 hex digits.
 
         Raises:
+            LedgerError: As `check`.
             OSError: It could not be written.
         """
         secret = secrets.token_hex(SECRET_BYTES)
         entry = {"ticket": secret_digest(secret), "expires": round(self.now() + valid_seconds)}
         with locked(self.folder / LOCK):
+            self._check()
             self._append({"event": "issued", **entry})
         return secret
 
@@ -149,10 +166,12 @@ class Enrolment:
         Raises:
             EnrolmentError: No such ticket, used, expired, or keys that are enrolled already.
             SignatureError: The sender does not have the identity's key.
+            LedgerError: As `check`.
         """
         request.verify()
         ticket = secret_digest(request.secret)
         with locked(self.folder / LOCK):
+            self._check()
             book = self._book()
             if (known := book.redeemed.get(ticket)) is not None:
                 if (known.identity, known.node_key) != (request.identity, request.node_key):
@@ -173,6 +192,7 @@ class Enrolment:
             device = Device(register(request.node_key), request.identity, request.node_key)
             entry = {"node": device.node, "identity": device.identity, "key": device.node_key}
             self._append({"event": "redeemed", "ticket": ticket, **entry})
+            self._keep_anchor()
         return device
 
     @staticmethod
@@ -204,8 +224,59 @@ class Enrolment:
                     f"{len(found) or 'no'} enrolled devices have a key that begins with {identity}",
                     hint="homefire server devices lists them.",
                 )
+            newest = self._is_newest()
             self._append({"event": "removed", "identity": found[0].identity})
+            if newest:
+                self._keep_anchor()
         return found[0]
+
+    def check(self) -> None:
+        """Look whether the file has all that this server wrote.
+
+        Raises:
+            LedgerError: It lacks something, or nothing tells how much it must have.
+        """
+        with locked(self.folder / LOCK):
+            self._check()
+
+    def confirm(self) -> bool:
+        """Go on from the file as it is; all tickets that were not redeemed are void from then on.
+
+        Returns:
+            False where there was nothing to confirm.
+
+        Raises:
+            LedgerError: The file, or the anchor, is damaged.
+            OSError: It could not be written.
+        """
+        with locked(self.folder / LOCK):
+            if self._is_newest():
+                return False
+            self._append({"event": "void"})
+            self._keys.replace_anchor(ANCHOR, self._book().anchor)
+        return True
+
+    def _check(self) -> None:
+        if not self._is_newest():
+            raise LedgerError(
+                f"{self.folder / FILE} may be older than this server: it may lack devices that "
+                "enrolled since, and removals, and tickets in it may be used",
+                hint="Put its newest copy in place; or remove those devices again, and then: "
+                "homefire server devices --confirm",
+            )
+        if self._keys.anchor(ANCHOR) is None:  # before there is a line
+            self._keep_anchor()
+
+    def _is_newest(self) -> bool:
+        known, book = self._keys.anchor(ANCHOR), self._book()
+        return not book.lines if known is None else book.holds(known)
+
+    def _keep_anchor(self) -> None:
+        self._keys.keep_anchor(ANCHOR, self._book().anchor)
+
+    @property
+    def _keys(self) -> Keystore:
+        return Keystore(self.folder / SERVER_KEYS)
 
     def devices(self) -> list[Device]:
         """The enrolled ones that were not removed, in the order of enrolment.
@@ -267,23 +338,38 @@ class _Book:
     Attributes:
         file: The file's number.
         read: How many bytes were read.
-        lines: How many lines.
+        heads: Of the first lines, for each number of them, the SHA-256.
     """
 
     file: int = 0
     read: int = 0
-    lines: int = 0
+    heads: list[bytes] = field(default_factory=lambda: [sha256().digest()])
     issued: dict[str, float] = field(default_factory=dict)
     redeemed: dict[str, Device] = field(default_factory=dict)
     identities: dict[str, Device] = field(default_factory=dict)
     node_keys: set[bytes] = field(default_factory=set)
     removed: set[str] = field(default_factory=set)
     removed_keys: set[bytes] = field(default_factory=set)
+    _hashed: Any = field(default_factory=sha256, repr=False)
 
     @property
     def devices(self) -> list[Device]:
         """Those that were not removed, in the order of enrolment."""
         return [each for each in list(self.redeemed.values()) if each.identity not in self.removed]
+
+    @property
+    def lines(self) -> int:
+        """How many there are."""
+        return len(self.heads) - 1
+
+    @property
+    def anchor(self) -> Anchor:
+        """By which it is known that all of them are there."""
+        return Anchor(self.lines, self.heads[-1].hex())
+
+    def holds(self, anchor: Anchor) -> bool:
+        """Whether the lines begin with those that an anchor is of."""
+        return anchor.length <= self.lines and self.heads[anchor.length].hex() == anchor.head
 
     def take(self, path: Path, line: bytes) -> None:
         """The next line.
@@ -300,6 +386,8 @@ class _Book:
                     gone = self.identities[str(entry["identity"])]
                     self.removed.add(gone.identity)
                     self.removed_keys.add(gone.node_key.encode("ascii"))
+                case "void":
+                    self.issued.clear()
                 case _:
                     device = Device(int(entry["node"]), str(entry["identity"]), str(entry["key"]))
                     self.redeemed[str(entry["ticket"])] = device
@@ -309,7 +397,9 @@ class _Book:
             raise LedgerError(
                 f"{path}, line {self.lines + 1}: cannot be read", hint=_RESTORE
             ) from error
-        self.read, self.lines = self.read + len(line), self.lines + 1
+        self._hashed.update(line)
+        self.heads.append(self._hashed.digest())
+        self.read += len(line)
 
 
 _ASK = "Ask the operator for another ticket."

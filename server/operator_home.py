@@ -9,7 +9,7 @@
         tls/                    the authority and the server's certificate
         enrolment.jsonl         tickets and devices
         secrets/                of the executor and of the operator's own commands
-        keys/                   signing key, anchor of the registry
+        keys/                   signing key; anchors of the registry and of the enrolment
         runs/                   ledgers, releases, checkpoints; see `homefire.server.runs`
         registry/               published releases
         flower/                 Flower's state: what is in flight
@@ -159,7 +159,9 @@ class OperatorHome:
         Raises:
             FederationError: Fewer are enrolled than `users` says.
             ConfigError: The run has begun, and its roster is gone.
+            LedgerError: The file of enrolments is damaged, or may be an old one.
         """
+        self.enrolment.check()
         path = self.output / ROSTER
         if has_begun(self.output):
             return self._began_with(path)

@@ -1,6 +1,6 @@
 """Whether a server can be started: asked before anything is."""
 
-from homefire.common.errors import HomefireError
+from homefire.common.errors import HomefireError, LedgerError
 from homefire.server.operator_home import EXECUTOR_SECRET, OPERATOR_SECRET, OperatorHome
 from homefire.server.planning import plan_privacy
 from homefire.server.ports import check_ports
@@ -16,7 +16,8 @@ def check_ready(home: OperatorHome) -> HomefireError | None:
             now; no round is opened by settings that make no sense.
 
     Returns:
-        What is wrong with the settings of a run that has begun, if anything.
+        What is wrong with the settings of a run that has begun, or with who is enrolled, if
+        anything.
 
     Raises:
         ConfigError: A file is missing or wrong.
@@ -28,6 +29,10 @@ def check_ready(home: OperatorHome) -> HomefireError | None:
         home.read_secret(name)
     home.certificates.expires()
     check_ports(home.config)
+    try:
+        home.enrolment.check()
+    except LedgerError as error:
+        return error
     try:
         plan_privacy(home.federation())
     except HomefireError as error:

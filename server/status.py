@@ -16,7 +16,7 @@ from time import time
 from typing import Any, get_args
 
 from homefire.common.config import FederationConfig
-from homefire.common.errors import AdapterError, HomefireError
+from homefire.common.errors import AdapterError, HomefireError, LedgerError
 from homefire.common.privacy.mechanism import NoPrivacy
 from homefire.common.privacy.statement import epsilon_known_cohort, epsilon_release
 from homefire.common.protocol import STATISTICS, RefusalReason
@@ -250,6 +250,10 @@ def _signs(home: OperatorHome) -> list[str]:
     left = (home.certificates.expires() - datetime.now(UTC)).days
     if left < WARN_DAYS:
         found.append(f"the certificate is good for {left} days more: homefire server renew")
+    try:
+        home.enrolment.check()
+    except LedgerError as error:
+        found.append(error.in_full)
     return found
 
 

@@ -26,7 +26,13 @@ from typer.testing import CliRunner
 
 import homefire.__main__  # noqa: F401 - adds all verbs
 from homefire.common.config import load_config
-from homefire.common.errors import ConfigError, EnrolmentError, FederationError, HomefireError
+from homefire.common.errors import (
+    ConfigError,
+    EnrolmentError,
+    FederationError,
+    HomefireError,
+    LedgerError,
+)
 from homefire.common.keystore import Keystore
 from homefire.common.loopback import free_port
 from homefire.common.policy import DevicePolicy
@@ -402,6 +408,32 @@ def test_devices_are_listed_and_removed(home: Path) -> None:
     assert json.loads(run("devices", "--json")) == {"devices": keys[1:]}
     assert "no enrolled devices" in str(refused("devices", "--remove", keys[0]))
     assert "1 enrolled" in run("status")
+
+
+def test_an_older_copy_of_the_devices_is_said_and_confirmed(home: Path) -> None:
+    (home / "federation.toml").write_text(settings_of_run(users=1))
+    operated, path = OperatorHome(home), home / "enrolment.jsonl"
+    key = enrol_made_up(operated.enrolment, 1).identity
+    copy = path.read_bytes()
+    enrol_made_up(operated.enrolment, 2)
+    assert "Nothing is to be confirmed" in run("devices", "--confirm")
+    run("devices", "--remove", key)
+    path.write_bytes(copy)
+    assert json.loads(run("devices", "--json"))["devices"] == [key]
+    (said,) = json.loads(run("status", "--json"))["trouble"]
+    assert "enrolment.jsonl may be older than this server" in said
+    assert "homefire server devices --confirm" in said
+    found = check_ready(operated)
+    assert found is not None and str(found) in said
+    with pytest.raises(LedgerError, match="may be older"):
+        operated.participants()
+    assert isinstance(server("enroll").exception, LedgerError)
+    assert server("devices", "--confirm", "--remove", key).exit_code == 2
+    run("devices", "--remove", key)
+    assert json.loads(run("devices", "--confirm", "--json")) == {"confirmed": True}
+    assert json.loads(run("status", "--json"))["trouble"] == []
+    assert check_ready(operated) is None
+    assert Ticket.read(run("enroll").strip()).secret
 
 
 @pytest.mark.parametrize("digits", [0, 1, FEWEST_DIGITS - 1])

@@ -148,6 +148,8 @@ def test_nothing_lost_where_a_ticket_is_refused(me: Personalizer, server: Server
     before = enrolled_with(me.vault)
     unknown = server.ticket().model_copy(update={"secret": "ab" * 32})
     elsewhere = unknown.model_copy(update={"server_key": "cd" * 32, "registry": None})
+    both = f'server_keys = ["{unknown.server_key}", "{elsewhere.server_key}"]\n'
+    (me.vault.folder / "policy.toml").write_text(both)
     for ticket in (unknown, elsewhere):
         with pytest.raises(EnrolmentError, match="no such ticket"):
             me.enroll(ticket.text)
@@ -241,8 +243,55 @@ def test_a_policy_that_trusts_somebody_is_left_to_its_person(
     ticket = server.ticket()
     with pytest.raises(ConfigError, match="trusts another server"):
         me.enroll(ticket.text)
+    assert server.asked == [], "the ticket is good for another time"
     policy.write_text(f'server_keys = ["{"ab" * 32}", "{ticket.server_key}"]\n')
     me.enroll(ticket.text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '# server_keys = ["KEY"]\nserver_keys = []\n',
+        'server_keys = [] # not "KEY"\nsmallest_cohort = 7\n',
+        "server_keys\t=\t[\n]\n",
+        "smallest_cohort = 7  # KEY\n",
+        "",
+    ],
+)
+def test_the_key_comes_into_a_policy_that_trusts_nobody(
+    me: Personalizer, server: Server, text: str
+) -> None:
+    """Whatever its comments say."""
+    ticket, policy = server.ticket(), me.vault.folder / "policy.toml"
+    policy.write_text(text.replace("KEY", ticket.server_key))
+    before = load_config(DevicePolicy, policy)
+    me.enroll(ticket.text)
+    after = load_config(DevicePolicy, policy)
+    assert after == before.model_copy(update={"server_keys": (ticket.server_key,)})
+    assert policy.stat().st_mode & 0o077 == 0
+    me.enroll(ticket.text)
+    assert load_config(DevicePolicy, policy) == after
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("server_keys = [ # nobody\n]\n", "not clear where"),
+        ('"server_keys" = []\n', "not clear where"),
+        ("server_keys = [\n", "not TOML"),
+        ("servers = []\n", "unknown key"),
+    ],
+)
+def test_a_policy_that_takes_a_person_is_found_before_anybody_is_asked(
+    me: Personalizer, server: Server, text: str, said: str
+) -> None:
+    policy = me.vault.folder / "policy.toml"
+    policy.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        me.enroll(server.ticket().text)
+    assert server.asked == []
+    assert policy.read_text() == text
+    assert enrolled_with(me.vault) is None
 
 
 def test_who_trusts_another_servers_releases_is_asked_first(

@@ -237,7 +237,8 @@ def test_all_or_nothing_where_the_device_is_killed(
     """Kill -9 later and later in an update: the adapter and the log's entry go together."""
     folder, store = open_registry(tmp_path / "server"), run_of(tmp_path / "server" / "run", 20)
     folder.publish(store, 1, SPEC)
-    seen, before = set(), 0
+    seen: set[bool] = set()
+    before = 0
     with serving(folder, tls[1]) as address:
         trust(vault, TRUSTED, address, root_certificates=tls[0])
         vault.close()

@@ -3,7 +3,7 @@
 import itertools
 import os
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vectors.generate_enrolments import authority
 
 from homefire.common.errors import ConfigError, EnrolmentError, LedgerError, SignatureError
+from homefire.common.files import write_atomically
 from homefire.common.signatures import public_key, sign
 from homefire.common.ticket import ENROLMENT, LONGEST, Ticket, signed_parts
 from homefire.server.enrolment import Device, Enrolment, Request
@@ -157,11 +158,14 @@ def test_a_superlink_that_fails_uses_up_no_ticket(enrolment: Enrolment) -> None:
 
 def test_half_a_line_is_no_line(enrolment: Enrolment, tmp_path: Path) -> None:
     path, link = tmp_path / "enrolment.jsonl", SuperLink()
+    anchor = tmp_path / "keys" / "enrolment"
     first, second = (enrolment.issue(valid_seconds=DAY) for _ in range(2))
+    before = anchor.read_bytes()
     enrolment.redeem(request(first, node="a"), link)
     whole = path.read_bytes()
     for cut in range(len(whole) - 1, whole[:-1].rfind(b"\n"), -7):
         os.truncate(path, cut)
+        anchor.write_bytes(before)  # which is written after the line
         assert enrolment.devices() == []
         assert enrolment.open_tickets() == 2
         enrolment.redeem(request(second, node=f"b {cut}"), link)
@@ -174,6 +178,109 @@ def test_a_damaged_file_is_refused(enrolment: Enrolment, tmp_path: Path, line: b
     (tmp_path / "enrolment.jsonl").write_bytes(line + b"\n")
     with pytest.raises(LedgerError, match="line 1"):
         enrolment.devices()
+
+
+# An older copy of the file
+
+
+@dataclass(frozen=True, slots=True)
+class Backed:
+    """A server with three devices, one of them removed, and a copy of before.
+
+    Attributes:
+        enrolment: Its own.
+        copy: What the file was when two were enrolled.
+        open: A ticket that was open then, and was used since.
+        removed: The device that was removed since.
+    """
+
+    enrolment: Enrolment
+    copy: bytes
+    open: Request
+    removed: Device
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.enrolment.folder / "enrolment.jsonl"
+
+    def put_back(self, content: bytes) -> None:
+        """As a backup is."""
+        write_atomically(self.path, content, mode=0o600)
+
+
+@pytest.fixture
+def backed(enrolment: Enrolment) -> Backed:
+    link = SuperLink()
+    secrets = [enrolment.issue(valid_seconds=DAY) for _ in range(3)]
+    asked = [request(secret, node=f"node {n}") for n, secret in enumerate(secrets)]
+    first, _ = (enrolment.redeem(each, link) for each in asked[:2])
+    copy = (enrolment.folder / "enrolment.jsonl").read_bytes()
+    enrolment.redeem(asked[2], link)
+    enrolment.remove(first.identity)
+    return Backed(enrolment, copy, asked[2], first)
+
+
+def refuses(enrolment: Enrolment, asked: Request) -> None:
+    """No ticket is made or taken."""
+    before = (enrolment.folder / "enrolment.jsonl").read_bytes()
+    for act in (
+        enrolment.check,
+        lambda: enrolment.issue(valid_seconds=DAY),
+        lambda: enrolment.redeem(asked, SuperLink()),
+    ):
+        with pytest.raises(LedgerError, match="may be older than this server") as error:
+            act()
+        assert "homefire server devices --confirm" in error.value.hint
+    assert (enrolment.folder / "enrolment.jsonl").read_bytes() == before
+
+
+def test_newest_alone(backed: Backed, clock: Clock) -> None:
+    backed.enrolment.check()
+    whole = backed.path.read_bytes()
+    for copy in (backed.copy, b"", whole.replace(b"node 1", b"node 9")):
+        backed.put_back(copy)
+        refuses(backed.enrolment, backed.open)
+        refuses(Enrolment(backed.enrolment.folder, clock), backed.open)
+    backed.put_back(whole)
+    backed.enrolment.check()
+    backed.enrolment.issue(valid_seconds=DAY)
+
+
+def test_newest_alone_is_what_a_file_without_its_anchor_may_be(backed: Backed) -> None:
+    """As after a lost disk: the copies of files are there, and nothing tells how old they are."""
+    (backed.enrolment.folder / "keys" / "enrolment").unlink()
+    refuses(backed.enrolment, backed.open)
+
+
+def test_newest_alone_until_it_is_confirmed(backed: Backed) -> None:
+    backed.path.write_bytes(backed.copy)
+    enrolment = backed.enrolment
+    assert backed.removed in enrolment.devices()
+    enrolment.remove(backed.removed.identity)
+    refuses(enrolment, backed.open)
+    assert enrolment.confirm()
+    enrolment.check()
+    assert not enrolment.confirm(), "once"
+    assert backed.removed not in enrolment.devices()
+    with pytest.raises(EnrolmentError, match="no such ticket"):
+        enrolment.redeem(backed.open, SuperLink())
+    again = request(enrolment.issue(valid_seconds=DAY), node="node 2")
+    assert enrolment.redeem(again, SuperLink()) in enrolment.devices()
+    backed.path.write_bytes(backed.copy)
+    refuses(enrolment, backed.open)
+
+
+def test_newest_alone_also_where_a_kill_came_before_the_anchor(enrolment: Enrolment) -> None:
+    anchor, link = enrolment.folder / "keys" / "enrolment", SuperLink()
+    first, second = (enrolment.issue(valid_seconds=DAY) for _ in range(2))
+    before = anchor.read_bytes()
+    device = enrolment.redeem(request(first), link)
+    anchor.write_bytes(before)
+    enrolment.check()
+    enrolment.redeem(request(second, node="other"), link)
+    enrolment.remove(device.identity)
+    enrolment.check()
 
 
 # Tickets as text
