@@ -26,7 +26,7 @@ from homefire.simulations.experiment import Experiment, load_experiment
 from homefire.simulations.preparation import Run, prepare
 from homefire.simulations.rounds import cohort_engine
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(175)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 WEAKER = {"privacy.clip_norm": 1000.0, "clip_norm": 1000.0, "policy.smallest_cohort": 1}
 """Settings that a run configuration might try to change."""

@@ -147,7 +147,7 @@ class Flower:
 
     def wait(self, done: Callable[[], bool], what: str) -> None:
         """Wait for something; pytest's own limit ends the test at last."""
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         while not done():
             assert time.monotonic() < deadline, f"{what} did not come\n{self.logs()}"
             assert all(p.poll() is None for p in self.processes), f"ended\n{self.logs()}"
