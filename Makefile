@@ -40,7 +40,8 @@ torture: .venv/.installed  ## Kill servers and devices at 700 random moments and
 	$(BIN)/python tests/vault_torture.py --kills 200
 	OMP_NUM_THREADS=1 $(BIN)/python tests/device_torture.py --kills 200
 	OMP_NUM_THREADS=1 $(BIN)/python tests/join_torture.py --kills 24
-	OMP_NUM_THREADS=1 $(BIN)/python tests/server_torture.py --kills 100
+	OMP_NUM_THREADS=1 $(BIN)/python tests/server_torture.py --kills 70
+	OMP_NUM_THREADS=1 $(BIN)/python tests/server_torture.py --kills 35 --mechanism gaussian
 
 lint: .venv/.installed  ## Format, lint, types
 	$(BIN)/ruff format --check .

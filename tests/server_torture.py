@@ -68,7 +68,7 @@ Target = Literal[
 Moment = Literal["any time", "opened", "summed", "released", "publishing"]
 MOMENTS: tuple[Moment, ...] = ("summed", "publishing", "released", "opened")
 State = Literal["collecting", "no release yet", "not published", "half published", "between rounds"]
-DEVICES, COHORT, ROUNDS, DEADLINE = 3, 2, 5000, 8.0
+DEVICES, ROUNDS, DEADLINE = 3, 5000, 8.0
 LONGEST_LIFE = 5.0  # seconds between a recovery and the next kill
 PATIENCE = 240.0  # seconds in which the next round must be released
 SOON = 30.0  # seconds in which a process ends that has lost its parent
@@ -93,12 +93,19 @@ quorum = 0.6
 [optimizer]
 learning_rate = 0.001
 [privacy]
-mechanism = "gaussian"
 clip_norm = 0.1
 noise_multiplier = 1.0
 delta = 1e-6
-participations = {rounds}
+mechanism = "{mechanism}"
+{limit}
 """
+
+Mechanism = Literal["banded-sqrt", "gaussian"]
+COHORTS: dict[Mechanism, tuple[int, str]] = {
+    "banded-sqrt": (1, f"separation = {DEVICES}"),
+    "gaussian": (2, f"participations = {ROUNDS}"),
+}
+"""Devices of a round, and what limits a device: each in its turn, or whoever is drawn."""
 
 POLICY = """server_keys = []
 smallest_cohort = 1
@@ -154,7 +161,14 @@ class ServerTorture:
         outcomes: How long it took until the next release, by process.
     """
 
-    def __init__(self, folder: Path, seed: int, undo: ExitStack, targets: Sequence[Target]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        undo: ExitStack,
+        targets: Sequence[Target],
+        mechanism: Mechanism,
+    ) -> None:
         self.targets = targets
         self.rng = random.Random(seed)  # noqa: S311
         self.seen: Counter[Target] = Counter()
@@ -163,7 +177,7 @@ class ServerTorture:
         self._before = Seen()
         self.folder = folder
         self.model = make_tiny_model(folder / "model")
-        self.home = make_server(folder / "server", self.model)
+        self.home = make_server(folder / "server", self.model, mechanism)
         self.key = self.home.server_key
         self.server: subprocess.Popen[bytes] | None = None
         undo.callback(self.end_everything)
@@ -456,14 +470,21 @@ def _half_published(registry: Path) -> bool:
     return bool(numbers) and not (registry / f"{max(numbers)}.json").exists()
 
 
-def make_server(folder: Path, model: Path) -> OperatorHome:
+def make_server(folder: Path, model: Path, mechanism: Mechanism) -> OperatorHome:
     """A server's folder, with free ports."""
     fleet, registry, private, operator = free_ports(4)
     settings: dict[str, Any] = {"private": private, "operator": operator}
     settings |= {"fleet": f"127.0.0.1:{fleet}", "registry": f"127.0.0.1:{registry}"}
     home = init(folder, names=["127.0.0.1"], settings=settings)
+    cohort, limit = COHORTS[mechanism]
     text = FEDERATION.format(
-        devices=DEVICES, model=model, rounds=ROUNDS, cohort=COHORT, deadline=DEADLINE
+        devices=DEVICES,
+        model=model,
+        rounds=ROUNDS,
+        cohort=cohort,
+        deadline=DEADLINE,
+        mechanism=mechanism,
+        limit=limit,
     )
     (folder / "federation.toml").write_text(text)
     return home
@@ -492,7 +513,12 @@ def wait_until(
 
 
 def kill_many(
-    folder: Path, *, kills: int, seed: int, targets: Sequence[Target] = get_args(Target)
+    folder: Path,
+    *,
+    kills: int,
+    seed: int,
+    targets: Sequence[Target] = get_args(Target),
+    mechanism: Mechanism = "banded-sqrt",
 ) -> Iterator[ServerTorture]:
     """Kill so many times, and examine after each.
 
@@ -501,6 +527,7 @@ def kill_many(
         kills: How many.
         seed: Of the moments.
         targets: What is killed.
+        mechanism: Of the run's noise.
 
     Yields:
         What was killed so far, after each kill.
@@ -513,7 +540,7 @@ def kill_many(
     os.environ["XDG_STATE_HOME"] = str(folder / "account")
     cheapen_passphrases()
     with ExitStack() as undo:
-        torture = ServerTorture(folder, seed, undo, targets)
+        torture = ServerTorture(folder, seed, undo, targets, mechanism)
         while torture.seen.total() < kills:
             torture.kill_once()
             yield torture
@@ -527,6 +554,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     every: tuple[Target, ...] = get_args(Target)
     parser.add_argument("--targets", nargs="+", choices=every, default=every, help="what is killed")
+    parser.add_argument("--mechanism", choices=get_args(Mechanism), default="banded-sqrt")
     options = parser.parse_args()
     started, seen = time.monotonic(), Counter[Target]()
     with tempfile.TemporaryDirectory(prefix="homefire-server-torture-") as folder:
