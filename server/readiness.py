@@ -30,13 +30,13 @@ def check_ready(home: OperatorHome) -> HomefireError | None:
     home.certificates.expires()
     check_ports(home.config)
     try:
-        home.enrolment.check()
-    except LedgerError as error:
-        return error
-    try:
         plan_privacy(home.federation())
     except HomefireError as error:
         if not has_begun(home.output):
             raise
+        return error
+    try:
+        home.enrolment.check()
+    except LedgerError as error:
         return error
     return None

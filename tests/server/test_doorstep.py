@@ -57,6 +57,7 @@ def served(
     thread = Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:
+        assert thread.is_alive(), "it does not listen"
         time.sleep(0.01)
     (step,) = server.servers
     try:
