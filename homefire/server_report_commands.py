@@ -88,6 +88,9 @@ def _lines(found: dict[str, Any]) -> dict[str, str]:
     lines["dropped"] = counted(found["dropped"])
     lines["refused by devices"] = counted(found["refused"])
     lines["refused at the door"] = counted(found["door"].get("refused", {}))
+    registry = found["registry"]
+    lines["asked of the registry"] = counted(registry.get("answered", {}))
+    lines["refused by the registry"] = counted(registry.get("refused", {}))
     lines["processes"] = ", ".join(
         f"{name} {'runs' if each['runs'] else 'is down'} (started {each['starts']}×)"
         for name, each in found["processes"].items()

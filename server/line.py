@@ -59,7 +59,7 @@ class HttpLine:
         try:
             self._client.post(RING_PATH, json={"nodes": list(nodes)}).raise_for_status()
         except httpx.HTTPError as error:
-            LOG.warning("devices could not be woken: %s", type(error).__name__)
+            LOG.warning("devices could not be woken: %s", error)
 
     def answered(self) -> frozenset[str] | None:
         """The messages whose answers wait, whole, to be fetched; None where that is not known."""
@@ -67,7 +67,7 @@ class HttpLine:
             answer = self._client.get(ANSWERED_PATH).raise_for_status()
             return frozenset(answer.json()["answered"])
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            LOG.warning("what is answered is not known: %s", type(error).__name__)
+            LOG.warning("what is answered is not known: %s", error)
             return None
 
     def withdraw(self, messages: Collection[str]) -> int:
@@ -76,7 +76,7 @@ class HttpLine:
             answer = self._client.post(WITHDRAW_PATH, json={"messages": list(messages)})
             return int(answer.raise_for_status().json()["late"])
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            LOG.warning("messages could not be taken back: %s", type(error).__name__)
+            LOG.warning("messages could not be taken back: %s", error)
             return 0
 
 

@@ -25,6 +25,7 @@ from homefire.common.errors import (
     PrivacyError,
     RegistryError,
 )
+from homefire.server import registry_counts
 
 LARGEST = 16 << 20
 """Bytes of a log; then it is begun anew, and the one before is kept."""
@@ -39,6 +40,8 @@ WORDS = frozenset(
         *("drained", "halted", "ended", "finished", "completed", "failed", "stopped", "killed"),
         *("unknown", "the run is over", "waiting for the SuperLink"),
         "waiting for the ServerApp of before to end",
+        *registry_counts.ANSWERED,
+        *registry_counts.REFUSED,
     )
 )
 """Texts that may stand in a line besides its constant words."""

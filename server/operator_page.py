@@ -119,6 +119,17 @@ def _families(status: Status) -> list[Metric]:
             "homefire_requests_refused", "By reason", "reason", status.door.get("refused", {})
         ),
         _labelled(
+            "homefire_registry_answered", "By call", "call", status.registry.get("answered", {})
+        ),
+        _labelled(
+            "homefire_registry_refused", "By reason", "reason", status.registry.get("refused", {})
+        ),
+        CounterMetricFamily(
+            "homefire_registry_bytes",
+            "Of downloads",
+            value=status.registry.get("bytes_sent", 0),
+        ),
+        _labelled(
             "homefire_process_starts",
             "By process",
             "process",

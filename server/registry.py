@@ -17,6 +17,7 @@ from homefire.common.keystore import Keystore
 from homefire.common.parent import end_with
 from homefire.server.admission import Limits
 from homefire.server.logs import begin
+from homefire.server.registry_counts import counts_file
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.releases import SERVER_KEYS, SIGNING_KEY
 
@@ -61,8 +62,10 @@ def main(arguments: list[str]) -> int:
         begin(given.home / "logs" / "registry.log", "registry")
     certificate = given.certificate or given.home / "tls" / "server.pem"
     tls = Tls(certificate, given.private_key or certificate)
+    counted = None if given.parent is None else counts_file(given.home)
     try:
-        asyncio.run(serve(open_home(given.home), given.listen, tls, Limits()))
+        folder = open_home(given.home)
+        asyncio.run(serve(folder, given.listen, tls, Limits(), counted=counted))
     except HomefireError as error:
         LOG.error("it does not start: %s", error)
         print(f"Error: {error.in_full}", file=sys.stderr)

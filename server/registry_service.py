@@ -9,7 +9,6 @@ import logging
 import signal
 import socket
 import tempfile
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,6 +31,15 @@ from homefire.common.registry_calls import (
 from homefire.common.release_statement import Signed
 from homefire.server.admission import Admission, BusyError, Limits, network_of
 from homefire.server.doorstep import allow_files, listen_at
+from homefire.server.registry_counts import (
+    DOWNLOAD,
+    HEALTH,
+    LATEST,
+    LIST,
+    NOT_TAKEN,
+    Counts,
+    lay_down,
+)
 from homefire.server.registry_folder import RegistryFolder
 from homefire.server.registry_front import FILES, Front
 
@@ -41,6 +49,7 @@ GRACE_SECONDS = 10.0
 
 
 RENEWAL_LOOK_SECONDS = 3600.0
+COUNT_SECONDS = 5.0
 WORD_SECONDS = 3.0
 """How long one word of a watch may lie untaken."""
 
@@ -59,7 +68,7 @@ Handler = Callable[[Any, Context], Awaitable[Message | None]]
 
 
 class _RefusedError(Exception):
-    """An answer that is no answer; its words say nothing of who asked."""
+    """An answer that is no answer; its words say nothing of who asked, and begin with why."""
 
     def __init__(self, code: grpc.StatusCode, words: str) -> None:
         super().__init__(words)
@@ -77,14 +86,14 @@ class Service:
     Attributes:
         folder: What is published.
         admission: Who is let in.
-        counts: Answers by kind, refusals by reason.
+        counts: What was answered, and what was not.
         network: Whose a connection is, by its other end.
         end: Gives a connection up, likewise.
     """
 
     folder: RegistryFolder
     admission: Admission
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counts = field(default_factory=Counts)
     network: Callable[[str], str] = network_of
     end: Callable[[str], None] = lambda peer: None
 
@@ -105,7 +114,7 @@ class Service:
                 refusal = _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
             except TimeoutError:
                 # What is not taken stands in the way of every word: gRPC has no other end to it.
-                self.counts[grpc.StatusCode.DEADLINE_EXCEEDED.name] += 1
+                self.counts.refused[NOT_TAKEN] += 1
                 self.end(context.peer())
                 await asyncio.sleep(GIVEN_UP_SECONDS)
                 return None
@@ -114,7 +123,7 @@ class Service:
             except (HomefireError, OSError) as error:
                 LOG.error("the registry's folder cannot be served: %s", error)
                 refusal = _RefusedError(grpc.StatusCode.INTERNAL, "the registry has a problem")
-            self.counts[refusal.code.name] += 1
+            self.counts.refused[str(refusal).partition(":")[0]] += 1
             await context.abort(refusal.code, str(refusal))
             return None
 
@@ -126,7 +135,7 @@ class Service:
         if found is None:
             raise _RefusedError(grpc.StatusCode.NOT_FOUND, "nothing is published yet")
         latest, newest = found
-        self.counts["latest"] += 1
+        self.counts.answered[LATEST] += 1
         now = int(self.folder.clock())
         return wire.LatestReply(latest=_wired(latest), release=_wired(newest.signed), now=now)
 
@@ -135,7 +144,7 @@ class Service:
         releases = await asyncio.to_thread(lambda: self.folder.releases)
         after, most = request.after, min(request.limit or PAGE_RELEASES, PAGE_RELEASES)
         page = releases[after : after + most]
-        self.counts["list"] += 1
+        self.counts.answered[LIST] += 1
         more = after + len(page) < len(releases)
         return wire.ListReply(releases=[_wired(each.signed) for each in page], more=more)
 
@@ -157,7 +166,8 @@ class Service:
                 written = context.write(wire.Chunk(offset=offset, data=data))
                 await asyncio.wait_for(written, self.admission.limits.chunk_seconds)
                 offset += len(data)
-        self.counts["download"] += 1
+                self.counts.bytes_sent += len(data)
+        self.counts.answered[DOWNLOAD] += 1
 
 
 @dataclass(slots=True)
@@ -166,8 +176,12 @@ class Health:
 
     Guarantees:
         Holds up nobody: watches end with the order to stop, whether or not anybody reads them.
+
+    Attributes:
+        counts: What was answered.
     """
 
+    counts: Counts
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def check(
@@ -176,6 +190,7 @@ class Health:
         """How it is now."""
         if (status := self._status(request)) == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             raise _RefusedError(grpc.StatusCode.NOT_FOUND, "no such service")
+        self.counts.answered[HEALTH] += 1
         return health_pb2.HealthCheckResponse(status=status)
 
     async def watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
@@ -269,7 +284,10 @@ class RegistryServer:
     _server: Any = field(init=False)
     _front: Front = field(init=False)
     _begun: ExitStack = field(init=False)
-    _health: Health = field(default_factory=Health)
+    _health: Health = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._health = Health(self.service.counts)
 
     async def start(self, listen: str, tls: Tls) -> None:
         """Listen.
@@ -296,7 +314,7 @@ class RegistryServer:
                 gate,
                 most=_room(limits),
                 each=limits.connections_of_one,
-                refused=self.service.counts,
+                refused=self.service.counts.refused,
             )
             self.service.network, self.service.end = self._front.network, self._front.end
             self._begun = begun.pop_all()
@@ -395,8 +413,27 @@ async def _keep_renewing(folder: RegistryFolder) -> None:
         await asyncio.sleep(RENEWAL_LOOK_SECONDS)
 
 
-async def serve(folder: RegistryFolder, listen: str, tls: Tls, limits: Limits) -> None:
+async def _keep_counting(counts: Counts, path: Path) -> None:
+    """Lay the counts down whenever they have changed."""
+    before = b""
+    while True:
+        if (now := counts.text()) != before:
+            await asyncio.to_thread(lay_down, path, now)
+            before = now
+        await asyncio.sleep(COUNT_SECONDS)
+
+
+async def serve(
+    folder: RegistryFolder, listen: str, tls: Tls, limits: Limits, *, counted: Path | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT; says on standard output where, as one line of JSON.
+
+    Args:
+        folder: What is published.
+        listen: As for `RegistryServer.start`.
+        tls: Likewise.
+        limits: Of those who ask.
+        counted: Where to lay down what was asked, if anywhere.
 
     Guarantees:
         Never out of date: while this runs, the newest release is published anew in time.
@@ -404,16 +441,23 @@ async def serve(folder: RegistryFolder, listen: str, tls: Tls, limits: Limits) -
     Raises:
         ConfigError: As `RegistryServer.start`.
     """
-    server = RegistryServer(Service(folder, Admission(limits)))
+    service = Service(folder, Admission(limits))
+    server = RegistryServer(service)
     await server.start(listen, tls)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     where = f"{listen.rpartition(':')[0]}:{server.port}"
     print(json.dumps({"listening": where, "releases": len(folder.releases)}), flush=True)
-    renewing = asyncio.create_task(_keep_renewing(folder))
+    besides = [asyncio.create_task(_keep_renewing(folder))]
+    if counted is not None:
+        besides.append(asyncio.create_task(_keep_counting(service.counts, counted)))
     await stop.wait()
-    renewing.cancel()
+    for task in besides:
+        task.cancel()
     LOG.info("stopping: downloads under way may end")
     await server.stop()
-    LOG.info("stopped; answered %s", json.dumps(dict(server.service.counts), sort_keys=True))
+    if counted is not None:
+        lay_down(counted, service.counts.text())
+    service.counts.log()
+    LOG.info("stopped")

@@ -20,6 +20,7 @@ from homefire.common.errors import AdapterError, HomefireError, LedgerError
 from homefire.common.privacy.mechanism import NoPrivacy
 from homefire.common.privacy.statement import epsilon_known_cohort, epsilon_release
 from homefire.common.protocol import STATISTICS, RefusalReason
+from homefire.server import registry_counts
 from homefire.server.door import REASONS
 from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import PrivacyPlan, plan_privacy
@@ -100,6 +101,7 @@ class Status:
         bytes_down: Of the releases in all plans.
         budget: None where the settings cannot be read.
         door: Requests at the public listener: `served`, and `refused` by reason.
+        registry: What the registry `answered` and `refused` by name, and `bytes_sent`.
         releases: Rounds of the newest run that have one.
         published: The newest releases of all runs, oldest first: `number`, `run` (the first digits
             of its id), `round`, `epsilon` (what its run promises; None without bound), and
@@ -124,6 +126,7 @@ class Status:
     bytes_down: int = 0
     budget: Budget | None = None
     door: dict[str, Any] = field(default_factory=dict)
+    registry: dict[str, Any] = field(default_factory=dict)
     releases: list[int] = field(default_factory=list)
     published: list[dict[str, Any]] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
@@ -140,6 +143,8 @@ class Status:
         if self.door:
             refused = only(self.door.get("refused", {}), REASONS)
             put("door", {"served": int(self.door.get("served", 0)), "refused": refused})
+        if self.registry:
+            put("registry", _of_registry(self.registry))
         put("rounds", [_plain(each) for each in self.rounds])
         put("published", [_of_release(each) for each in self.published])
 
@@ -165,6 +170,15 @@ def _plain(each: Mapping[str, Any]) -> dict[str, Any]:
     by_name = {"dropped": DROPPED, "refused": REFUSED}
     return {name: each.get(name) for name in numbers} | {
         name: only(each.get(name, {}), allowed) for name, allowed in by_name.items()
+    }
+
+
+def _of_registry(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of calls to the registry."""
+    return {
+        "answered": only(told.get("answered", {}), registry_counts.ANSWERED),
+        "refused": only(told.get("refused", {}), registry_counts.REFUSED),
+        "bytes_sent": int(told.get("bytes_sent", 0)),
     }
 
 

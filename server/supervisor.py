@@ -21,6 +21,7 @@ from homefire.common.loopback import past_proxies
 from homefire.common.quiet import QUIET
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
+from homefire.server.registry_counts import read_counts
 from homefire.server.run_state import Federation, rounds_spent
 from homefire.server.status import Status, look
 
@@ -205,7 +206,14 @@ class Supervisor:
             if child.starts > 1 and not child.runs
         ]
         trouble = [*found.trouble, *down]
-        return replace(found, processes=processes, online=online, door=door, trouble=trouble)
+        return replace(
+            found,
+            processes=processes,
+            online=online,
+            door=door,
+            registry=read_counts(self.home.folder),
+            trouble=trouble,
+        )
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Keep everything running until `stop` is set; then end it all."""

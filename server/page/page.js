@@ -97,6 +97,14 @@ function releases(published) {
   )));
 }
 
+function registry(told) {
+  const { answered = {}, refused = {}, bytes_sent: sent = 0 } = told;
+  counts("registry", refused);
+  $("asked-for").textContent =
+    `Since the registry started: asked for ${whole.format(answered.latest ?? 0)} times, ` +
+    `downloaded ${whole.format(answered.download ?? 0)} times, ${size(sent)}`;
+}
+
 function mood(status) {
   const first = status.state.split(":")[0].split(" ")[0];
   if (first === "halted" || Object.values(status.processes).some((each) => !each.runs)) return "bad";
@@ -160,6 +168,7 @@ function show(status) {
   counts("dropped", status.dropped);
   counts("refused", status.refused);
   counts("door", status.door.refused ?? {});
+  registry(status.registry);
   const processes = Object.entries(status.processes).map(([name, each]) => row(
     cell(name), cell(each.runs ? "runs" : "is down", each.runs ? "good" : "bad"),
     cell(each.starts > 1 ? `${each.starts} starts` : "", "number"),

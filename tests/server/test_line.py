@@ -1,5 +1,7 @@
 """The round loop's line to the SuperLink: what it saves, and that nothing depends on it."""
 
+import json
+import logging
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from tiny_operators import Operated, operated
 from homefire.common.loopback import free_port
 from homefire.server.certificates import Certificates
 from homefire.server.line import SWEEP_SECONDS, SWEEP_SHARE, Asking, HttpLine
+from homefire.server.logs import Lines
 from homefire.server.operator_home import OPERATOR_SECRET
 
 
@@ -116,6 +119,25 @@ def test_a_line_only_saves_time(
         line.ring([1])
         assert line.answered() is None
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+
+
+def test_what_a_line_fails_of_is_in_the_log(tmp_path: Path) -> None:
+    made, log = Certificates(tmp_path), tmp_path / "executor.log"
+    made.make(["127.0.0.1"])
+    handler, logger = Lines(log, "executor"), logging.getLogger("homefire.server.line")
+    logger.addHandler(handler)
+    try:
+        line = HttpLine(free_port(), authority=made.authority, secret="0" * 64)
+        with line._client:
+            line.ring([1])
+            line.answered()
+            line.withdraw(["a"])
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+    found = [json.loads(each) for each in log.read_text().splitlines()]
+    assert [each["error"] for each in found] == ["ConnectError"] * 3
+    assert not any("words" in each or "values" in each for each in found)
 
 
 def test_a_line_speaks_to_its_own_superlink_alone(server: Operated, tmp_path: Path) -> None:

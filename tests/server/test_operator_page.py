@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 from tiny_vaults import served_on_a_port
 
+from homefire.server import registry_counts
 from homefire.server.door import REASONS
 from homefire.server.operator_page import make_app, metrics
 from homefire.server.status import DROPPED, OTHER, PROCESSES, REFUSED, Budget, Status
@@ -82,6 +83,11 @@ RUNNING = replace(
     bytes_down=12 * 75 * 82_000,
     budget=BUDGET,
     door={"served": 912_345, "refused": {"no such path": 1204, "too often": 77, "no key": 3}},
+    registry={
+        "answered": {"latest": 48_211, "download": 1502, "health": 7},
+        "refused": {"too many calls": 31},
+        "bytes_sent": 123_200_000,
+    },
     releases=list(range(13)),
     published=[release(number) for number in range(1, 13)],
 )
@@ -211,6 +217,9 @@ def test_many_rounds_with_drop_outs(opened: Opened) -> None:
     expect(page.locator("#dropped tr")).to_have_text(["no answer37", "late12", "malformed1"])
     expect(page.locator("#refused tr").first).to_have_text("too often21")
     expect(page.locator("#door tr").first).to_have_text("no such path1,204")
+    expect(page.locator("#registry tr")).to_have_text(["too many calls31"])
+    told = "Since the registry started: asked for 48,211 times, downloaded 1,502 times, 123.2 MB"
+    expect(page.locator("#asked-for")).to_have_text(told)
     expect(page.locator("#budget")).to_have_attribute("aria-valuenow", "29")
     assert page.title() == "12/40 · homefire server"
 
@@ -329,6 +338,9 @@ def test_metrics_are_what_prometheus_reads() -> None:
     assert found["homefire_epsilon_now"] == {"": 2.31}
     assert found["homefire_contributions_dropped_total"]["no answer"] == 37
     assert found["homefire_requests_refused_total"]["too often"] == 77
+    assert found["homefire_registry_answered_total"]["download"] == 1502
+    assert found["homefire_registry_refused_total"] == {"too many calls": 31}
+    assert found["homefire_registry_bytes_total"] == {"": 123_200_000}
     assert found["homefire_process_starts_total"] == dict.fromkeys(PROCESSES, 1)
     assert found["homefire_round_accepted"] == {"": 64}
     assert found["homefire_releases_published"] == {"": 12}
@@ -352,6 +364,7 @@ def test_fixed_names_whatever_a_status_was_made_of(
         dropped=dropped,
         refused=refused,
         door={"served": 1, "refused": door, key: name},
+        registry={"answered": dropped, "refused": door, "bytes_sent": 1, key: name},
         processes={name: {"runs": True, "starts": 1}},
         rounds=[round_log(1, dropped=dropped, refused=refused, **{f"x{key}": name})],
         published=[release(1, run=name, **{f"x{key}": name})],
@@ -361,6 +374,8 @@ def test_fixed_names_whatever_a_status_was_made_of(
         ("homefire_contributions_dropped_total", DROPPED),
         ("homefire_plans_refused_total", REFUSED),
         ("homefire_requests_refused_total", REASONS),
+        ("homefire_registry_answered_total", registry_counts.ANSWERED),
+        ("homefire_registry_refused_total", registry_counts.REFUSED),
     ):
         assert set(found.get(metric, {})) <= allowed | {OTHER}
     assert sum(found.get("homefire_contributions_dropped_total", {}).values()) == sum(
@@ -386,10 +401,13 @@ def test_allow_list_of_the_whole_text() -> None:
         dropped=strange,
         refused=strange,
         door={"served": 1, "refused": strange},
+        registry={"answered": strange, "refused": strange, "bytes_sent": 1},
         processes={CANARY: {"runs": True, "starts": 1}},
         rounds=[round_log(1, dropped=strange, refused=strange, device=CANARY)],
         published=[release(1, run=CANARY, device=CANARY)],
         server_key=CANARY,
     )
     assert CANARY.encode() not in metrics(status)
-    assert read(status)["homefire_requests_refused_total"] == {OTHER: 3}
+    found = read(status)
+    assert found["homefire_requests_refused_total"] == {OTHER: 3}
+    assert found["homefire_registry_refused_total"] == {OTHER: 3}

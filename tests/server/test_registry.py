@@ -42,6 +42,7 @@ from homefire.common.errors import (
     RegistryAnswerError,
     UnreachableRegistryError,
 )
+from homefire.common.loopback import free_port
 from homefire.common.registry_calls import (
     CHUNK_BYTES,
     DOWNLOAD,
@@ -54,6 +55,7 @@ from homefire.common.registry_calls import (
 from homefire.common.release_statement import ReleaseStatement, read_statement
 from homefire.server.admission import Admission, Limits
 from homefire.server.operator_home import init
+from homefire.server.registry_counts import counts_file, read_counts
 from homefire.server.registry_folder import DAY
 from homefire.server.registry_service import (
     GRACE_SECONDS,
@@ -380,7 +382,7 @@ def test_nobody_named_the_program_serves_and_stops(home: Path, tls: tuple[Path, 
     finally:
         code, said = ended(process)
     assert code == 0
-    assert '"latest": 1' in said
+    assert "answered: latest, 1 times" in said
     assert "127.0.0.1" not in said and "ipv4" not in said
     lines = [line for line in said.splitlines() if " INFO " not in line]
     assert lines == []  # gRPC says nothing of its own
@@ -408,6 +410,48 @@ def test_holds_up_nobody_watches_of_strangers_end_with_the_order_to_stop(
 def test_what_is_under_way_ends_within_the_patience_of_a_supervisor() -> None:
     patience = inspect.signature(Child.end).parameters["seconds"].default
     assert GRACE_SECONDS <= patience - 3
+
+
+def test_what_was_asked_is_counted_for_the_operator_and_nobody_is_named(
+    tmp_path: Path, tls: tuple[Path, Tls]
+) -> None:
+    home = init(tmp_path / "server", names=["127.0.0.1"], settings={}).folder
+    registry = open_registry(home)
+    size = registry.publish(run_of(tmp_path / "run", 1), 1, SPEC).statement.file_size
+    counts_file(home).write_text('{"answered": {"latest": 9}, "refused": {}, "bytes_sent": 1}')
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "homefire.server.registry", "--home", str(home)]
+    command += ["--certificate", str(tls[1].certificate), "--parent", str(os.getpid())]
+    process = subprocess.Popen([*command, "--listen", address], cwd=ROOT)  # noqa: S603 - our own
+    try:
+        assert counted(home, {}) == {}  # those of before are gone
+        with channel(address, tls[0]) as opened:
+            call(opened, LATEST, wire.LatestRequest(), wire.LatestReply)
+            health(opened)
+            assert sum(len(each.data) for each in downloaded(opened, 1, 0)) == size
+            for number in (2, 3):
+                with pytest.raises(grpc.RpcError):
+                    list(downloaded(opened, number, 0))
+            answered = {"latest": 1, "health": 1, "download": 1}
+            assert counted(home, answered) == answered
+    finally:
+        process.terminate()
+        process.wait(30)
+    refused = {"no such release": 2}
+    assert read_counts(home) == {"answered": answered, "refused": refused, "bytes_sent": size}
+    told = (home / "logs" / "registry.log").read_text()
+    said = [json.loads(line) for line in told.splitlines()]
+    values = [each["values"] for each in said if each["event"].startswith(("answered", "refused"))]
+    expected = [["download", 1], ["health", 1], ["latest", 1], ["no such release", 2]]
+    assert values == expected and "127.0.0.1" not in told
+
+
+def counted(home: Path, answered: dict[str, int]) -> dict[str, int]:
+    """What the registry laid down, once that is there."""
+    until = time.monotonic() + 20
+    while (found := read_counts(home).get("answered")) != answered and time.monotonic() < until:
+        time.sleep(0.05)
+    return {} if found is None else dict(found)
 
 
 def test_never_out_of_date_the_program_publishes_the_newest_release_anew(

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from homefire.common.keystore import Keystore
 from homefire.server import supervisor as supervisor_module
 from homefire.server.control import FAILED, FINISHED, UNKNOWN
 from homefire.server.operator_home import APP_LOCK, OperatorHome
+from homefire.server.registry_counts import Counts, counts_file
 from homefire.server.releases import ReleaseStore
 from homefire.server.run_ledger import RunLedger
 from homefire.server.run_state import LEDGER
@@ -547,9 +549,15 @@ def test_its_status_says_what_runs_and_what_does_not(
         down.tend()
         clock.now += LONGEST_PAUSE
     served.look()
+    counts = Counts(Counter(latest=3), Counter({"too many calls": 2, "10.0.0.7": 1}), 5000)
+    counts_file(served.home.folder).write_bytes(counts.text())
     try:
         status = served.supervisor.status()
         assert status.state == "running"
+        refused = {"too many calls": 2, "other": 1}
+        assert status.registry == {"answered": {"latest": 3}, "refused": refused} | {
+            "bytes_sent": 5000
+        }
         assert status.processes == {
             "registry": {"runs": True, "starts": 1},
             "executor": {"runs": False, "starts": 2},
