@@ -202,8 +202,8 @@ class Supervisor:
             if child.starts > 1 and not child.runs
         ]
         trouble = [*found.trouble, *down]
-        asked = {"door": door, "registry": read_counts(self.home.folder)}
-        return replace(found, processes=processes, online=online, trouble=trouble, **asked)
+        asked = replace(found, door=door, registry=read_counts(self.home.folder))
+        return replace(asked, processes=processes, online=online, trouble=trouble)
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Keep everything running until `stop` is set; then end it all."""

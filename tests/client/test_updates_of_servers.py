@@ -79,9 +79,11 @@ def worn(vault: Vault) -> bytes | None:
 def signed_anyhow(content: bytes, *, number: int = 1, **changes: Any) -> wire.LatestReply:
     """An answer that the trusted key signed, whatever the file is."""
     said = {**about(), "digest": release_digest(vector(1))}
-    fields = _statement(Release(1, vector(1), said), SPEC, content, number=number, key=KEY)
+    fields = _statement(Release(1, vector(1), said), SPEC, content, key=KEY)
     now = int(time.time())
-    statement = _validated({**fields, "issued_at": now, "expires_at": now + DAY, **changes})
+    statement = _validated(
+        {**fields, "number": number, "issued_at": now, "expires_at": now + DAY, **changes}
+    )
     word = LatestStatement(
         number=number,
         statement_digest=changes.get("named", statement.digest),
