@@ -206,14 +206,8 @@ class Supervisor:
             if child.starts > 1 and not child.runs
         ]
         trouble = [*found.trouble, *down]
-        return replace(
-            found,
-            processes=processes,
-            online=online,
-            door=door,
-            registry=read_counts(self.home.folder),
-            trouble=trouble,
-        )
+        asked = replace(found, door=door, registry=read_counts(self.home.folder))
+        return replace(asked, processes=processes, online=online, trouble=trouble)
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Keep everything running until `stop` is set; then end it all."""
