@@ -49,12 +49,28 @@ class BusyError(Exception):
 
 
 @dataclass(slots=True)
+class Bucket:
+    """So many requests are left; they come back with time."""
+
+    left: float
+    at: float
+
+    def take(self, rate: float, most: float, now: float) -> bool:
+        """One of them, if there is one."""
+        self.left, self.at = min(most, self.left + rate * (now - self.at)), now
+        if self.left < 1:
+            return False
+        self.left -= 1
+        return True
+
+
+@dataclass(slots=True)
 class Admission:
     """Counts calls and streams; used from one thread."""
 
     limits: Limits
     clock: Callable[[], float] = time.monotonic
-    _buckets: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict, repr=False)
+    _buckets: OrderedDict[str, Bucket] = field(default_factory=OrderedDict, repr=False)
     _streams: Counter[str] = field(default_factory=Counter, repr=False)
 
     def admit(self, who: str) -> None:
@@ -67,12 +83,11 @@ class Admission:
             BusyError: This address asked too often.
         """
         now = self.clock()
-        tokens, then = self._buckets.pop(who, (float(self.limits.burst), now))
-        tokens = min(float(self.limits.burst), tokens + (now - then) * self.limits.rate)
-        self._buckets[who] = (max(0.0, tokens - 1), now)
+        bucket = self._buckets.pop(who, None) or Bucket(float(self.limits.burst), now)
+        self._buckets[who] = bucket
         if len(self._buckets) > MOST_PEERS:
             self._buckets.popitem(last=False)
-        if tokens < 1:
+        if not bucket.take(self.limits.rate, self.limits.burst, now):
             raise BusyError("too many calls: ask again later")
 
     @contextmanager

@@ -27,12 +27,11 @@ from homefire.common.address import canonical_host
 from homefire.common.errors import EnrolmentError, HomefireError, SignatureError
 from homefire.common.protocol import VERSION
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
-from homefire.server.admission import network_of
+from homefire.server.admission import Bucket, network_of
 from homefire.server.door_measures import (
     Answer,
     App,
     Body,
-    Bucket,
     Receive,
     RefusedError,
     Scope,

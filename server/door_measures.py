@@ -1,4 +1,4 @@
-"""What a door measures requests by: bodies by length and time, their number by rate."""
+"""What a door measures requests by: bodies by length and time; what was signed once already."""
 
 import asyncio
 import json
@@ -110,22 +110,6 @@ async def send_json(
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-@dataclass(slots=True)
-class Bucket:
-    """So many requests are left; they come back with time."""
-
-    left: float
-    at: float
-
-    def take(self, rate: float, most: float, now: float) -> bool:
-        """One of them, if there is one."""
-        self.left, self.at = min(most, self.left + rate * (now - self.at)), now
-        if self.left < 1:
-            return False
-        self.left -= 1
-        return True
 
 
 class Seen:
