@@ -248,7 +248,8 @@ def test_captured_headers_are_refused_by_a_superlink_that_was_started_again(
             return server.control.is_up() and listens(server.public)
 
         until(is_up, lambda: "no SuperLink")
-        assert pull_with(server.public, device, headers)[0] == 400
+        status, said = pull_with(server.public, device, headers)
+        assert (status, said) == (503, {"error": "of before"})
         activate(server.public, device)
 
 
