@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from threading import Thread
 from typing import Any
 
 from homefire.client.joining_changes import Change, Trouble
+from homefire.common.loopback import LOOPBACK, free_port
 from homefire.common.quiet import QUIET
 
 LOG_FILE = "join.log"
@@ -137,12 +137,12 @@ def running(folder: Path, options: Sequence[str], opening: dict[str, Any]) -> It
         No orphan: no process is left after the block, nor after the process that it runs in was
             killed.
     """
-    home, port, parent = folder / "flower", _free_port(), str(os.getpid())
+    home, port, parent = folder / "flower", free_port(), str(os.getpid())
     home.mkdir(mode=0o700, exist_ok=True)
     own = f"home={json.dumps(str(folder), ensure_ascii=False)}"
     node = ["homefire.client.supernode", parent, *options, "--isolation", "process"]
-    node += ["--host", "127.0.0.1", "--port", str(port), "--node-config", own]
-    executor = ["homefire.client.executor", "--runtime", f"127.0.0.1:{port}", "--parent", parent]
+    node += ["--host", LOOPBACK, "--port", str(port), "--node-config", own]
+    executor = ["homefire.client.executor", "--runtime", f"{LOOPBACK}:{port}", "--parent", parent]
     with open(folder / LOG_FILE, "ab", opener=_private) as log, ExitStack() as undo:
         first = _start(node, home, log.fileno(), output=subprocess.PIPE)
         undo.callback(_end, first)
@@ -197,9 +197,3 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

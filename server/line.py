@@ -9,6 +9,8 @@ from typing import Protocol
 
 import httpx
 
+from homefire.common.loopback import LOOPBACK
+
 LOG = logging.getLogger(__name__)
 RING_PATH = "/homefire/v1/ring"
 ANSWERED_PATH = "/homefire/v1/answered"
@@ -47,7 +49,7 @@ class HttpLine:
 
     def __init__(self, port: int, *, authority: Path, secret: str) -> None:
         self._client = httpx.Client(
-            base_url=f"https://127.0.0.1:{port}",
+            base_url=f"https://{LOOPBACK}:{port}",
             verify=ssl.create_default_context(cafile=str(authority)),
             headers={"authorization": f"Bearer {secret}"},
             timeout=SECONDS,

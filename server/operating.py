@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 
 import uvicorn
 
+from homefire.common.loopback import LOOPBACK
 from homefire.server.news import News
 from homefire.server.operator_page import make_app
 from homefire.server.supervisor import Supervisor
@@ -26,7 +27,7 @@ async def operate(supervisor: Supervisor, say: Callable[[str], None]) -> None:
         loop.add_signal_handler(number, stop.set)
     config = uvicorn.Config(
         make_app(supervisor.status),
-        host="127.0.0.1",
+        host=LOOPBACK,
         port=supervisor.home.config.operator,
         access_log=False,
         log_config=None,

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from homefire.common.address import with_port
+from homefire.common.address import split_address, with_port
 from homefire.common.config import FederationConfig, load_config, read_toml, validate
 from homefire.common.errors import ConfigError, FederationError
 from homefire.common.files import hold, is_held, locked, make_folder, write_atomically
@@ -304,7 +304,7 @@ class OperatorHome:
         config, enrolment = self.config, self.enrolment
         seconds = 3600 * config.ticket_hours
         superlink, registry = (
-            with_port(config.names[0], place.rpartition(":")[2])
+            with_port(config.names[0], split_address(place)[1])
             for place in (config.fleet, config.registry)
         )
         authority = self.certificates.authority.read_text(encoding="ascii")

@@ -5,7 +5,7 @@ import re
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from homefire.common.address import canonical_host, with_port
+from homefire.common.address import canonical_host, split_address, with_port
 from homefire.common.config import Frozen
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
@@ -66,7 +66,7 @@ class ServerConfig(Frozen):
 
     @model_validator(mode="after")
     def _apart(self) -> "ServerConfig":
-        ports = [int(each.rpartition(":")[2]) for each in (self.fleet, self.registry)]
+        ports = [split_address(each)[1] for each in (self.fleet, self.registry)]
         ports += [self.private, self.operator]
         if len(set(ports)) < len(ports):
             raise ValueError("fleet, registry, private and operator need a port each")

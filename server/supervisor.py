@@ -17,7 +17,7 @@ from pathlib import Path
 
 from homefire.common.errors import HomefireError
 from homefire.common.files import DISK_HINT
-from homefire.common.loopback import past_proxies
+from homefire.common.loopback import LOOPBACK, past_proxies
 from homefire.common.quiet import QUIET
 from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
@@ -173,7 +173,7 @@ class Supervisor:
         parent = ["--parent", str(os.getpid())]
         own, listen = ["--home", str(folder), *parent], ["--listen", config.registry]
         executor = [*parent, "--lock", str(folder / APP_LOCK)]
-        executor += ["--runtime-api-address", f"127.0.0.1:{config.private}"]
+        executor += ["--runtime-api-address", f"{LOOPBACK}:{config.private}"]
         executor += ["--root-certificates", str(self.home.certificates.authority.absolute())]
         executor += [
             "--superexec-auth-secret-file",

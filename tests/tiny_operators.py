@@ -43,6 +43,17 @@ from homefire.server.supervisor import Child
 HERE = "127.0.0.1"
 
 
+def is_closed(far: socket.socket, seconds: float = 0.3) -> bool:
+    """Whether the other side has ended a connection."""
+    far.settimeout(seconds)
+    try:
+        return far.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a SuperLink listens.

@@ -13,6 +13,7 @@ import sys
 from asyncio.sslproto import SSLProtocol
 from contextlib import suppress
 
+from homefire.common.address import split_address
 from homefire.simulations.load.keys import Keys
 from homefire.simulations.load.light import LightDevice, Tally
 from homefire.simulations.load.wire import Connections
@@ -24,9 +25,9 @@ STARTS_PER_SECOND = 100
 
 async def serve(settings: dict[str, str], keys: list[Keys]) -> None:
     """Let the devices take part until a signal."""
-    host, _, port = settings["address"].rpartition(":")
+    host, port = split_address(settings["address"])
     tls = ssl.create_default_context(cadata=settings["authority"])
-    connections, tally = Connections(host, int(port), tls), Tally()
+    connections, tally = Connections(host, port, tls), Tally()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

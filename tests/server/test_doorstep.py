@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from tiny_operators import is_closed
 
 from homefire.server import doorstep
 from homefire.server.certificates import Certificates
@@ -70,16 +71,6 @@ def served(
 
 def connect(port: int, source: str = "127.0.0.1") -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=10, source_address=(source, 0))
-
-
-def is_closed(far: socket.socket, seconds: float = 0.3) -> bool:
-    far.settimeout(seconds)
-    try:
-        return far.recv(1) == b""
-    except TimeoutError:
-        return False
-    except ConnectionError:
-        return True
 
 
 def empty(step: Doorstep) -> None:

@@ -16,6 +16,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from tiny_operators import is_closed
 from tiny_registries import SPEC, UNLIMITED, make_certificates, open_registry, run_of, serving
 
 from homefire.client.registry_link import Patience, RegistryLink
@@ -143,16 +144,6 @@ def test_newest_first_where_many_addresses_fill_it(home: Path, tls: tuple[Path, 
         with RegistryLink(address, tls[0].read_bytes(), SOON) as link:
             link.newest()
         assert [is_closed(far) for far in opened] == [True] + [False] * 5
-
-
-def is_closed(far: socket.socket, seconds: float = 0.3) -> bool:
-    far.settimeout(seconds)
-    try:
-        return far.recv(1) == b""
-    except TimeoutError:
-        return False
-    except ConnectionError:
-        return True
 
 
 def test_whose_calls_they_are_is_known_behind_the_front(home: Path, tls: tuple[Path, Tls]) -> None:
