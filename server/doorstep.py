@@ -125,6 +125,8 @@ class Doorstep:
         self._of = Counter[str]()
         self._agreeing: set[asyncio.Task[None]] = set()
         self._taking = asyncio.get_running_loop().create_task(self._take())
+        # The loop still waits at its number where it is closed before, and that may be another's.
+        self._taking.add_done_callback(lambda _: listening.close())
 
     @property
     def sockets(self) -> list[socket.socket]:
@@ -135,9 +137,8 @@ class Doorstep:
         return len(self._visits)
 
     def close(self) -> None:
-        """Take no more."""
+        """Take no more; the socket is closed in the loop's next turns."""
         self._taking.cancel()
-        self._socket.close()
 
     async def wait_closed(self) -> None:
         """Wait until none is taken any more."""

@@ -133,6 +133,28 @@ def test_so_many_at_once_do_not_keep_others_waiting() -> None:
     assert asyncio.run(asyncio.wait_for(turns(), 20)) > 100
 
 
+def test_close_leaves_its_file_to_whoever_opens_the_next_one() -> None:
+    """The loop waits at a file's number until the turn after; then it may be another's."""
+
+    async def complaints() -> list[dict[str, Any]]:
+        loop, said = asyncio.get_running_loop(), list[dict[str, Any]]()
+        loop.set_exception_handler(lambda _, context: said.append(context))
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setblocking(False)
+        step = Doorstep(listening, None, lambda visit: asyncio.Protocol(), most=1, each=1)
+        await asyncio.sleep(0.05)
+        step.close()
+        near, far = socket.socketpair()
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=near)
+        await step.wait_closed()
+        assert listening.fileno() == -1
+        transport.close()
+        far.close()
+        return said
+
+    assert asyncio.run(complaints()) == []
+
+
 def test_few_of_one_address_and_others_are_let_in() -> None:
     with served(most=100, each=3) as (port, _), ExitStack() as stack:
         opened = [stack.enter_context(connect(port)) for _ in range(8)]
