@@ -29,6 +29,7 @@ from homefire.common.config import load_config
 from homefire.common.errors import ConfigError, EnrolmentError
 from homefire.common.files import write_atomically
 from homefire.common.policy import DevicePolicy
+from homefire.common.printable import printable
 from homefire.common.protocol import VERSION
 from homefire.common.signatures import check_public_key, public_key, sign
 from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
@@ -168,15 +169,14 @@ def _ask(ticket: Ticket, wanted: dict[str, str | int]) -> dict[str, Any]:
         connection.close()
     if answer.status != http.client.OK:
         raise EnrolmentError(
-            f"the server refuses: {_printable(found.get('error'))}",
-            hint=_printable(found.get("hint", "")),
+            f"the server refuses: {_said(found.get('error'))}",
+            hint=_said(found.get("hint", "")),
         )
     return found
 
 
-def _printable(said: object) -> str:
-    """What a server said, without what a terminal would act on."""
-    return "".join(letter for letter in str(said)[:200] if letter.isprintable())
+def _said(said: object) -> str:
+    return printable(str(said)[:200], instead="")
 
 
 def _allowing(path: Path, server_key: str) -> str:

@@ -18,6 +18,7 @@ from homefire.common.errors import (
     UnreachableRegistryError,
     UpdateError,
 )
+from homefire.common.printable import printable
 from homefire.common.registry_calls import (
     DOWNLOAD,
     LARGEST_ANSWER,
@@ -238,7 +239,7 @@ def _signed(signed: wire.Signed) -> Signed:
 
 def _explained(error: Any, address: str) -> UpdateError:
     """What a failed call means for people."""
-    code, said = error.code(), _one_line(error.details() or "")
+    code, said = error.code(), printable((error.details() or "")[:200])
     if code is grpc.StatusCode.NOT_FOUND:
         return RegistryAnswerError(
             f"{address}: nothing is published there ({said})", hint="Try again later."
@@ -265,8 +266,3 @@ def _explained(error: Any, address: str) -> UpdateError:
         f"{address}: what answers is no registry of this version ({code.name}: {said})",
         hint="Check the address, and that both sides are up to date.",
     )
-
-
-def _one_line(text: str) -> str:
-    """A stranger's words, short, and without what could move a terminal's cursor."""
-    return "".join(c if c.isprintable() else " " for c in text[:200])

@@ -19,6 +19,7 @@ from homefire.common.errors import (
     ConfigError,
     HomefireError,
 )
+from homefire.common.printable import printable
 from homefire.device_session import (
     HOME,
     NEW_PASSPHRASE,
@@ -132,7 +133,7 @@ def records(
     table = Table("id", "date", "text", "source", box=None)
     for each in found:
         date, shown = (each.record.created_at or "")[:10], escape(_one_line(each.record.text))
-        table.add_row(str(each.id), date, shown, escape(each.source))
+        table.add_row(str(each.id), date, shown, escape(printable(each.source)))
     Console().print(table)
 
 
@@ -209,9 +210,7 @@ def ask(
         if as_json:
             typer.echo(_reply(reply))
             return
-        for piece in reply:
-            typer.echo(piece, nl=False)
-        typer.echo()
+        _write(reply)
 
 
 @device_app.command()
@@ -242,9 +241,7 @@ def chat(
             if as_json:
                 typer.echo(_reply(reply))
             else:
-                for piece in reply:
-                    typer.echo(piece, nl=False)
-                typer.echo()
+                _write(reply)
             messages.append({"role": "assistant", "content": reply.text})
             if learn:
                 me.remember(question)
@@ -454,8 +451,15 @@ def _reply(reply: "Reply") -> str:
     return json.dumps({"text": text, "recipe": reply.recipe.model_dump(), **about})
 
 
+def _write(reply: "Reply") -> None:
+    """Write an answer as it comes; with --json it is as the model made it."""
+    for piece in reply:
+        typer.echo(printable(piece, instead="", lines=True), nl=False)
+    typer.echo()
+
+
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…"
 
 

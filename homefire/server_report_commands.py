@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from homefire.common.printable import printable
 from homefire.options import AsJson
 from homefire.server_session import HOME, ServerFolder, need_server, open_server, server_app, show
 
@@ -37,7 +38,7 @@ def status(
     else:
         table = Table(box=None, show_header=False)
         for name, value in _lines(found).items():
-            table.add_row(name, escape(value))
+            table.add_row(name, escape(printable(value)))
         Console().print(table)
     processes = found["processes"].values()
     if check and not (processes and all(each["runs"] for each in processes)):

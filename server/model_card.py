@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from homefire.common.adapter import AdapterConfig
 from homefire.common.claims import shown
 from homefire.common.errors import AdapterError
+from homefire.common.printable import printable
 from homefire.common.privacy.words import deployment_in_words, in_words
 from homefire.common.release_statement import DeploymentClaim, PrivacyClaim
 
@@ -47,7 +48,7 @@ def model_card(about: Mapping[str, Any], adapter: AdapterConfig, *, base_model: 
 def _front_matter(base_model: str) -> str:
     tags = "".join(f"- {tag}\n" for tag in TAGS)
     # A JSON text of printable characters is a YAML text: no name adds lines of its own.
-    name = json.dumps(printable(base_model), ensure_ascii=False)
+    name = json.dumps(printable(base_model, instead="?"), ensure_ascii=False)
     return f"---\nlibrary_name: peft\nbase_model: {name}\ntags:\n{tags}---\n"
 
 
@@ -135,11 +136,6 @@ def _provenance(about: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:g}"
-
-
-def printable(text: str) -> str:
-    """With a question mark in the place of what has no form of its own, such as line ends."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _plain(text: str) -> str:

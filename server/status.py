@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from homefire.common.config import FederationConfig
 from homefire.common.errors import AdapterError, HomefireError, LedgerError
+from homefire.common.printable import printable
 from homefire.common.privacy.mechanism import NoPrivacy
 from homefire.common.privacy.statement import epsilon_known_cohort, epsilon_release
 from homefire.common.protocol import STATISTICS, RefusalReason
@@ -151,8 +152,7 @@ class Status:
 
 def plain(words: str) -> str:
     """Words for people, without numbers that could be somebody's, nor what a terminal acts on."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in words)
-    shown = NUMBERS.sub(HIDDEN, shown)
+    shown = NUMBERS.sub(HIDDEN, printable(words))
     return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}{HIDDEN}"
 
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import homefire.__main__  # noqa: F401 - adds all verbs
 from homefire.client import erasure, vault_files
+from homefire.client.assistant import Reply
 from homefire.client.vault import open_vault
 from homefire.common.errors import (
     BusyVaultError,
@@ -91,6 +92,15 @@ def test_plain_output_is_for_people(home: Path) -> None:
     assert run("ask", "the first", "--max-tokens", "2").endswith("\n")
     assert "1 records forgotten" in run("forget", "--query", "fourth", "--no-retrain")
     assert run("doctor") == "The vault is whole.\n"
+
+
+def test_what_is_shown_moves_no_cursor(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records come from anybody's mail, and an answer is what a model makes of them."""
+    monkeypatch.setattr(Reply, "__iter__", lambda reply: iter(["one\x1b", "[2J\n", "two\x9b1A"]))
+    run("remember", "the \x1b]0;name\x07fifth")
+    assert not {"\x1b", "\x07", "\x9b"} & set(run("records") + run("ask", "hm?"))
+    assert run("ask", "hm?") == "one[2J\ntwo1A\n"
+    assert as_json("records", "--count", "1")[0]["record"]["text"] == "the \x1b]0;name\x07fifth"
 
 
 def test_records_are_listed_found_and_changed(home: Path) -> None:
