@@ -186,13 +186,16 @@ class SecretStore(ABC):
                 "ledger is the newest.",
             )
 
-    def open_ledger(self, path: Path, name: str, *, kind: str | None = None) -> Ledger:
+    def open_ledger(
+        self, path: Path, name: str, *, kind: str | None = None, wait: float = 0.0
+    ) -> Ledger:
         """Open a ledger whose anchor is kept here, and bring the anchor up to date.
 
         Args:
             path: The ledger's file.
             name: Of the anchor.
             kind: Of the ledger; by default its anchor's name.
+            wait: Seconds to wait for another process to let go of it.
 
         Guarantees:
             Same day: a ledger that lacks what the anchor covers is refused, and so is one that is
@@ -201,11 +204,12 @@ class SecretStore(ABC):
         Raises:
             LedgerError: Damaged, rolled back, in use, or newer than the keystore.
         """
-        known = self.anchor(name)
         with ExitStack() as undo:
-            ledger = Ledger.open(path, kind=kind or name, anchor=known)
+            ledger = Ledger.open(
+                path, kind=kind or name, anchor=lambda: self.anchor(name), wait=wait
+            )
             undo.callback(ledger.close)
-            self.catch_up(name, known, ledger.anchor, where=str(path))
+            self.catch_up(name, self.anchor(name), ledger.anchor, where=str(path))
             undo.pop_all()
         return ledger
 

@@ -56,13 +56,18 @@ class RunLedger:
     ended: bool = False
 
     @classmethod
-    def open(cls, path: Path, keystore: Keystore) -> "RunLedger":
+    def open(cls, path: Path, keystore: Keystore, *, wait: float = 0.0) -> "RunLedger":
         """Open a run's ledger and read it from its start.
+
+        Args:
+            path: Of the ledger.
+            keystore: Where its anchor is.
+            wait: Seconds to wait for another process to let go of it.
 
         Raises:
             LedgerError: Damaged, rolled back, in use, or in an impossible order.
         """
-        run = cls(keystore.open_ledger(path, KIND), keystore)
+        run = cls(keystore.open_ledger(path, KIND, wait=wait), keystore)
         try:
             for entry in run.ledger.entries:
                 run._apply(entry)

@@ -12,7 +12,6 @@
 """
 
 import logging
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,6 @@ from homefire.server.run_ledger import KIND, RunLedger
 LOG = logging.getLogger(__name__)
 RUN_KEY = "run-key"
 LEDGER = "ledger.jsonl"
-POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,15 +192,7 @@ def rounds_spent(output: Path, *, wait: float = 0.0) -> tuple[int, bool]:
     """
     if not (output / LEDGER).exists():
         return 0, False
-    deadline = time.monotonic() + wait
-    while True:
-        try:
-            ledger = RunLedger.open(output / LEDGER, Keystore.beside(output))
-            break
-        except LedgerError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(POLL_SECONDS)
+    ledger = RunLedger.open(output / LEDGER, Keystore.beside(output), wait=wait)
     ledger.ledger.close()
     return ledger.opened, ledger.ended or _key_destroyed(ledger)
 

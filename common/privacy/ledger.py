@@ -17,7 +17,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,28 +80,34 @@ class Ledger:
 
     @classmethod
     def open(
-        cls, path: Path, *, kind: str, anchor: Anchor | None = None, wait: float = 0.0
+        cls,
+        path: Path,
+        *,
+        kind: str,
+        anchor: Anchor | Callable[[], Anchor | None] | None = None,
+        wait: float = 0.0,
     ) -> "Ledger":
         """Lock a ledger, check all of it, and cut off a last line that was not written to its end.
 
         Args:
             path: The file; it and its folders are made where they are absent.
             kind: What is recorded, such as "releases"; a ledger of another kind is refused.
-            anchor: What the ledger must at least hold.
+            anchor: What the ledger must at least hold; or what tells it, asked once more when
+                nobody else can write the ledger.
             wait: Seconds to wait for another process to let go of it.
 
         Raises:
             LedgerError: It is damaged, rolled back, in use, or no file that can be written.
         """
-        start = empty(kind)
+        start, known = empty(kind), anchor if callable(anchor) else lambda: anchor
         with ExitStack() as undo, _io_errors(path, "cannot be opened"):
-            descriptor = _open_file(path, start, anchor)
+            descriptor = _open_file(path, start, known())
             undo.callback(os.close, descriptor)
             _lock(path, descriptor, wait)
             with open(descriptor, "rb", closefd=False) as file:
                 *lines, torn = file.read().split(b"\n")
             entries, anchors = check_lines(path, lines, start)
-            check_anchor(path, anchors, anchor)
+            check_anchor(path, anchors, known())
             if torn:
                 _cut(path, descriptor, torn)
             # Also what a killed process has written but not forced to disk.

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -431,6 +432,29 @@ def test_same_day_a_ledger_is_at_most_one_entry_ahead(
     assert "newest keystore" in caught.value.hint
     with store.open_ledger(tmp_path / "copy", "other"):  # the lock of the refused one is free
         Ledger.open(path, kind="ledger").close()
+
+
+def test_same_day_the_anchor_is_that_of_when_nobody_else_writes(
+    store: Keystore, tmp_path: Path
+) -> None:
+    """Whoever waits for a ledger compares it with the anchor that is there when the wait ends."""
+    path, begun = tmp_path / "state" / "ledger", threading.Event()
+
+    def write() -> None:
+        with store.open_ledger(path, "ledger") as ledger:
+            begun.set()
+            time.sleep(0.2)
+            for number in range(3):
+                store.keep_anchor("ledger", ledger.append({"round": number}))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    begun.wait(10)
+    with pytest.raises(LedgerError, match="in use"):
+        store.open_ledger(path, "ledger")
+    with store.open_ledger(path, "ledger", wait=10.0) as ledger:
+        assert ledger.anchor.length == 3
+    writer.join()
 
 
 def test_same_day_what_the_anchor_covers_must_be_there(store: Keystore, tmp_path: Path) -> None:
