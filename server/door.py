@@ -40,7 +40,7 @@ from homefire.server.door_measures import (
     parts_of,
     send_json,
 )
-from homefire.server.doorstep import welcome
+from homefire.server.doorstep import TURNED_AWAY, welcome
 from homefire.server.enrolment import Standing
 from homefire.server.fleet import ANOTHERS, FLEET, LATE
 from homefire.server.server_config import LimitsConfig
@@ -70,9 +70,10 @@ REASONS = frozenset(
         "two lengths",
         *("no length", "too large", "too slow", "gone", "no request", "no enrolment"),
         *("enrolment failed", "removed", "not enrolled", ANOTHERS, LATE),
+        *TURNED_AWAY,
     )
 )
-"""Why a request is not let in."""
+"""Why a request is not let in, or the connection that one would have come by."""
 
 SIGNED_SECONDS = 330.0
 """How long Flower takes a signed time stamp for fresh, and a little more."""
@@ -121,7 +122,7 @@ class Door:
             their own, and take no place from others.
         clock: Tells the time in seconds.
         now: Tells the time in seconds since 1970.
-        refused: How many requests were not let in, by reason.
+        refused: How many requests were not let in, and connections not taken, by reason.
         served: How many were.
     """
 

@@ -24,6 +24,9 @@ WELCOME = "homefire.welcome"
 """In an ASGI scope: what to call when its sender was found to be an enrolled device."""
 
 FULL, GAVE_WAY = "too many connections of one address", "gave way to newer connections"
+NO_ROOM = "no room beside devices"
+TURNED_AWAY = frozenset((FULL, GAVE_WAY, NO_ROOM))
+"""Why a connection is not taken, or given up."""
 
 
 def allow_files(wanted: int) -> int:
@@ -105,6 +108,9 @@ class Doorstep:
         most: Connections at once.
         each: Likewise, of one network's strangers.
         refused: Counts those that were not taken, or given up, by reason.
+
+    Attributes:
+        refused: The same.
     """
 
     def __init__(
@@ -115,11 +121,11 @@ class Doorstep:
         *,
         most: int,
         each: int,
-        refused: Counter[str] | None = None,
+        refused: Counter[str],
     ) -> None:
         self._socket, self._context, self._make = listening, context, make
         self._most, self._each = most, each
-        self._refused = Counter[str]() if refused is None else refused
+        self.refused = refused
         self._visits: set[Visit] = set()
         self._strangers: dict[Visit, None] = {}  # oldest first
         self._of = Counter[str]()
@@ -158,14 +164,15 @@ class Doorstep:
 
     def _arrive(self, connection: socket.socket, network: str) -> None:
         if self._of[network] >= self._each:
-            self._refused[FULL] += 1
+            self.refused[FULL] += 1
             connection.close()
             return
         if len(self._visits) >= self._most:
             if not self._strangers:
+                self.refused[NO_ROOM] += 1
                 connection.close()
                 return
-            self._refused[GAVE_WAY] += 1
+            self.refused[GAVE_WAY] += 1
             oldest = next(iter(self._strangers))
             self._leave(oldest)
             oldest.end()

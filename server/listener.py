@@ -6,8 +6,10 @@ nobody fetches. This ends such connections. It uses inner parts of uvicorn 0.49,
 
 import asyncio
 from asyncio.sslproto import SSLProtocol
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -138,30 +140,37 @@ class _BoundedProtocol(HttpToolsProtocol):
         return self.loop.call_later(seconds, what)
 
 
-class PublicServer(uvicorn.Server):
-    """uvicorn's, with a doorstep; it leaves the signals to the private listener's.
+class Unsignalled(uvicorn.Server):
+    """uvicorn's; it leaves the signals to whoever started it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing is captured."""
+        yield
+
+
+class PublicServer(Unsignalled):
+    """uvicorn's, with a doorstep; the signals are the private listener's.
 
     Args:
         config: uvicorn's; its protocol is a `bounded_protocol`.
         most: Connections at once.
         each: Of strangers with one address.
+        refused: Counts those that were not taken, or given up, by reason.
     """
 
-    def __init__(self, config: uvicorn.Config, *, most: int, each: int) -> None:
+    def __init__(
+        self, config: uvicorn.Config, *, most: int, each: int, refused: Counter[str]
+    ) -> None:
         super().__init__(config)
-        self._most, self._each = most, each
-
-    @contextmanager
-    def capture_signals(self) -> Any:
-        """Nothing is captured."""
-        yield
+        self._make_step = partial(Doorstep, most=most, each=each, refused=refused)
 
     async def startup(self, sockets: Any = None) -> None:
         """Begin to take connections."""
         config = self.config
         await self.lifespan.startup()
         listening = listen_at(config.host, config.port)
-        step = Doorstep(listening, config.ssl, self._make, most=self._most, each=self._each)
+        step = self._make_step(listening, config.ssl, self._make)
         self.servers: list[Any] = [step]
         self.started = True
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import uvicorn
 
 from homefire.common.loopback import LOOPBACK
+from homefire.server.listener import Unsignalled
 from homefire.server.news import News
 from homefire.server.operator_page import make_app
 from homefire.server.supervisor import Supervisor
@@ -35,22 +36,13 @@ async def operate(supervisor: Supervisor, say: Callable[[str], None]) -> None:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    page = _Page(config)
+    page = Unsignalled(config)
     serving = asyncio.create_task(page.serve())
     telling = asyncio.create_task(_tell(supervisor, say))
     await supervisor.keep(stop)
     telling.cancel()
     page.should_exit = True
     await serving
-
-
-class _Page(uvicorn.Server):
-    """Leaves the signals to us."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Nothing is captured."""
-        yield
 
 
 async def _tell(supervisor: Supervisor, say: Callable[[str], None]) -> None:

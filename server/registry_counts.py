@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from homefire.common.files import write_atomically
-from homefire.server.doorstep import FULL, GAVE_WAY
+from homefire.server.doorstep import TURNED_AWAY
 
 LOG = logging.getLogger(__name__)
 COUNTS = "registry-counts.json"
@@ -23,7 +23,7 @@ REFUSED = frozenset(
         *("nothing is published yet", "no such release", "the file ends before"),
         *("no such service", "the registry has a problem", NOT_TAKEN),
         *("too many calls", "too many streams", "too many streams of one address"),
-        *(FULL, GAVE_WAY),
+        *TURNED_AWAY,
     )
 )
 """Why a call, or a connection, came to nothing."""

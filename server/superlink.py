@@ -231,24 +231,19 @@ def _register(app: FastAPI, node_key: str) -> int:
     return int(made.node_id)
 
 
-async def serve(home: OperatorHome) -> None:
-    """Serve both listeners until a signal ends this process."""
-    config, tls, app = home.config, home.certificates, make_app(home)
-    enrolment = home.enrolment
+def _listeners(
+    home: OperatorHome, app: FastAPI, enrolment: Enrolment, bells: Bells, *, most: int
+) -> tuple[uvicorn.Server, uvicorn.Server]:
+    """The private listener and the public one, with no more connections than `most`."""
+    config, tls = home.config, home.certificates
 
     def standing(shown: bytes) -> Standing:
         return enrolment.standing(b64decode(shown))
 
-    limits = config.limits
-    # Some connections are kept between two requests.
-    room = make_room(2 * limits.connections + limits.waiting)
-    fleet = Fleet(app, Bells(min(limits.waiting, room // 2)))
-    waiting = fleet.bells.__len__
-    enrol = enroller(home, enrolment, app)
-    door = Door(fleet, config.all_names, enrol, limits, standing, waiting)
+    fleet, enrol = Fleet(app, bells), enroller(home, enrolment, app)
+    door = Door(fleet, config.all_names, enrol, config.limits, standing, bells.__len__)
     fleet.refused = door.refused
-    secret = home.read_secret(OPERATOR_SECRET)
-    private = Private(app, door, fleet.bells, secret)
+    private = Private(app, door, bells, home.read_secret(OPERATOR_SECRET))
     common: dict[str, Any] = {
         "ssl_certfile": str(tls.server),
         "ssl_keyfile": str(tls.server),
@@ -261,16 +256,27 @@ async def serve(home: OperatorHome) -> None:
         "timeout_graceful_shutdown": 10,
     }
     strangers: dict[str, Any] = {
-        "http": bounded_protocol(seconds=limits.seconds),
+        "http": bounded_protocol(seconds=config.limits.seconds),
         "lifespan": "off",
     }
     host, port = split_address(config.fleet)
     inner = uvicorn.Server(uvicorn.Config(private, host=LOOPBACK, port=config.private, **common))
     outer = PublicServer(
         uvicorn.Config(door, host=host, port=port, **common, **strangers),
-        most=room,
-        each=limits.strangers,
+        most=most,
+        each=config.limits.strangers,
+        refused=door.refused,
     )
+    return inner, outer
+
+
+async def serve(home: OperatorHome) -> None:
+    """Serve both listeners until a signal ends this process."""
+    app, enrolment, limits = make_app(home), home.enrolment, home.config.limits
+    # Some connections are kept between two requests.
+    room = make_room(2 * limits.connections + limits.waiting)
+    bells = Bells(min(limits.waiting, room // 2))
+    inner, outer = _listeners(home, app, enrolment, bells, most=room)
     async with asyncio.TaskGroup() as tasks:
         private_listener = tasks.create_task(inner.serve())
         while not inner.started and not private_listener.done():
@@ -281,7 +287,7 @@ async def serve(home: OperatorHome) -> None:
         wiping = tasks.create_task(_keep_wiping(home.folder / "flower" / DATABASE))
         await asyncio.wait([private_listener])
         wiping.cancel()
-        fleet.bells.end()
+        bells.end()
         outer.should_exit = True
 
 

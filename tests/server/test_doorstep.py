@@ -4,6 +4,7 @@ import asyncio
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from tiny_operators import is_closed
 
 from homefire.server import doorstep
 from homefire.server.certificates import Certificates
-from homefire.server.doorstep import WELCOME, Doorstep
+from homefire.server.doorstep import FULL, GAVE_WAY, NO_ROOM, WELCOME, Doorstep
 from homefire.server.listener import PublicServer, bounded_protocol
 
 HEAD = b"POST %s HTTP/1.1\r\nhost: here\r\ncontent-length: 0\r\n\r\n"
@@ -54,7 +55,7 @@ def served(
         timeout_graceful_shutdown=1,
         **tls,
     )
-    server = PublicServer(config, most=most, each=each)
+    server = PublicServer(config, most=most, each=each, refused=Counter())
     thread = Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:
@@ -67,6 +68,18 @@ def served(
         server.should_exit = True
         thread.join(20)
     assert not thread.is_alive()
+
+
+def doorstep_at(listening: socket.socket, *, most: int, each: int) -> Doorstep:
+    """One of which nobody hears anything."""
+    return Doorstep(
+        listening,
+        None,
+        lambda visit: asyncio.Protocol(),
+        most=most,
+        each=each,
+        refused=Counter(),
+    )
 
 
 def connect(port: int, source: str = "127.0.0.1") -> socket.socket:
@@ -120,7 +133,7 @@ def test_so_many_at_once_do_not_keep_others_waiting() -> None:
             far.connect_ex(listening.getsockname())
             opened.append(far)
         taken, counted = 0, 0
-        step = Doorstep(listening, None, lambda visit: asyncio.Protocol(), most=500, each=500)
+        step = doorstep_at(listening, most=500, each=500)
         while taken < 200:
             await asyncio.sleep(0)
             counted, taken = counted + 1, len(step)
@@ -141,7 +154,7 @@ def test_close_leaves_its_file_to_whoever_opens_the_next_one() -> None:
         loop.set_exception_handler(lambda _, context: said.append(context))
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
-        step = Doorstep(listening, None, lambda visit: asyncio.Protocol(), most=1, each=1)
+        step = doorstep_at(listening, most=1, each=1)
         await asyncio.sleep(0.05)
         step.close()
         near, far = socket.socketpair()
@@ -156,9 +169,10 @@ def test_close_leaves_its_file_to_whoever_opens_the_next_one() -> None:
 
 
 def test_few_of_one_address_and_others_are_let_in() -> None:
-    with served(most=100, each=3) as (port, _), ExitStack() as stack:
+    with served(most=100, each=3) as (port, step), ExitStack() as stack:
         opened = [stack.enter_context(connect(port)) for _ in range(8)]
         assert [is_closed(far) for far in opened] == [False] * 3 + [True] * 5
+        assert step.refused == {FULL: 5}
         other = stack.enter_context(connect(port, "127.0.0.2"))
         assert b"200 OK" in ask(other)
         opened[0].close()
@@ -175,15 +189,17 @@ def test_devices_first() -> None:
         time.sleep(0.3)
         assert len(step) == 4
         assert [is_closed(far, 0.1) for far in strangers] == [True] * 4 + [False] * 2
+        assert step.refused == {GAVE_WAY: 4}
         assert all(b"200 OK" in ask(far) for far in devices)
 
 
 def test_devices_first_and_no_stranger_where_there_are_devices_alone() -> None:
-    with served(most=2, each=100) as (port, _), ExitStack() as stack:
+    with served(most=2, each=100) as (port, step), ExitStack() as stack:
         devices = [stack.enter_context(connect(port)) for _ in range(2)]
         for far in devices:
             assert b"200 OK" in ask(far, b"/device")
         assert is_closed(stack.enter_context(connect(port)))
+        assert step.refused == {NO_ROOM: 1}
         assert all(b"200 OK" in ask(far) for far in devices)
 
 

@@ -6,6 +6,7 @@ import socket
 import ssl
 import time
 from asyncio.sslproto import SSLProtocol
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,7 @@ def serving(seconds: float, certificate: Path | None = None) -> Iterator[int]:
         ssl_certfile=certificate,
         ssl_keyfile=certificate,
     )
-    server = PublicServer(config, most=CONNECTIONS, each=CONNECTIONS)
+    server = PublicServer(config, most=CONNECTIONS, each=CONNECTIONS, refused=Counter())
     thread = Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:
