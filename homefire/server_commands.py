@@ -21,6 +21,7 @@ from homefire.server_session import (
 if TYPE_CHECKING:
     from homefire.server.operator_home import OperatorHome
 
+NOW_AND_THEN = "Now and then"
 LOOK_SECONDS = 1.0
 ENDING_SECONDS = 60.0
 """A server that opens no further round has ended its processes within that time."""
@@ -169,7 +170,7 @@ def _wait_for_end(server: "OperatorHome") -> None:
         time.sleep(LOOK_SECONDS)
 
 
-@server_app.command("next")
+@server_app.command("next", rich_help_panel=NOW_AND_THEN)
 def next_run(
     give_up: Annotated[
         bool, typer.Option("--give-up", help="Leave a run for good that is not over.")
@@ -189,7 +190,7 @@ def next_run(
     show(as_json, {"run": number}, f"Run {number} begins as soon as a server runs here.")
 
 
-@server_app.command()
+@server_app.command(rich_help_panel=NOW_AND_THEN)
 def devices(
     remove: Annotated[
         str | None, typer.Option(metavar="KEY", help="Let this one in no more.")
@@ -225,7 +226,7 @@ def devices(
     show(as_json, {"devices": keys}, "\n".join(keys) or "None is enrolled.")
 
 
-@server_app.command()
+@server_app.command(rich_help_panel=NOW_AND_THEN)
 def key(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
     """The public key that plans and releases are signed with.
 
@@ -236,7 +237,7 @@ def key(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
     show(as_json, {"server_key": found}, found)
 
 
-@server_app.command()
+@server_app.command(rich_help_panel=NOW_AND_THEN)
 def renew(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
     """Make a new certificate by the same authority; devices need not be told."""
     need_server()
