@@ -184,7 +184,7 @@ class Supervisor:
             for name, options, extra in (
                 ("superlink", own, COMES_AND_GOES),
                 ("registry", [*own, *listen], {}),
-                ("executor", executor, {}),
+                ("executor", executor, COMES_AND_GOES),  # and the ServerApp, which it starts
             )
         ]
         for child in self.children:
