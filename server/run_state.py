@@ -209,7 +209,7 @@ def begin(federation: Federation, ledger: RunLedger, nodes: Nodes, run: str) -> 
     Guarantees:
         Key first: the run key is on the disk before the ledger says that there is a run.
     """
-    config, keystore = federation.config, federation.keystore
+    config, keystore, first = federation.config, federation.keystore, _first(federation)
     write_nodes(config.output / "nodes.json", nodes)
     run_key = _new_run_key(federation)
     keystore.put(RUN_KEY, run_key)
@@ -219,9 +219,9 @@ def begin(federation: Federation, ledger: RunLedger, nodes: Nodes, run: str) -> 
         keystore.signing_key(SIGNING_KEY),
         RunSecrets(ledger, run_key),
         nodes,
-        federation.initial,
-        optimizers.init(federation.spec.size),
-        config.privacy.clip_norm,
+        first.release,
+        first.optimizer,
+        first.clip_norm,
     )
     commit(federation, state, 0)
     return state
@@ -243,47 +243,30 @@ def resume(federation: Federation, ledger: RunLedger, nodes: Nodes) -> RunState:
         FederationError: Privacy, base model, adapter or nodes are not those of the run.
         LedgerError: The run key is gone, or all releases, or the checkpoint of the newest one.
     """
-    config, keystore = federation.config, federation.keystore
-    if read_nodes(config.output / "nodes.json") != nodes:
-        raise FederationError(
-            "the devices that are here are not those of the interrupted run",
-            hint="The rota and the privacy statement count on them; start those that are missing.",
-        )
-    expected = _facts(federation, nodes)
-    if federation.store.rounds():
-        del expected["start"]  # its release 0 holds it
-    differing = sorted(name for name, value in expected.items() if ledger.facts.get(name) != value)
-    if differing or ledger.facts["rounds"] != config.federation.rounds:
-        raise FederationError(
-            f"the interrupted run had other settings: {', '.join(differing) or 'rounds'}",
-            hint="What its privacy stands on cannot change; start another run in another folder.",
-        )
+    _check_same(federation, ledger, nodes)
+    keystore, run = federation.keystore, str(ledger.facts["run"])
     if (run_key := keystore.get(RUN_KEY)) is None:
         raise LedgerError(f"{keystore.folder}: the run key is gone; the run cannot go on")
-    run = str(ledger.facts["run"])
-    if not federation.store.rounds():
-        # Killed before the first release: round 0 releases nothing of anybody.
-        if ledger.opened:
-            raise LedgerError(f"{federation.store.folder}: the releases of this run are gone")
-        release, optimizer = federation.initial, optimizers.init(federation.spec.size)
-        clip_norm = config.privacy.clip_norm
-    else:
+    if begun := bool(federation.store.rounds()):
         newest = federation.store.latest()
-        release = newest.vector
-        checkpoint = read_checkpoint(config.output / "checkpoints", newest.round, release)
-        optimizer, clip_norm = checkpoint.optimizer, checkpoint.clip_norm
+        folder = federation.config.output / "checkpoints"
+        last = read_checkpoint(folder, newest.round, newest.vector)
         _burn_interrupted(ledger, newest.round)
+    elif ledger.opened:
+        raise LedgerError(f"{federation.store.folder}: the releases of this run are gone")
+    else:  # killed before the first release: round 0 releases nothing of anybody
+        last = _first(federation)
     past = _rebuild_past(federation, ledger, run, run_key)
     state = RunState(
         run,
         keystore.signing_key(SIGNING_KEY),
         RunSecrets(ledger, run_key, past),
         nodes,
-        release,
-        optimizer,
-        clip_norm,
+        last.release,
+        last.optimizer,
+        last.clip_norm,
     )
-    if not federation.store.rounds():
+    if not begun:
         commit(federation, state, 0)
     return state
 
@@ -356,6 +339,30 @@ def _check_release_anchor(federation: Federation) -> None:
         ) from error
     known = Anchor(newest.about["ledger"]["length"], newest.about["ledger"]["head"])
     Ledger.open(federation.config.output / LEDGER, kind=KIND, anchor=known).close()
+
+
+def _check_same(federation: Federation, ledger: RunLedger, nodes: Nodes) -> None:
+    config = federation.config
+    if read_nodes(config.output / "nodes.json") != nodes:
+        raise FederationError(
+            "the devices that are here are not those of the interrupted run",
+            hint="The rota and the privacy statement count on them; start those that are missing.",
+        )
+    expected = _facts(federation, nodes)
+    if federation.store.rounds():
+        del expected["start"]  # its release 0 holds it
+    differing = sorted(name for name, value in expected.items() if ledger.facts.get(name) != value)
+    if differing or ledger.facts["rounds"] != config.federation.rounds:
+        raise FederationError(
+            f"the interrupted run had other settings: {', '.join(differing) or 'rounds'}",
+            hint="What its privacy stands on cannot change; start another run in another folder.",
+        )
+
+
+def _first(federation: Federation) -> Checkpoint:
+    """What round 1 starts from."""
+    moments = optimizers.init(federation.spec.size)
+    return Checkpoint(federation.initial, moments, federation.config.privacy.clip_norm)
 
 
 def _facts(federation: Federation, nodes: Nodes) -> dict[str, Any]:
