@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import keyring
+import numpy as np
 import pytest
 import uvicorn
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -24,6 +25,7 @@ from homefire.common.records import Record
 
 Found = TypeVar("Found")
 PASSPHRASE = "correct horse battery"
+OTHER = "another passphrase"
 CANARY = "Xylophonquux-7731"
 """A word that no program writes by itself."""
 PAGE, RESERVED = 4096, 80
@@ -46,6 +48,7 @@ RECORDS = (
     Record(f"my secret is {CANARY}", None, "2025-01-03"),
     Record("no date on this one"),
 )
+VECTOR = np.array([1.5, -2.0, 1e-8], np.float32)
 
 
 class MemoryKeyring(KeyringBackend):
@@ -110,6 +113,28 @@ def make_vault(folder: Path, *records: Record) -> Vault:
     vault = create(folder, passphrase=PASSPHRASE)
     vault.records.add(records or RECORDS, "test")
     return vault
+
+
+def fill(vault: Vault) -> None:
+    """Something of every kind."""
+    vault.records.add(RECORDS, "test")
+    vault.adapters.keep("private", VECTOR, {"number": 1}, [1, 2])
+    vault.log.append("participation", run="r", round=1)
+    vault.set("answer", {"deep": [1, None]})
+
+
+def check(vault: Vault) -> None:
+    """What `fill` put there is all there."""
+    assert [each.record for each in vault.records.newest(9)] == list(reversed(RECORDS))
+    assert vault.adapters.vector("private", 1).tolist() == VECTOR.tolist()
+    assert vault.log.participations == [{"run": "r", "round": 1}]
+    assert vault.setting("answer") == {"deep": [1, None]}
+
+
+def check_opens(folder: Path, passphrase: str | None = PASSPHRASE) -> None:
+    """A vault opens, and its records are there."""
+    with open_vault(folder, passphrase=passphrase) as vault:
+        assert [each.record for each in vault.records.newest(9)] == list(reversed(RECORDS))
 
 
 def reopen(vault: Vault) -> Vault:

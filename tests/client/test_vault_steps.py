@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_disks import run_in_child
 from tiny_steps import StoppedError, die_at, stop
-from tiny_vaults import PASSPHRASE, RECORDS, MemoryKeyring
+from tiny_vaults import OTHER, PASSPHRASE, RECORDS, MemoryKeyring
 
 from homefire.client.vault import Vault, create, open_vault
 from homefire.common.errors import (
@@ -24,7 +24,6 @@ from homefire.common.errors import (
 from homefire.common.keystore import Keystore
 
 pytestmark = pytest.mark.usefixtures("quick_passphrases")
-OTHER = "another passphrase"
 VECTOR = np.array([1.5, -2.0], np.float32)
 MOST = 100
 Change = Callable[[Vault], object]

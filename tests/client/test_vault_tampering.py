@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_disks import run_in_child
-from tiny_vaults import PAGE, PASSPHRASE, make_passphrases_quick, snapshot
+from tiny_vaults import OTHER, PAGE, PASSPHRASE, make_passphrases_quick, snapshot
 
 from homefire.client import keys
 from homefire.client.erasure import erase
@@ -32,7 +32,6 @@ from homefire.common.errors import (
 from homefire.common.records import Record
 
 pytestmark = pytest.mark.usefixtures("quick_passphrases")
-OTHER = "another passphrase"
 VECTOR = np.array([1.5, -2.0], np.float32)
 PEOPLE = {"ann": PASSPHRASE, "bob": OTHER, "eve": PASSPHRASE}  # eve's passphrase is ann's
 KEYS, NEXT_KEYS, DATABASE, WAL = "keys.json", "keys.next.json", "vault.db", "vault.db-wal"

@@ -1,7 +1,7 @@
 """T6: malformed and huge answers are counted; everybody else's contributions are in.
 
 What comes over a real SuperLink (inflated chunks, objects without end) is in
-`tests/server/test_inbox.py`.
+`tests/server/test_inbox_superlink.py`.
 """
 
 import io
