@@ -3,7 +3,6 @@
 Everything that is loaded is data: weights only from safetensors, never code of the model's folder.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,14 +24,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from homefire.common import model_cache
 from homefire.common.errors import ModelError
-from homefire.common.files import expand
 from homefire.common.fingerprint import fingerprint, stored_tensors
 from homefire.common.gguf import quiet_transformers
 
 _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16}
 )
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def load_base_model(
     if dtype not in _DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}", hint=f"One of: {', '.join(_DTYPES)}.")
     _check_device(device)
-    place = locate(name)
+    place = model_cache.locate(name)
     with quiet_transformers():
         _check_config(name, place, fetch)
         tokenizer = _load_tokenizer(name, place, fetch)
@@ -141,32 +138,6 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def locate(name: str) -> str:
-    """Where a model is: a folder, or an id of the hub.
-
-    Raises:
-        ModelError: Not found, or not fetched yet.
-    """
-    if name in model_cache.ALIASES:
-        if folder := model_cache.resolve_alias(name):
-            return str(folder)
-        raise ModelError(
-            f"base model {name!r} is not fetched yet", hint=f"Run: homefire models get {name}"
-        )
-    path = Path(expand(name))
-    if name and path.is_dir():
-        return str(path)
-    if path.is_file() and path.suffix == ".gguf":
-        return str(model_cache.convert_gguf(path))
-    if path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
-        raise ModelError(
-            f"no base model at {name!r}",
-            hint="Give a folder, a .gguf file, a hub id or one of: "
-            + ", ".join(sorted(model_cache.ALIASES)),
-        )
-    return name
-
-
 def _check_config(name: str, place: str, fetch: bool) -> None:
     with _explain(name, place):
         config = AutoConfig.from_pretrained(
@@ -195,7 +166,7 @@ def _load_tokenizer(name: str, place: str, fetch: bool) -> PreTrainedTokenizerBa
     except Exception as error:  # a damaged tokenizer.json raises Exception itself
         raise ModelError(
             f"base model {name!r} has no usable tokenizer ({_first_line(error)})",
-            hint=_remedy(place),
+            hint=model_cache.remedy(place),
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
@@ -237,22 +208,9 @@ def _explain(name: str, place: str) -> Iterator[None]:
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         raise ModelError(
-            f"cannot load {name!r} ({_first_line(error)})", hint=_remedy(place)
+            f"cannot load {name!r} ({_first_line(error)})", hint=model_cache.remedy(place)
         ) from error
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].strip() or type(error).__name__
-
-
-def _remedy(place: str) -> str:
-    folder = Path(place)
-    if not folder.is_dir():
-        known = ", ".join(sorted(model_cache.ALIASES))
-        return f"Fetch it once, with a network: homefire models get {place}; or use {known}."
-    files = {file.name for file in folder.iterdir()}
-    if "adapter_config.json" in files and "config.json" not in files:
-        return "This is an adapter: name the base model that it was trained on."
-    if not any(file.endswith(".safetensors") for file in files):
-        return "Pickled weights (.bin) are never loaded: save the model as safetensors."
-    return "A base model is a folder with config.json, tokenizer.json and safetensors weights."

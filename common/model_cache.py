@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,11 +23,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO
 
+from huggingface_hub import try_to_load_from_cache
+
 from homefire.common.errors import ModelError
+from homefire.common.files import expand
 
 SOURCE_FILE = "homefire_source.json"
 _FOLDER_PREFIX = "gguf-v1-"  # raise the version when the conversion changes its result
 _CHUNK = 1 << 20
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 Progress = Callable[[str], None]
 
@@ -92,6 +97,60 @@ def resolve_alias(name: str) -> Path | None:
     if source is None or not (folder := _folder_of(source.sha256)).is_dir():
         return None
     return folder
+
+
+def locate(name: str) -> str:
+    """Where a model is: a folder, or an id of the hub.
+
+    Raises:
+        ModelError: Not found, or not fetched yet.
+    """
+    if name in ALIASES:
+        if folder := resolve_alias(name):
+            return str(folder)
+        raise ModelError(
+            f"base model {name!r} is not fetched yet", hint=f"Run: homefire models get {name}"
+        )
+    path = Path(expand(name))
+    if name and path.is_dir():
+        return str(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return str(convert_gguf(path))
+    if path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"no base model at {name!r}",
+            hint="Give a folder, a .gguf file, a hub id or one of: " + ", ".join(sorted(ALIASES)),
+        )
+    return name
+
+
+def check_here(name: str) -> None:
+    """Look whether a model is on this machine; its weights are not read.
+
+    Raises:
+        ModelError: It is not, or not in a form that is loaded here.
+    """
+    place = locate(name)
+    if Path(place).is_dir():
+        here = (Path(place) / "config.json").is_file()
+    else:
+        here = isinstance(try_to_load_from_cache(place, "config.json"), str)
+    if not here:
+        raise ModelError(f"base model {name!r} is not on this machine", hint=remedy(place))
+
+
+def remedy(place: str) -> str:
+    """What to do about a place where there is no model that can be loaded."""
+    folder = Path(place)
+    if not folder.is_dir():
+        known = ", ".join(sorted(ALIASES))
+        return f"Fetch it once, with a network: homefire models get {place}; or use {known}."
+    files = {file.name for file in folder.iterdir()}
+    if "adapter_config.json" in files and "config.json" not in files:
+        return "This is an adapter: name the base model that it was trained on."
+    if not any(file.endswith(".safetensors") for file in files):
+        return "Pickled weights (.bin) are never loaded: save the model as safetensors."
+    return "A base model is a folder with config.json, tokenizer.json and safetensors weights."
 
 
 def installed_models() -> tuple[InstalledModel, ...]:

@@ -81,7 +81,9 @@ def _run_operated(grid: Grid, home: OperatorHome) -> None:
         authority=home.certificates.authority,
         secret=home.read_secret(OPERATOR_SECRET),
     )
-    federation = replace(open_federation(home.federation()), enrolled=nodes, line=line, gone=gone)
+    # What was here when the server was started; nothing is fetched in the middle of a run.
+    found = open_federation(home.federation(), fetch=False)
+    federation = replace(found, enrolled=nodes, line=line, gone=gone)
     if not federation.store.rounds():
         federation = replace(federation, start=start_of(home.folder, federation, home.server_key))
     registry = open_home(home.folder)
@@ -112,11 +114,16 @@ def publish_all(registry: RegistryFolder, federation: Federation) -> None:
             registry.publish(store, number, federation.spec)
 
 
-def open_federation(config: FederationConfig) -> Federation:
-    """Everything a run needs, checked before any device is asked."""
+def open_federation(config: FederationConfig, *, fetch: bool = True) -> Federation:
+    """Everything a run needs, checked before any device is asked.
+
+    Args:
+        config: The settings.
+        fetch: Whether a hub may be asked for the base model.
+    """
     privacy = plan_privacy(config)
     roster = read_roster(config.roster, users=config.users)
-    base = load_base_model(config.base_model.name, dtype=config.base_model.dtype)
+    base = load_base_model(config.base_model.name, dtype=config.base_model.dtype, fetch=fetch)
     if config.local.max_tokens > base.context_length:
         raise ConfigError(
             f"local.max_tokens {config.local.max_tokens} is more than the {base.context_length} "

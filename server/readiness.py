@@ -1,6 +1,7 @@
 """Whether a server can be started: asked before anything is."""
 
 from homefire.common.errors import HomefireError, LedgerError
+from homefire.common.model_cache import check_here
 from homefire.server.operator_home import EXECUTOR_SECRET, OPERATOR_SECRET, OperatorHome
 from homefire.server.planning import plan_privacy
 from homefire.server.ports import check_ports
@@ -22,6 +23,7 @@ def check_ready(home: OperatorHome) -> HomefireError | None:
     Raises:
         ConfigError: A file is missing or wrong.
         PrivacyError: What the settings promise cannot be kept.
+        ModelError: The base model is not on this machine.
         FederationError: A port cannot be had.
     """
     _ = home.server_key
@@ -30,7 +32,9 @@ def check_ready(home: OperatorHome) -> HomefireError | None:
     home.certificates.expires()
     check_ports(home.config)
     try:
-        plan_privacy(home.federation())
+        federation = home.federation()
+        plan_privacy(federation)
+        check_here(federation.base_model.name)
     except HomefireError as error:
         if not has_begun(home.output):
             raise

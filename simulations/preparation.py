@@ -25,11 +25,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from homefire.client.home import Home
-from homefire.common.base_model import locate
 from homefire.common.config import NAME_PATTERN, FederationConfig, load_config
 from homefire.common.errors import ConfigError, DataError, HomefireError
 from homefire.common.files import write_atomically
 from homefire.common.keystore import Keystore
+from homefire.common.model_cache import locate
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.mechanism import participation_charge
 from homefire.common.privacy.statement import known_participations

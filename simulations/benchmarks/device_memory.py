@@ -42,7 +42,7 @@ def measure(
         ModelError: There is no such model.
     """
     # Not above: a process that measures must load no more than its verb needs.
-    from homefire.common.base_model import locate
+    from homefire.common.model_cache import locate
     from homefire.simulations.benchmarks.vault import made_up
 
     locate(model)

@@ -23,9 +23,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from homefire.client.personalize.quick import quick_loss
 from homefire.client.personalize.recipe import PRIVATE
 from homefire.common.adapted_model import AdaptedModel
-from homefire.common.base_model import load_base_model, locate
+from homefire.common.base_model import load_base_model
 from homefire.common.config import PrivateConfig
 from homefire.common.local_training import LocalTraining
+from homefire.common.model_cache import locate
 from homefire.common.optimizer import make_optimizer
 from homefire.common.parent import ending
 from homefire.common.peft_adapter import resolve_spec

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny_models import CHAT_TEMPLATE, CONTEXT, make_model, make_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +28,7 @@ from homefire.common.model_cache import (
     ALIASES,
     ModelSource,
     cache_folder,
+    check_here,
     convert_gguf,
     get_model,
     installed_models,
@@ -253,6 +255,37 @@ def test_a_damaged_source_file_names_the_remedy(source: ModelSource) -> None:
     with pytest.raises(ModelError, match="damaged") as caught:
         load_base_model("tiny")
     assert str(folder) in caught.value.hint
+
+
+# What is here
+
+
+def test_what_is_here_is_told_without_reading_weights(source: ModelSource, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not fetched yet"):
+        check_here("tiny")
+    check_here(str(get_model("tiny")))
+    check_here("tiny")
+    with pytest.raises(ModelError, match="not on this machine") as caught:
+        check_here(str(tmp_path))
+    assert "config.json" in caught.value.hint or "safetensors" in caught.value.hint
+    with pytest.raises(ModelError, match="no base model at"):
+        check_here("a b")
+
+
+def test_a_model_of_a_hub_is_here_once_it_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="not on this machine"):
+        check_here("somebody/fetched")
+    place = tmp_path / "models--somebody--fetched"
+    for file, content in (("refs/main", "abc"), ("snapshots/abc/config.json", "{}")):
+        (place / file).parent.mkdir(parents=True)
+        (place / file).write_text(content)
+    check_here("somebody/fetched")
+    with pytest.raises(ModelError, match="not on this machine") as caught:
+        check_here("somebody/other")
+    assert "homefire models get somebody/other" in caught.value.hint
 
 
 # Kills and crowds

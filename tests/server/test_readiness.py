@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_operators import made_home, settings_of_run
 
-from homefire.common.errors import ConfigError, PrivacyError
+from homefire.common.errors import ConfigError, ModelError, PrivacyError
 from homefire.common.keystore import Keystore
 from homefire.server.operator_home import EXECUTOR_SECRET, OPERATOR_SECRET, OperatorHome
 from homefire.server.readiness import check_ready
@@ -15,9 +15,10 @@ from homefire.server.run_state import LEDGER
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> OperatorHome:
+def home(tmp_path: Path, tiny_llama: Path) -> OperatorHome:
     home = made_home(tmp_path / "server")
-    (home.folder / "federation.toml").write_text(settings_of_run())
+    settings = settings_of_run(base_model=str(tiny_llama))
+    (home.folder / "federation.toml").write_text(settings)
     return home
 
 
@@ -28,11 +29,17 @@ def settle(home: OperatorHome, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+def name_model(home: OperatorHome, name: str) -> None:
+    (home.folder / "federation.toml").write_text(settings_of_run(base_model=name))
+
+
 Spoil = Callable[[OperatorHome], object]
 SETTINGS: list[Spoil] = [
     lambda home: settle(home, "users = 2", "users = 1"),
     lambda home: settle(home, '"none"', '"banded-sqrt"\nepsilon = 1.0\ndelta = 0.9'),
     lambda home: (home.folder / "federation.toml").unlink(),
+    lambda home: name_model(home, "nobody/has-it"),
+    lambda home: name_model(home, str(home.folder)),
 ]
 FILES: list[Spoil] = [
     lambda home: home.certificates.server.unlink(),
@@ -46,7 +53,7 @@ FILES: list[Spoil] = [
 def test_refused_before_the_first_round(home: OperatorHome, spoil: Spoil) -> None:
     assert check_ready(home) is None
     spoil(home)
-    with pytest.raises((ConfigError, PrivacyError)):
+    with pytest.raises((ConfigError, PrivacyError, ModelError)):
         check_ready(home)
 
 
@@ -61,7 +68,7 @@ def test_served_on_where_a_run_has_begun(home: OperatorHome, spoil: Spoil) -> No
     begin_run(home)
     assert check_ready(home) is None
     spoil(home)
-    assert isinstance(check_ready(home), ConfigError | PrivacyError)
+    assert isinstance(check_ready(home), ConfigError | PrivacyError | ModelError)
 
 
 @pytest.mark.parametrize("spoil", FILES)
