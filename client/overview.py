@@ -10,6 +10,7 @@ from homefire.client.vault_adapters import StoredAdapter
 from homefire.client.vault_home import VaultHome
 from homefire.client.vault_log import FORGOT
 from homefire.common.policy import lifetime_epsilon
+from homefire.common.signatures import public_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Status:
 
     Attributes:
         folder: Where the vault lies.
+        public_key: By which servers know this device, 64 hex digits.
         base_model: Its name.
         protection: What opens the vault.
         records: How many.
@@ -35,6 +37,7 @@ class Status:
     """
 
     folder: Path
+    public_key: str
     base_model: str
     protection: Protection
     records: int
@@ -65,6 +68,7 @@ def overview(vault: Vault) -> Status:
     files = [path for path in vault.folder.iterdir() if path.is_file()]
     return Status(
         folder=vault.folder,
+        public_key=public_key(vault.identity),
         base_model=home.config.base_model.name,
         protection=vault.header.protection,
         records=len(vault.records),

@@ -260,6 +260,7 @@ def status(home: HomeFolder = HOME, as_json: AsJson = False) -> None:
     size, dates = f"{found.bytes / 1e6:.1f} MB", f", {found.oldest} to {found.newest}"
     rows = {
         "vault": f"{found.folder}, {size}, opened by {_opener(found.protection)}",
+        "key": found.public_key,
         "base model": found.base_model,
         "records": str(found.records) + (dates if found.oldest else ""),
         "private adapter": "none in use"

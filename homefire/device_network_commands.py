@@ -140,9 +140,17 @@ def enroll_(
     else:
         words = ticket
         typer.echo(SEEN, err=True)
+    from homefire.common.signatures import public_key
+
     with open_vault(home) as me:
-        server = me.enroll(words)
-    show(as_json, {"superlink": server}, f"Enrolled with {server}. Next: homefire device join")
+        server, key = me.enroll(words), public_key(me.vault.identity)
+    show(
+        as_json,
+        {"superlink": server, "public_key": key},
+        f"Enrolled with {server}, which knows this device as {key}.\n"
+        "Note that elsewhere too: by it the operator lets a lost or stolen device in no more.\n"
+        "Next: homefire device join",
+    )
 
 
 def _tell_changes(as_json: bool) -> Callable[["Change"], None]:

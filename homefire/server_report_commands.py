@@ -110,6 +110,10 @@ def releases(
         int | None,
         typer.Option(min=1, help="Which, by the list; else all are shown, or the newest written."),
     ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Of the release to write, where federation.toml names another now."),
+    ] = None,
     home: ServerFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -125,7 +129,7 @@ def releases(
 
     server = open_server(home)
     if export is not None:
-        _export(server, export, number)
+        _export(server, export, number, base_model)
         show(as_json, {"folder": str(export)}, f"{export}: load it with PEFT; see its README.md.")
         return
     published = open_home(server.folder).releases
@@ -166,19 +170,21 @@ def _numbered(published: "Sequence[Published]", number: int | None) -> "Publishe
     return published[(number or len(published)) - 1]
 
 
-def _export(server: "OperatorHome", folder: Path, number: int | None) -> None:
+def _export(
+    server: "OperatorHome", folder: Path, number: int | None, base_model: str | None
+) -> None:
     from homefire.common.base_model import load_base_model
     from homefire.common.errors import ConfigError
     from homefire.common.peft_adapter import resolve_spec
     from homefire.server.registry import open_home
 
     chosen = _numbered(open_home(server.folder).releases, number)
-    name = server.federation().base_model.name
+    name = base_model or server.federation().base_model.name
     base = load_base_model(name, fetch=False)
     if base.fingerprint != chosen.statement.base_model:
         raise ConfigError(
             f"release {chosen.statement.number} is of another base model than {name}",
-            hint="Name its own in federation.toml.",
+            hint="Name its own: --base-model",
         )
     spec = resolve_spec(chosen.statement.adapter, base.model.config)
     chosen.release().export(spec, folder, base_model=name)

@@ -50,6 +50,9 @@ from homefire.server.run_ledger import KIND, RunLedger
 LOG = logging.getLogger(__name__)
 RUN_KEY = "run-key"
 LEDGER = "ledger.jsonl"
+ANOTHER_RUN = (
+    "start another run: name another output folder; at a server, homefire server next --give-up"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +338,7 @@ def _check_release_anchor(federation: Federation) -> None:
         raise LedgerError(
             f"{federation.store.folder}: {error}",
             hint=f"Put {federation.keystore.folder} in place, which belongs to these releases, or "
-            "name another output folder.",
+            f"{ANOTHER_RUN}.",
         ) from error
     known = Anchor(newest.about["ledger"]["length"], newest.about["ledger"]["head"])
     Ledger.open(federation.config.output / LEDGER, kind=KIND, anchor=known).close()
@@ -355,7 +358,7 @@ def _check_same(federation: Federation, ledger: RunLedger, nodes: Nodes) -> None
     if differing or ledger.facts["rounds"] != config.federation.rounds:
         raise FederationError(
             f"the interrupted run had other settings: {', '.join(differing) or 'rounds'}",
-            hint="What its privacy stands on cannot change; start another run in another folder.",
+            hint=f"What its privacy stands on cannot change: put it back, or {ANOTHER_RUN}.",
         )
 
 

@@ -87,6 +87,7 @@ def test_plain_output_is_for_people(home: Path) -> None:
     said = run("status")
     for word in ("4, 20", "none in use", "0 rounds", "0.00 of 10 at δ = 1e-06", "passphrase"):
         assert word in said, said
+    assert as_json("status")["public_key"] in said
     assert "records of" in run("profile")
     assert "Version 1" in run("personalize") or "None is in use" in run("personalize")
     assert run("ask", "the first", "--max-tokens", "2").endswith("\n")

@@ -32,6 +32,7 @@ from homefire.common.errors import (
     FederationError,
     HomefireError,
     LedgerError,
+    ModelError,
 )
 from homefire.common.keystore import Keystore
 from homefire.common.loopback import free_port
@@ -75,7 +76,8 @@ def run(*arguments: str) -> str:
 
 def refused(*arguments: str) -> HomefireError:
     done = server(*arguments)
-    assert isinstance(done.exception, ConfigError | EnrolmentError | FederationError), done.output
+    expected = ConfigError | EnrolmentError | FederationError | ModelError
+    assert isinstance(done.exception, expected), done.output
     return done.exception
 
 
@@ -333,6 +335,19 @@ def test_status_says_what_to_do_where_a_setting_is_wrong(home: Path) -> None:
     assert "Add a table [optimizer]" in said
 
 
+def test_a_release_is_exported_with_its_own_base_model(
+    home: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Also where the settings, which a run stands on, name another one by now."""
+    publish(home, 1)
+    export = ["releases", "--export", str(tmp_path / "out")]
+    assert "not fetched yet" in str(refused(*export))
+    error = refused(*export, "--base-model", str(tiny_llama))
+    assert f"release 1 is of another base model than {tiny_llama}" in str(error)
+    assert "--base-model" in error.hint
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_other_key_is_drawn_where_the_servers_is_gone(home: Path) -> None:
     key = home / "keys" / "server-signing"
     kept = key.read_bytes()
@@ -410,8 +425,9 @@ def test_devices_are_listed_and_removed(home: Path) -> None:
     assert "1 enrolled" in run("status")
 
 
-def test_an_older_copy_of_the_devices_is_said_and_confirmed(home: Path) -> None:
-    (home / "federation.toml").write_text(settings_of_run(users=1))
+def test_an_older_copy_of_the_devices_is_said_and_confirmed(home: Path, tiny_llama: Path) -> None:
+    settings = settings_of_run(users=1, base_model=str(tiny_llama))
+    (home / "federation.toml").write_text(settings)
     operated, path = OperatorHome(home), home / "enrolment.jsonl"
     key = enrol_made_up(operated.enrolment, 1).identity
     copy = path.read_bytes()
@@ -482,10 +498,18 @@ def wrong_settings(home: Path) -> None:
     path.write_text(path.read_text().replace("epsilon = 8.0", "epsilon = -8.0"))
 
 
+def name_model(home: Path, name: str) -> None:
+    path = home / "federation.toml"
+    before, table, rest = path.read_text().partition("[base_model]\n")
+    settings = rest.partition("\n")[2]
+    path.write_text(f"{before}{table}name = {json.dumps(name)}\n{settings}")
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda home: wrong_settings(home), "epsilon"),
+        (lambda home: name_model(home, "smollm2-135m"), "is not fetched yet"),
         (lambda home: (home / "federation.toml").unlink(), "no such file"),
         (lambda home: (home / "tls" / "server.pem").unlink(), "no certificate"),
         (lambda home: (home / "secrets" / "executor").write_text(""), "not a secret"),
@@ -494,9 +518,10 @@ def wrong_settings(home: Path) -> None:
     ],
 )
 def test_run_refuses_what_cannot_be_served(
-    tmp_path: Path, spoil: Callable[[Path], None], said: str
+    tmp_path: Path, tiny_llama: Path, spoil: Callable[[Path], None], said: str
 ) -> None:
     folder = made_home(tmp_path / "server").folder
+    name_model(folder, str(tiny_llama))
     assert check_ready(OperatorHome(folder)) is None
     spoil(folder)
     assert said in str(refused("run", "--home", str(folder)))
@@ -511,9 +536,12 @@ def begin_run(home: OperatorHome) -> None:
 
 
 @pytest.mark.slow
-def test_run_says_what_goes_on_and_ends_when_it_is_stopped(tmp_path: Path) -> None:
+def test_run_says_what_goes_on_and_ends_when_it_is_stopped(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
     home = made_home(tmp_path / "server")
-    (home.folder / "federation.toml").write_text(settings_of_run(users=2))
+    settings = settings_of_run(users=2, base_model=str(tiny_llama))
+    (home.folder / "federation.toml").write_text(settings)
     own = ["--home", str(home.folder)]
     command = [sys.executable, "-m", "homefire", "server"]
     with subprocess.Popen(  # noqa: S603 - our own command

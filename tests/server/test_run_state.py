@@ -360,7 +360,7 @@ def test_changed_settings_are_refused(tmp_path: Path, made: Made, name: str) -> 
     interrupted(tmp_path, made, before)
     changed = small_federation(tmp_path / "out", **{"privacy": before, **changes})
     error = refused(changed, f"other settings: .*{named}", FederationError)
-    assert "another folder" in getattr(error, "hint", "")
+    assert "another output folder" in getattr(error, "hint", "")
     # And the settings that it began with still do.
     same = small_federation(tmp_path / "out", privacy=before)
     assert [log.round for log in run_federation(SmallGrid(), same)] == [4]
