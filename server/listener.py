@@ -49,13 +49,52 @@ def bounded_protocol(*, seconds: float) -> type[asyncio.Protocol]:
     return Bounded
 
 
-class _BoundedProtocol(HttpToolsProtocol):
+class SmallHeads(HttpToolsProtocol):
+    """uvicorn's, which reads the head of a request, and what comes after its body, without end.
+
+    Guarantees:
+        Small heads: of a request line and its headers no more than `LARGEST_HEAD` bytes are read.
+        No trailers: headers after a body end the connection; nobody here needs any.
+    """
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        self._head: int | None = 0  # bytes of the head that is being read, if one is
+        self._another = False  # whether a request ended within what was read last
+
+    def data_received(self, data: bytes) -> None:
+        """Read on."""
+        within, self._another = self._head is not None, False
+        super().data_received(data)
+        if within and self._head is not None and not self._another:
+            self._head += len(data)
+            if self._head > LARGEST_HEAD:
+                self.transport.abort()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A line of the head; or of a trailer."""
+        if self._head is None:
+            self.transport.abort()
+        else:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        self._head = None
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The body is there: what comes next is another head."""
+        self._head, self._another = 0, True
+        super().on_message_complete()
+
+
+class _BoundedProtocol(SmallHeads):
     """One connection.
 
     Guarantees:
         No waiting for ever: a head that is not there in time, or an answer that is hardly taken,
             ends the connection.
-        Small heads: of a request line and its headers no more than `LARGEST_HEAD` bytes are read.
     """
 
     patience: float
@@ -63,8 +102,6 @@ class _BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *, visit: Visit, **named: Any) -> None:
         super().__init__(**named)
         self._visit = visit
-        self._head: int | None = 0  # bytes of the head that is being read, if one is
-        self._another = False  # whether a request ended within what was read last
         self._awaited: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
@@ -88,29 +125,18 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on."""
-        within, self._another = self._head is not None, False
-        if within and self._awaited is None:
+        if self._head is not None and self._awaited is None:
             self._awaited = self._later(self.patience, self.transport.abort)
         super().data_received(data)
-        if within and self._head is not None and not self._another:
-            self._head += len(data)
-            if self._head > LARGEST_HEAD:
-                self.transport.abort()
 
     def on_headers_complete(self) -> None:
         """The head is there."""
-        self._head = None
         if self._awaited is not None:
             self._awaited.cancel()
             self._awaited = None
         scope: Any = self.scope
         scope[WELCOME] = self._visit.welcome
         super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        """The body is there: what comes next is another head."""
-        self._head, self._another = 0, True
-        super().on_message_complete()
 
     def pause_writing(self) -> None:
         """The other side does not take its answer."""

@@ -208,6 +208,16 @@ def test_so_many_as_the_system_allows(
     assert asked == [(each, hard) for each in raised]
 
 
+def test_no_trailers(port: int) -> None:
+    """A body that is over is followed by lines that were kept, as headers, without end."""
+    line, sent = b"x-%06d: " + b"v" * 50 + b"\r\n", 0
+    with connect(port) as far:
+        far.sendall(HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
+        with pytest.raises(ConnectionError):
+            while sent < 1 << 24:
+                sent += far.send(b"".join(line % number for number in range(1000)))
+
+
 def test_so_many(port: int) -> None:
     time.sleep(2 * SECONDS)  # those of before are gone
     opened = [connect(port) for _ in range(CONNECTIONS + 2)]

@@ -655,3 +655,23 @@ def test_guessing_tickets_is_limited(server: Operated, member: Member) -> None:
     wanted = PullMessagesRequest(node=Node(node_id=member.node))
     ask(server.public.fleet(member.key), "PullMessages", wanted)
     until(lambda: redeem(server.public, ticket)[0] == 200, lambda: "still refused", 10)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b"content-length: 2\r\nx-long: ",
+        b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n",
+    ],
+    ids=["head", "trailer"],
+)
+def test_small_heads_and_no_trailers_at_the_private_listener_either(
+    server: Operated, more: bytes
+) -> None:
+    """Other accounts of the machine reach it."""
+    sent = 0
+    with server.private.connect() as far:
+        far.sendall(b"POST /v1/control/list-nodes HTTP/1.1\r\nhost: here\r\n" + more)
+        with pytest.raises(OSError):
+            while sent < 1 << 24:
+                sent += far.send(b"x" * 1000 + b"\r\nx: ")
