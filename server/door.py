@@ -4,12 +4,14 @@ Flower serves devices, operators and its own programs on one port. This stands i
 lets in what devices need, under limits, and the redemption of tickets; nothing else is there.
 """
 
+import asyncio
 import json
 import time
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,7 +23,6 @@ from flwr.common.constant import (
     TIMESTAMP_TOLERANCE,
 )
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
-from starlette.concurrency import run_in_threadpool
 
 from homefire.common.address import canonical_host
 from homefire.common.errors import EnrolmentError, HomefireError, SignatureError
@@ -86,6 +87,7 @@ NOT_REGISTERED = {"code": 2001, "detail": "this device is not enrolled here, or 
 
 LARGEST_OF_STRANGERS = 16_384  # bytes of a body that redeems a ticket
 MOST_OF_ONE = 32  # requests under way of one device, or of one address of strangers
+MOST_REDEEMING = 64  # tickets of all strangers
 MOST_RATES = 65_536  # addresses whose rates are remembered
 KEY, SIGNED_AT = FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), TIMESTAMP_HEADER.encode()
 VERSION_NAME = VERSION_HEADER.encode()
@@ -100,6 +102,7 @@ class Door:
         Bounded: no request has a longer body, or takes longer over it, than the limits say, and no
             device asks more often; what is under way at once is bounded too, of one and of all. Of
             a stranger no body is read but one that redeems a ticket.
+        Out of the way: however long tickets take, nothing but other tickets waits for them.
         Not twice: Flower's devices sign the time alone. A time that a device has signed is let in
             once, with whatever signature, and none that was signed before this was started.
         One version: a device that states another version of the protocol is told so.
@@ -137,6 +140,10 @@ class Door:
     refused: Counter[str] = field(default_factory=Counter)
     served: int = 0
     _under_way: int = 0
+    _redeeming: int = 0
+    _tickets: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="tickets")
+    )
     _of: Counter[bytes] = field(default_factory=Counter)
     _rates: dict[bytes, "Bucket"] = field(default_factory=dict)  # of devices
     _strangers: "OrderedDict[bytes, Bucket]" = field(default_factory=OrderedDict)
@@ -266,7 +273,7 @@ class Door:
         except (ValueError, RecursionError):
             raise RefusedError(400, "no request") from None
         try:
-            status, said = 200, dict(await run_in_threadpool(self.enrol, wanted))
+            status, said = 200, dict(await self._enrol(wanted))
         except (EnrolmentError, SignatureError) as error:
             self.refused["no enrolment"] += 1
             status, said = 403, {"error": str(error), "hint": error.hint}
@@ -274,6 +281,17 @@ class Door:
             self.refused["enrolment failed"] += 1
             status, said = 503, {"error": "the server cannot enrol now", "hint": "Try again later."}
         await send_json(send, status, said)
+
+    async def _enrol(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Redeem a ticket, one after another, in a thread that nothing else waits for."""
+        if self._redeeming >= MOST_REDEEMING:
+            raise RefusedError(503, "too many at once")
+        self._redeeming += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._tickets, self.enrol, wanted)
+        finally:
+            self._redeeming -= 1
 
     async def _refuse(self, refusal: RefusedError, send: Send) -> None:
         self.refused[refusal.reason] += 1

@@ -54,7 +54,10 @@ class Body:
         self._began = self._began or now
         left = self._began + self.seconds - now
         try:
-            event = await asyncio.wait_for(self.receive(), max(0.0, left))
+            if left <= 0:
+                raise TimeoutError
+            async with asyncio.timeout(left):
+                event = await self.receive()
         except TimeoutError:
             self.refusal = RefusedError(408, "too slow")
             raise self.refusal from None

@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import math
 import os
+import signal
 import sqlite3
 import sys
 import time
@@ -46,7 +47,13 @@ from homefire.common.protocol import VERSION
 from homefire.server.door import Door
 from homefire.server.enrolment import Device, Enrolment, Request, Standing
 from homefire.server.fleet import Bells, Fleet
-from homefire.server.listener import PublicServer, bounded_protocol, make_room
+from homefire.server.listener import (
+    PublicServer,
+    SmallHeads,
+    Unsignalled,
+    bounded_protocol,
+    make_room,
+)
 from homefire.server.logs import begin
 from homefire.server.operator_home import (
     EXECUTOR_SECRET,
@@ -58,6 +65,9 @@ from homefire.server.private import Private
 DATABASE = "superlink.db"
 LOOK_SECONDS = 1.0
 WIPE_SECONDS = 5.0
+GRACE_SECONDS = 5
+"""For the requests under way at each listener; together less than its supervisor waits."""
+
 LOCK_SECONDS = 20.0
 """How long a request waits for the database; after Flower's own five a contribution is lost."""
 
@@ -253,14 +263,16 @@ def _listeners(
         "server_header": False,
         "proxy_headers": False,  # anybody can write them
         "ws": "none",
-        "timeout_graceful_shutdown": 10,
+        "timeout_graceful_shutdown": GRACE_SECONDS,
     }
     strangers: dict[str, Any] = {
         "http": bounded_protocol(seconds=config.limits.seconds),
         "lifespan": "off",
     }
     host, port = split_address(config.fleet)
-    inner = uvicorn.Server(uvicorn.Config(private, host=LOOPBACK, port=config.private, **common))
+    inner = Unsignalled(
+        uvicorn.Config(private, host=LOOPBACK, port=config.private, http=SmallHeads, **common)
+    )
     outer = PublicServer(
         uvicorn.Config(door, host=host, port=port, **common, **strangers),
         most=most,
@@ -271,24 +283,37 @@ def _listeners(
 
 
 async def serve(home: OperatorHome) -> None:
-    """Serve both listeners until a signal ends this process."""
+    """Serve both listeners until a signal ends it.
+
+    Guarantees:
+        Nowhere: also what was deleted last is in none of the database's files when it has ended.
+    """
     app, enrolment, limits = make_app(home), home.enrolment, home.config.limits
+    database = home.folder / "flower" / DATABASE
+    # Before anybody can start a run: its id is drawn by what gives nodes theirs again.
+    await asyncio.to_thread(know_again, app, enrolment.devices())
     # Some connections are kept between two requests.
     room = make_room(2 * limits.connections + limits.waiting)
     bells = Bells(min(limits.waiting, room // 2))
     inner, outer = _listeners(home, app, enrolment, bells, most=room)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
     async with asyncio.TaskGroup() as tasks:
-        private_listener = tasks.create_task(inner.serve())
-        while not inner.started and not private_listener.done():
+        private = tasks.create_task(inner.serve())
+        while not inner.started and not private.done():
             await asyncio.sleep(0.05)
-        if inner.started:
-            await asyncio.to_thread(know_again, app, enrolment.devices())
-            tasks.create_task(outer.serve())
-        wiping = tasks.create_task(_keep_wiping(home.folder / "flower" / DATABASE))
-        await asyncio.wait([private_listener])
-        wiping.cancel()
+        public = tasks.create_task(outer.serve() if inner.started else asyncio.sleep(0))
+        besides = [tasks.create_task(stop.wait()), tasks.create_task(_keep_wiping(database))]
+        await asyncio.wait([private, *besides], return_when=asyncio.FIRST_COMPLETED)
         bells.end()
         outer.should_exit = True
+        await asyncio.wait([public])
+        inner.should_exit = True
+        await asyncio.wait([private])
+        for each in besides:
+            each.cancel()
+    wipe(database)
 
 
 def main(arguments: Sequence[str]) -> None:

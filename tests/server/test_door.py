@@ -6,11 +6,13 @@ import json
 from base64 import b64encode
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from threading import Event
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.concurrency import run_in_threadpool
 
 from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
 from homefire.common.protocol import VERSION
@@ -461,6 +463,37 @@ def test_a_ticket_that_could_not_be_kept_is_the_servers_trouble(door: Door) -> N
     assert (asked.status, asked.error) == (503, "the server cannot enrol now")
     assert b"operator" not in asked.body
     assert dict(door.refused) == {"enrolment failed": 1}
+
+
+def test_out_of_the_way_are_tickets_that_take_long(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else needs a thread has one, however many wait for their tickets."""
+    monkeypatch.setattr("homefire.server.door.MOST_REDEEMING", 3)
+    held, began = Event(), Event()
+
+    def slow(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        began.set()
+        held.wait(20)
+        return {"node": "7"}
+
+    async def ask() -> tuple[list[int], Asking]:
+        asked = [Asking(ENROL_PATH, b"{}", client=(f"203.0.113.{n}", 1)) for n in range(3)]
+        waiting = [asyncio.ensure_future(door(o.scope, o.receive, o.send)) for o in asked]
+        await asyncio.to_thread(began.wait, 20)
+        one_more = Asking(ENROL_PATH, b"{}", client=("203.0.113.9", 1))
+        await door(one_more.scope, one_more.receive, one_more.send)
+        for _ in range(100):  # one after another, for there is room for all
+            await run_in_threadpool(lambda: None)
+        held.set()
+        await asyncio.gather(*waiting)
+        return [each.status for each in asked], one_more
+
+    door.enrol, door.limits = slow, LimitsConfig()
+    statuses, one_more = asyncio.run(ask())
+    assert statuses == [200] * 3
+    assert (one_more.status, one_more.error) == (503, "too many at once")
+    assert Asking(ENROL_PATH, b"{}").at(door).status == 200
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 10_000])

@@ -1,6 +1,9 @@
 """What is around Flower's SuperLink: the operator's secret, and nodes that are known again."""
 
+import asyncio
+import socket
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 from tiny_operators import made_home, pem
+from tiny_servers import KilledError
 
 from homefire.common.errors import EnrolmentError
+from homefire.common.loopback import LOOPBACK
+from homefire.server import superlink
 from homefire.server.enrolment import Device
 from homefire.server.operator_home import OperatorHome
 from homefire.server.superlink import (
@@ -164,6 +170,24 @@ def test_a_database_in_use_is_waited_for(app: FastAPI, tmp_path: Path) -> None:
             assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
     finally:
         sql_mixin.SQLITE_PRAGMAS = kept  # type: ignore[attr-defined]
+
+
+def test_ids_are_drawn_before_anybody_can_start_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began meanwhile got the id of a device's node for its own."""
+    home = made_home(tmp_path / "server")
+    listened: list[bool] = []
+
+    def know(app: FastAPI, devices: Iterable[Device]) -> int:
+        with socket.socket() as near:
+            listened.append(near.connect_ex((LOOPBACK, home.config.private)) == 0)
+        raise KilledError
+
+    monkeypatch.setattr(superlink, "know_again", know)
+    with pytest.raises(KilledError):
+        asyncio.run(superlink.serve(home))
+    assert listened == [False]
 
 
 def test_flower_looks_for_dead_programs_once_a_second(link: SqlLinkState) -> None:

@@ -205,6 +205,24 @@ def test_nowhere_is_a_contribution_once_it_is_in_a_sum(server: Operated, tmp_pat
         until(lambda: not any(canary in each for each in in_flight(server).values()), str, 20)
 
 
+def test_nowhere_is_it_also_where_the_server_is_stopped_then(tmp_path: Path) -> None:
+    with operated(tmp_path / "server") as server:
+        devices = hands(server, 2)
+        with looping(server, devices, tmp_path / "run") as loop:
+            for device, update in zip(devices, ((0.31, -0.17, 0.23, 0.07), UPDATE), strict=True):
+                asked = device.asked()
+                content: Any = device.contribution(asked.plan, update)
+                assert device.answer(asked, content)
+                if update != UPDATE:
+                    canary = bytes(content["contribution"]["payload"])
+            (log,) = loop.end()
+        assert log.accepted == 2
+        server.child.end()
+        assert server.child._process is not None
+        assert server.child._process.returncode == 0
+        assert not any(canary in each for each in in_flight(server).values())
+
+
 # Stolen task tokens
 
 
