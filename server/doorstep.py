@@ -18,6 +18,7 @@ from typing import Any
 from homefire.server.admission import network_of
 
 HANDSHAKE_SECONDS = 10.0
+FULL_SECONDS = 0.05
 BACKLOG = 2048
 EVERYWHERE = "::"
 WELCOME = "homefire.welcome"
@@ -130,9 +131,9 @@ class Doorstep:
         self._strangers: dict[Visit, None] = {}  # oldest first
         self._of = Counter[str]()
         self._agreeing: set[asyncio.Task[None]] = set()
-        self._taking = asyncio.get_running_loop().create_task(self._take())
-        # The loop still waits at its number where it is closed before, and that may be another's.
-        self._taking.add_done_callback(lambda _: listening.close())
+        self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
+        self._wait()
 
     @property
     def sockets(self) -> list[socket.socket]:
@@ -143,24 +144,30 @@ class Doorstep:
         return len(self._visits)
 
     def close(self) -> None:
-        """Take no more; the socket is closed in the loop's next turns."""
-        self._taking.cancel()
+        """Take no more."""
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
 
     async def wait_closed(self) -> None:
-        """Wait until none is taken any more."""
-        with suppress(asyncio.CancelledError):
-            await self._taking
+        """Nothing is left to wait for."""
 
-    async def _take(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, address = await loop.sock_accept(self._socket)
-            except OSError:  # it left again; or, against all bounds, there are no files left
-                await asyncio.sleep(0.05)
-                continue
-            self._arrive(connection, network_of(f":{address[0]}:"))
-            await asyncio.sleep(0)  # where others wait to be taken, it would not let go by itself
+    def _wait(self) -> None:
+        self._loop.add_reader(self._socket, self._take)
+
+    def _take(self) -> None:
+        """Take one: where many wait, what else the loop does goes on between them."""
+        try:
+            connection, address = self._socket.accept()
+        except BlockingIOError:
+            return
+        except OSError:  # it left again; or, against all bounds, there are no files left
+            self._loop.remove_reader(self._socket)
+            self._pause = self._loop.call_later(FULL_SECONDS, self._wait)
+            return
+        connection.setblocking(False)
+        self._arrive(connection, network_of(f":{address[0]}:"))
 
     def _arrive(self, connection: socket.socket, network: str) -> None:
         if self._of[network] >= self._each:
@@ -180,14 +187,14 @@ class Doorstep:
         self._visits.add(visit)
         self._strangers[visit] = None
         self._of[network] += 1
-        task = asyncio.get_running_loop().create_task(self._agree(visit))
+        task = self._loop.create_task(self._agree(visit))
         self._agreeing.add(task)
         task.add_done_callback(self._agreeing.discard)
 
     async def _agree(self, visit: Visit) -> None:
         seconds = None if self._context is None else HANDSHAKE_SECONDS
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(
+            await self._loop.connect_accepted_socket(
                 partial(self._make, visit),
                 visit.connection,
                 ssl=self._context,

@@ -1,6 +1,7 @@
 """Connections of strangers before there is TLS; by TCP on this machine."""
 
 import asyncio
+import errno
 import socket
 import ssl
 import time
@@ -166,6 +167,46 @@ def test_close_leaves_its_file_to_whoever_opens_the_next_one() -> None:
         return said
 
     assert asyncio.run(complaints()) == []
+
+
+def test_whoever_comes_while_it_closes_is_left_to_nobody() -> None:
+    async def complaints() -> list[dict[str, Any]]:
+        loop, said = asyncio.get_running_loop(), list[dict[str, Any]]()
+        loop.set_exception_handler(lambda _, context: said.append(context))
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setblocking(False)
+        step = doorstep_at(listening, most=1, each=1)
+        await asyncio.sleep(0)
+        with socket.create_connection(listening.getsockname()):  # the loop hears of it next turn
+            step.close()
+            await asyncio.sleep(0.05)
+        return said
+
+    assert asyncio.run(complaints()) == []
+
+
+def test_where_there_are_no_files_it_takes_others_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(socket.socket):
+        left = 3
+
+        def accept(self) -> Any:
+            if self.left:
+                self.left -= 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    async def taken() -> None:
+        listening = Full()
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.setblocking(False)
+        step = doorstep_at(listening, most=1, each=1)
+        with socket.create_connection(listening.getsockname()):
+            while not len(step):
+                await asyncio.sleep(0.01)
+        step.close()
+
+    asyncio.run(asyncio.wait_for(taken(), 20))
 
 
 def test_few_of_one_address_and_others_are_let_in() -> None:
