@@ -183,7 +183,7 @@ def _export(
     base = load_base_model(name, fetch=False)
     if base.fingerprint != chosen.statement.base_model:
         raise ConfigError(
-            f"release {chosen.statement.number} is of another base model than {name}",
+            f"release {chosen.number} is of another base model than {name}",
             hint="Name its own: --base-model",
         )
     spec = resolve_spec(chosen.statement.adapter, base.model.config)

@@ -107,8 +107,7 @@ def publish_all(registry: RegistryFolder, federation: Federation) -> None:
     if not (numbers := [number for number in store.rounds() if number]):
         return
     run = store.read(numbers[-1]).about.get("run")
-    published = [each.statement for each in registry.releases if each.statement.run == run]
-    newest = max((each.round for each in published), default=0)
+    newest = max((each.round for each in registry.releases if each.run == run), default=0)
     for number in numbers:
         if number >= newest:  # the newest itself may be past its time
             registry.publish(store, number, federation.spec)

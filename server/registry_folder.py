@@ -12,6 +12,7 @@ is put back from a backup is refused, for it would use numbers a second time.
 """
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,19 +53,75 @@ LATEST_SECONDS = DAY
 """How long devices can be kept from newer releases unnoticed; their clocks must be better."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Published:
-    """One release of a registry.
+    """One release of a registry; of all but the newest the statement is on the disk alone.
 
     Attributes:
-        statement: What is known of it.
-        signed: The statement as devices get it.
-        file: What they download.
+        number: Of the release.
+        run: Of its run.
+        round: Of that run.
+        digest: Of the statement.
+        size: Of the file, in bytes.
+        file: What devices download.
     """
 
-    statement: ReleaseStatement
-    signed: Signed
+    number: int
+    run: str
+    round: int
+    digest: str
+    size: int
     file: Path
+    _key: str = field(repr=False)
+    _held: tuple[ReleaseStatement, Signed] | None = field(repr=False)
+
+    @classmethod
+    def read(cls, file: Path, key: str) -> Self:
+        """What lies in a registry's folder.
+
+        Args:
+            file: A release's; its statement lies beside it.
+            key: That signed it.
+
+        Raises:
+            ValueError: The statement is damaged.
+            ProtocolError: Likewise.
+            OSError: It cannot be read.
+        """
+        held = _parse(_beside(file).read_bytes(), key)
+        said = held[0]
+        size, run = said.file_size, sys.intern(said.run)
+        return cls(said.number, run, said.round, said.digest, size, file, key, held)
+
+    @property
+    def statement(self) -> ReleaseStatement:
+        """What is known of it.
+
+        Raises:
+            RegistryError: It was changed on the disk, or cannot be read.
+        """
+        return self._told()[0]
+
+    @property
+    def signed(self) -> Signed:
+        """The statement as devices get it; raises as `statement`."""
+        return self._told()[1]
+
+    def forget(self) -> None:
+        """Keep its statement in memory no longer."""
+        self._held = None
+
+    def _told(self) -> tuple[ReleaseStatement, Signed]:
+        if (held := self._held) is not None:
+            return held
+        place = _beside(self.file)
+        try:
+            held = _parse(place.read_bytes(), self._key)
+        except (OSError, ValueError, ProtocolError) as error:
+            raise _damaged(place, str(error)) from error
+        if held[0].digest != self.digest:
+            raise _damaged(place, "it is not the one that was published")
+        return held
 
     def release(self) -> Release:
         """Its vector, and what the run said of it.
@@ -209,11 +266,11 @@ class RegistryFolder:
         if self._latest is not None:
             statement, signed = self._latest
             fresh = statement.issued_at <= now < statement.issued_at + self.latest_seconds / 4
-            if fresh and statement.number == newest.statement.number:
+            if fresh and statement.number == newest.number:
                 return signed, newest
         statement = LatestStatement(
-            number=newest.statement.number,
-            statement_digest=newest.statement.digest,
+            number=newest.number,
+            statement_digest=newest.digest,
             server_key=public_key(self.key),
             issued_at=now,
             expires_at=now + self.latest_seconds,
@@ -230,12 +287,12 @@ class RegistryFolder:
 
     def _before(self, release: Release) -> Published | None:
         """The newest of the same run, where it is the same release."""
-        of_run = [each for each in self._releases if each.statement.run == release.about.get("run")]
-        if not of_run or (newest := of_run[-1]).statement.round < release.round:
+        of_run = [each for each in self._releases if each.run == release.about.get("run")]
+        if not of_run or (newest := of_run[-1]).round < release.round:
             return None
-        if newest.statement.round > release.round:
+        if newest.round > release.round:
             raise RegistryError(
-                f"round {newest.statement.round} of this run is published already, "
+                f"round {newest.round} of this run is published already, "
                 f"and round {release.round} is older",
                 hint="Devices never go back: publish a later one.",
             )
@@ -254,23 +311,23 @@ class RegistryFolder:
 
     def _read_new(self) -> None:
         for number in count(len(self._releases) + 1):
-            path = self._statement_file(number)
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:
+            if not self._statement_file(number).exists():
                 return
-            self._releases.append(self._published(number, path, content))
+            found = self._published(number)
+            if self._releases:
+                self._releases[-1].forget()
+            self._releases.append(found)
 
-    def _published(self, number: int, path: Path, content: bytes) -> Published:
+    def _published(self, number: int) -> Published:
         file = self._file(number)
         try:
-            statement, signed = _parse(content, public_key(self.key))
-            whole = statement.number == number and file.stat().st_size == statement.file_size
+            found = Published.read(file, public_key(self.key))
+            whole = found.number == number and file.stat().st_size == found.size
         except (ValueError, ProtocolError, FileNotFoundError) as error:
-            raise _damaged(path, str(error)) from error
+            raise _damaged(_beside(file), str(error)) from error
         if not whole:
-            raise _damaged(path, "it is another number's, or its file has another length")
-        return Published(statement, signed, file)
+            raise _damaged(_beside(file), "it is another number's, or its file has another length")
+        return found
 
     def _check(self, known: Anchor | None) -> None:
         names = {path.name for path in self.folder.glob("[0-9]*.json")}
@@ -284,7 +341,7 @@ class RegistryFolder:
                 hint="It was put back from a backup: put its newest copy in place, for numbers "
                 "are never used twice.",
             )
-        if known.length and self._releases[known.length - 1].statement.digest != known.head:
+        if known.length and self._releases[known.length - 1].digest != known.head:
             raise RegistryError(
                 f"{self.folder}: release {known.length} is not the one that was published",
                 hint="Put the newest copy of the folder in place.",
@@ -300,7 +357,7 @@ class RegistryFolder:
     def _keep_anchor(self, known: Anchor | None) -> None:
         if not self._releases:
             return
-        newest = self._releases[-1].statement
+        newest = self._releases[-1]
         anchor = Anchor(newest.number, newest.digest)
         self.store.catch_up(ANCHOR, known, anchor, where=str(self.folder))
 
@@ -308,7 +365,7 @@ class RegistryFolder:
         return self.folder / f"{number:06d}.safetensors"
 
     def _statement_file(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.json"
+        return _beside(self._file(number))
 
 
 def newest_statements(folder: Path, server_key: str, *, most: int) -> list[ReleaseStatement]:
@@ -329,6 +386,11 @@ def newest_statements(folder: Path, server_key: str, *, most: int) -> list[Relea
         except (OSError, ValueError, ProtocolError) as error:
             raise _damaged(path, str(error)) from error
     return found
+
+
+def _beside(file: Path) -> Path:
+    """The statement of a release's file."""
+    return file.with_suffix(".json")
 
 
 def _parse(content: bytes, key: str) -> tuple[ReleaseStatement, Signed]:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,40 @@ def test_whole_or_refused_a_changed_bit(home: Path, store: ReleaseStore, name: s
         content[place] ^= 1
     path.write_bytes(content)
     assert len(open_registry(home).releases) == 2
+
+
+@pytest.mark.parametrize("content", [b"", "another"], ids=["damaged", "another's"])
+def test_never_twice_also_what_changes_while_it_is_open(
+    home: Path, store: ReleaseStore, content: bytes | str
+) -> None:
+    folder = open_registry(home)
+    for number in (1, 2):
+        folder.publish(store, number, SPEC)
+    first, newest = folder.releases
+    told = newest.statement, newest.signed
+    for number in (1, 2):
+        path = folder.folder / f"{number:06d}.json"
+        other = (folder.folder / "000002.json").read_bytes()
+        path.write_bytes(content if isinstance(content, bytes) else other)
+    for look in (lambda: first.statement, lambda: first.signed):
+        with pytest.raises(RegistryError, match=r"000001\.json"):
+            look()
+    assert (newest.statement, newest.signed) == told
+
+
+def test_a_release_more_takes_little_memory(home: Path) -> None:
+    """Its statement stays on the disk."""
+    store, folder = run_of(home / "run", 130), open_registry(home)
+    for number in range(1, 31):
+        folder.publish(store, number, SPEC)
+    tracemalloc.start()
+    try:
+        for number in range(31, 131):
+            folder.publish(store, number, SPEC)
+        each = tracemalloc.get_traced_memory()[0] / 100
+    finally:
+        tracemalloc.stop()
+    assert each < 1500
 
 
 def test_never_twice_a_statement_under_another_number_is_refused(
