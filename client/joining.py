@@ -285,6 +285,7 @@ class Membership:
                 if processes.answered > answered and (now := self._adapter()) != adapter:
                     adapter = now
                     processes.tell_executor({"adapter": adapter})
+                processes.trim_log()
                 if not self._allowed(working=processes.working):
                     break
                 if (trouble := processes.ended) is not None:

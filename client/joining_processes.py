@@ -15,10 +15,12 @@ from threading import Thread
 from typing import Any
 
 from homefire.client.joining_changes import Change, Trouble
+from homefire.common.files import open_plain
 from homefire.common.loopback import LOOPBACK, free_port
 from homefire.common.quiet import QUIET
 
 LOG_FILE = "join.log"
+LARGEST_LOG, KEPT_OF_LOG = 1 << 20, 1 << 18  # bytes
 END_SECONDS = 10.0
 MOST_SECONDS = 1e9
 
@@ -36,12 +38,14 @@ class Processes:
     Attributes:
         node: Flower's SuperNode.
         executor: See `homefire.client.executor`.
+        log: What both write to.
         working: Whether a message was received whose reply has not left.
         answered: How many replies have left, or never will.
     """
 
     node: "subprocess.Popen[bytes]"
     executor: "subprocess.Popen[bytes]"
+    log: Path
     working: bool = False
     answered: int = 0
     _events: SimpleQueue[dict[str, Any]] = field(default_factory=SimpleQueue)
@@ -96,6 +100,16 @@ class Processes:
                 self.executor.stdin.write(json.dumps(line).encode() + b"\n")
                 self.executor.stdin.flush()
 
+    def trim_log(self) -> None:
+        """Leave the newest of a log that has grown large: a server can be away for months."""
+        with suppress(OSError), open(self.log, "r+b", opener=open_plain) as file:
+            if (size := file.seek(0, os.SEEK_END)) > LARGEST_LOG:
+                file.seek(size - KEPT_OF_LOG)
+                newest = file.read().partition(b"\n")[2]
+                file.seek(0)
+                file.write(newest)
+                file.truncate()
+
     def end(self) -> None:
         """End both, and all that they started."""
         for process in (self.executor, self.node):
@@ -148,7 +162,7 @@ def running(folder: Path, options: Sequence[str], opening: dict[str, Any]) -> It
         undo.callback(_end, first)
         second = _start(executor, home, log.fileno(), input=subprocess.PIPE)
         undo.pop_all()
-    processes = Processes(first, second)
+    processes = Processes(first, second, folder / LOG_FILE)
     try:
         processes.tell_executor(opening)
         yield processes

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import uvicorn
 
+from homefire.common.errors import HomefireError
 from homefire.common.loopback import LOOPBACK
 from homefire.server.listener import Unsignalled
 from homefire.server.news import News
@@ -46,10 +47,11 @@ async def operate(supervisor: Supervisor, say: Callable[[str], None]) -> None:
 
 
 async def _tell(supervisor: Supervisor, say: Callable[[str], None]) -> None:
-    news = News(supervisor.home)
+    news: News | None = None
     while True:
         down = [child.name for child in supervisor.children if child.starts and not child.runs]
-        with suppress(OSError):  # of a full disk the status tells
+        with suppress(OSError, HomefireError):  # of a full disk, and the like, the status tells
+            news = news or News(supervisor.home)
             for line in news.look(supervisor.state, down):
                 say(line)
         await asyncio.sleep(LOOK_SECONDS)

@@ -6,21 +6,45 @@ a folder that is this account's alone. Nothing here sees what they say.
 """
 
 import asyncio
+import os
+import shutil
 import socket
+import stat
+import tempfile
+import time
 from collections import Counter
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from homefire.server.doorstep import Doorstep, Visit
+from homefire.server.doorstep import FULL_SECONDS, Doorstep, Visit
+
+PREFIX, GATE = "homefire-gate-", "gate"
+BEGINNING_SECONDS = 60.0
+"""A folder that is younger may be that of a registry which does not listen yet."""
 
 LINGER_SECONDS = 10.0
 """How long one side is given to take what the other one left."""
 
-FULL_SECONDS = 0.05
 FILES = 3
 """Of one connection: both ends of what is passed on, and gRPC's own."""
+
+
+def make_gate(begun: ExitStack) -> Path:
+    """The place of a socket that this account alone can reach; it goes with the stack.
+
+    What registries that were killed have left of theirs goes too.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            found = folder.lstat()
+            own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+            old = time.time() - found.st_mtime > BEGINNING_SECONDS
+            if own and old and not _is_open(folder / GATE):
+                shutil.rmtree(folder)
+    return Path(begun.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX))) / GATE
 
 
 class Front:
@@ -77,7 +101,6 @@ class Front:
 
     async def end_all(self) -> None:
         """Give all up."""
-        await self._step.wait_closed()
         for far in list(self._come.values()):
             far.visit.end()
         if self._passing:
@@ -100,8 +123,9 @@ class Front:
         self._step.left(far.visit)
 
     async def _pass_on(self, far: "_Far", own: Path) -> None:
-        near = socket.socket(socket.AF_UNIX)
+        near: socket.socket | None = None
         try:
+            near = socket.socket(socket.AF_UNIX)
             near.setblocking(False)
             near.bind(str(own))  # so gRPC calls its other end
             own.unlink()
@@ -111,7 +135,8 @@ class Front:
                 partial(_End, far), sock=near
             )
         except (OSError, asyncio.CancelledError):
-            near.close()
+            if near is not None:
+                near.close()
             far.visit.end()
             return
         if far.transport.is_closing():
@@ -175,6 +200,18 @@ class _Far(_End):
         """End."""
         super().connection_lost(exc)
         self._front.left(self)
+
+
+def _is_open(gate: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as near:
+        near.setblocking(False)
+        try:
+            near.connect(str(gate))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except BlockingIOError:
+            pass
+        return True
 
 
 def _reaches(near: socket.socket, gate: Path) -> bool:

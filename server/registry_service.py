@@ -8,7 +8,6 @@ import json
 import logging
 import signal
 import socket
-import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ from homefire.server.registry_counts import (
     lay_down,
 )
 from homefire.server.registry_folder import RegistryFolder
-from homefire.server.registry_front import FILES, Front
+from homefire.server.registry_front import FILES, Front, make_gate
 
 LOG = logging.getLogger(__name__)
 GRACE_SECONDS = 10.0
@@ -144,9 +143,9 @@ class Service:
         releases = await asyncio.to_thread(lambda: self.folder.releases)
         after, most = request.after, min(request.limit or PAGE_RELEASES, PAGE_RELEASES)
         page = releases[after : after + most]
+        signed = await asyncio.to_thread(lambda: [_wired(each.signed) for each in page])
         self.counts.answered[LIST] += 1
-        more = after + len(page) < len(releases)
-        return wire.ListReply(releases=[_wired(each.signed) for each in page], more=more)
+        return wire.ListReply(releases=signed, more=after + len(page) < len(releases))
 
     async def download(self, request: wire.DownloadRequest, context: Context) -> None:
         """A release's file from an offset on."""
@@ -154,7 +153,7 @@ class Service:
         if not 1 <= request.number <= len(releases):
             raise _RefusedError(grpc.StatusCode.NOT_FOUND, "no such release")
         release = releases[request.number - 1]
-        size, offset = release.statement.file_size, request.offset
+        size, offset = release.size, request.offset
         if offset > size:
             raise _RefusedError(grpc.StatusCode.OUT_OF_RANGE, "the file ends before")
         with open(release.file, "rb") as file:
@@ -163,8 +162,8 @@ class Service:
                 data = await asyncio.to_thread(file.read, min(CHUNK_BYTES, size - offset))
                 if not data:
                     raise OSError(f"{release.file} ends early")
-                written = context.write(wire.Chunk(offset=offset, data=data))
-                await asyncio.wait_for(written, self.admission.limits.chunk_seconds)
+                async with asyncio.timeout(self.admission.limits.chunk_seconds):
+                    await context.write(wire.Chunk(offset=offset, data=data))
                 offset += len(data)
                 self.counts.bytes_sent += len(data)
         self.counts.answered[DOWNLOAD] += 1
@@ -204,8 +203,8 @@ class Health:
         self._stopping.set()
 
     async def _tell(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        told = context.write(health_pb2.HealthCheckResponse(status=self._status(request)))
-        await asyncio.wait_for(told, WORD_SECONDS)
+        async with asyncio.timeout(WORD_SECONDS):
+            await context.write(health_pb2.HealthCheckResponse(status=self._status(request)))
 
     def _status(self, request: health_pb2.HealthCheckRequest) -> Any:
         if request.service not in ("", SERVICE):
@@ -302,8 +301,7 @@ class RegistryServer:
         limits = self.service.admission.limits
         with ExitStack() as begun:
             listening = begun.enter_context(_listening(listen))
-            folder = begun.enter_context(tempfile.TemporaryDirectory(prefix="homefire-"))
-            gate = Path(folder) / "gate"
+            gate = make_gate(begun)
             self._server = grpc.aio.server(options=_options(limits))
             self._server.add_generic_rpc_handlers((self._calls(), self._health_calls()))
             self._server.add_secure_port(f"unix:{gate}", tls.credentials())
@@ -405,9 +403,7 @@ async def _keep_renewing(folder: RegistryFolder) -> None:
     while True:
         try:
             if (again := await asyncio.to_thread(folder.renew)) is not None:
-                LOG.info(
-                    "the newest release is published anew, as number %s", again.statement.number
-                )
+                LOG.info("the newest release is published anew, as number %s", again.number)
         except (HomefireError, OSError) as error:
             LOG.error("the newest release could not be published anew: %s", error)
         await asyncio.sleep(RENEWAL_LOOK_SECONDS)

@@ -1,12 +1,16 @@
 """What a server tells on its terminal: each change once."""
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_operators import enrol_at, made_home
 from tiny_registries import KEY
 
+from homefire.server import operating
 from homefire.server.news import News
 from homefire.server.operator_home import OperatorHome
 from homefire.server.releases import ReleaseStore
@@ -91,3 +95,28 @@ def test_processes_that_end_are_told_and_that_they_run_again(home: OperatorHome)
     ]
     assert news.look("running", ["superlink"]) == ["executor runs again"]
     assert news.look("running") == ["superlink runs again"]
+
+
+def test_news_go_on_after_what_could_not_be_read(
+    home: OperatorHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operating, "LOOK_SECONDS", 0.01)
+    runs, away = home.folder / "runs", home.folder / "away"
+    told: list[str] = []
+
+    async def look() -> None:
+        supervisor: Any = SimpleNamespace(home=home, children=[], state="running")
+        runs.rename(away)  # as by somebody who puts a backup in place
+        task = asyncio.create_task(operating._tell(supervisor, told.append))
+        await asyncio.sleep(0.05)
+        assert not task.done() and not told
+        away.rename(runs)
+        while not told:
+            await asyncio.sleep(0.01)
+        runs.rename(away)
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(look(), 20))
+    assert told == ["running"]

@@ -1,18 +1,22 @@
 """Connections to a registry, before there is a call; by TCP on this machine."""
 
 import asyncio
+import errno
 import json
+import os
 import resource
 import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,6 +160,51 @@ def test_whose_calls_they_are_is_known_behind_the_front(home: Path, tls: tuple[P
                 with RegistryLink(relay, tls[0].read_bytes(), SOON) as link:
                     with pytest.raises(UnreachableRegistryError, match="busy"):
                         link.newest()
+
+
+def test_a_connection_that_finds_no_file_is_given_up(
+    home: Path, tls: tuple[Path, Tls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its place is free at once."""
+    made, failures = socket.socket, iter([OSError(errno.EMFILE, "Too many open files")])
+
+    def make(*kind: Any) -> socket.socket:
+        if (error := next(failures, None)) is not None:
+            raise error
+        return made(*kind)
+
+    limits = Limits(connections=1, connections_of_one=1)
+    with serving(open_registry(home), tls[1], limits=limits) as address:
+        own = SimpleNamespace(socket=make, AF_UNIX=socket.AF_UNIX)
+        monkeypatch.setattr(registry_front, "socket", own)
+        with connect(int(address.rpartition(":")[2])) as far:
+            assert is_closed(far, 10)
+        with RegistryLink(address, tls[0].read_bytes(), SOON) as link:
+            link.newest()
+
+
+def test_what_killed_registries_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with ExitStack() as stack:
+        places = {}
+        for name in ("killed", "young", "serves", "no gate"):
+            places[name] = tmp_path / f"{registry_front.PREFIX}{name}"
+            places[name].mkdir()
+        for name in ("killed", "young", "serves"):
+            gate = stack.enter_context(socket.socket(socket.AF_UNIX))
+            gate.bind(str(places[name] / registry_front.GATE))
+            if name == "serves":
+                gate.listen()
+        (tmp_path / f"{registry_front.PREFIX}link").symlink_to(places["killed"])
+        before = time.time() - 2 * registry_front.BEGINNING_SECONDS
+        for name in ("killed", "serves", "no gate"):
+            os.utime(places[name], (before, before))
+        own = registry_front.make_gate(stack).parent
+        left = {each.name.removeprefix(registry_front.PREFIX) for each in tmp_path.iterdir()}
+        assert left == {"young", "serves", "link", own.name.removeprefix(registry_front.PREFIX)}
+    assert not own.exists()
 
 
 @contextmanager
