@@ -184,11 +184,12 @@ def trust_(
 ) -> None:
     """Say whose releases `update` takes, and from where.
 
-    Get the key from the server's operator, not from the server. Whoever holds it
+    Get the key from the server's operator, not from the server, and ca.crt with
+    it: a server of homefire has an authority of its own. Whoever holds the key
     decides which shared adapter you wear, and nothing else.
 
     Example:
-      homefire device trust KEY --registry models.example:9093
+      homefire device trust KEY --registry HOST:9093 --root-certificates ca.crt
     """
     with open_vault(home) as me:
         found = me.trust(

@@ -230,11 +230,26 @@ def devices(
 def key(home: ServerFolder = HOME, as_json: AsJson = False) -> None:
     """The public key that plans and releases are signed with.
 
-    On a device: homefire device trust KEY
+    It alone is on stdout; stderr says what to type on a device that takes
+    releases and contributes nothing. Hand out the key, and with it tls/ca.crt,
+    the server's own authority, which is no secret.
+
+    On a device:
+      homefire device trust KEY --registry HOST:PORT --root-certificates ca.crt
     """
     need_server()
-    found = open_server(home).server_key
-    show(as_json, {"server_key": found}, found)
+    server = open_server(home)
+    found, registry = server.server_key, server.for_devices(server.config.registry)
+    authority = server.certificates.authority
+    show(
+        as_json,
+        {"server_key": found, "registry": registry, "authority": str(authority)},
+        found,
+    )
+    if not as_json:
+        options = f"--registry {registry} --root-certificates {authority.name}"
+        said = f"On a device, with a copy of {authority}:"
+        typer.echo(f"{said}\n  homefire device trust {found} {options}", err=True)
 
 
 @server_app.command(rich_help_panel=NOW_AND_THEN)

@@ -294,6 +294,10 @@ class OperatorHome:
             else:
                 path.unlink(missing_ok=True)
 
+    def for_devices(self, listener: str) -> str:
+        """Where devices reach a listener: its port, at the first of the server's names."""
+        return with_port(self.config.names[0], split_address(listener)[1])
+
     def tickets(self, count: int) -> list[Ticket]:
         """Tickets for new devices.
 
@@ -303,10 +307,7 @@ class OperatorHome:
         """
         config, enrolment = self.config, self.enrolment
         seconds = 3600 * config.ticket_hours
-        superlink, registry = (
-            with_port(config.names[0], split_address(place)[1])
-            for place in (config.fleet, config.registry)
-        )
+        superlink, registry = map(self.for_devices, (config.fleet, config.registry))
         authority = self.certificates.authority.read_text(encoding="ascii")
         return [
             Ticket(

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import typer.main
 import yaml  # type: ignore[import-untyped]
-from test_documents import parse
+from test_documents import blocks, parse
 
 from homefire.__main__ import app
+from homefire.server.operator_home import FEDERATION
 from homefire.server.server_config import ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +129,71 @@ def test_the_server_has_time_to_end_its_processes() -> None:
 def test_no_secret_is_in_a_units_environment() -> None:
     for path in UNITS:
         assert "PASSPHRASE" not in " ".join(read_unit(path).get("Environment", [])), path
+
+
+# What the README tells people to type
+
+
+def typed() -> list[str]:
+    """The lines of its blocks, in their order."""
+    return [line for block in blocks(DEPLOY / "README.md") for line in block.splitlines()]
+
+
+def typed_for_compose() -> list[list[str]]:
+    """The words of every `docker compose`, each named with the file that lies here."""
+    lines = [shlex.split(line) for line in typed() if line.startswith("docker ")]
+    for words in lines:
+        assert words[:4] == ["docker", "compose", "--file", "deploy/compose.yaml"]
+    return [words[4:] for words in lines]
+
+
+def test_what_is_typed_for_the_container_is_understood() -> None:
+    (name,) = compose()["services"]
+    found = [words[words.index(name) + 1 :] for words in typed_for_compose() if name in words]
+    found = [words[1:] if words[0] == "homefire" else words for words in found]
+    ours = [words for words in found if words[0] in ("server", "models")]
+    assert [words[:2] for words in ours] == [
+        *(["models", "get"], ["server", "init"], ["server", "enroll"]),
+    ]
+    for words in ours:
+        parse(typer.main.get_command(app), words)
+
+
+def test_the_container_starts_with_the_operators_settings() -> None:
+    (folder,) = re.findall(r"\bHOMEFIRE_SERVER_HOME=(\S+)", dockerfile())
+    verbs = [" ".join(words) for words in typed_for_compose()]
+    (init,) = (at for at, words in enumerate(verbs) if " server init " in words)
+    (put,) = (at for at, words in enumerate(verbs) if f"cat > {folder}/{FEDERATION}" in words)
+    (up,) = (at for at, words in enumerate(verbs) if words.startswith("up "))
+    assert init < put < up
+    assert "--users" in verbs[init]
+    assert "--entrypoint sh" in verbs[put]
+    assert "-T" in verbs[put].split()  # without it what is piped in is a terminal's
+
+
+@pytest.mark.parametrize("path", [SERVER, INSTANCE], ids=lambda path: path.name)
+def test_the_accounts_shell_has_the_units_environment(path: Path) -> None:
+    unit = read_unit(path)
+    (account,) = unit["User"]
+    (line,) = (line for line in typed() if line.startswith(f"sudo -u {account} env "))
+    theirs = dict(each.split("=", 1) for each in shlex.split(line)[4:-1])
+    units = " ".join(unit["Environment"]).replace("%i", "cellar").split()
+    for name, value in (each.split("=", 1) for each in units):
+        if name != "HF_HUB_OFFLINE":  # models are fetched there
+            assert theirs[name] == value, name
+    program = unit["ExecStart"][0].split("/homefire ")[0].rpartition("exec ")[2]
+    assert theirs["PATH"] == f"{program}:$PATH"
+
+
+def test_a_device_is_started_after_it_is_enrolled() -> None:
+    starts = [at for at, line in enumerate(typed()) if "enable --now homefire-device" in line]
+    assert len(starts) == 2
+    for before, start in zip([0, starts[0]], starts, strict=True):
+        lines = typed()[before:start]
+        verbs = [line.split()[1:3] for line in lines if line.startswith("homefire ")]
+        wanted = [["models", "get"], *(["device", verb] for verb in ("init", "import", "enroll"))]
+        assert [verb for verb in verbs if verb in wanted][-len(wanted) :] == wanted
+        assert any("[gguf]" in line for line in lines)  # for the model that is fetched
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")

@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import typer.main
 from click.testing import Result
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
@@ -39,6 +41,7 @@ from homefire.common.loopback import free_port
 from homefire.common.policy import DevicePolicy
 from homefire.common.privacy.mechanism import participation_charge
 from homefire.common.ticket import Ticket
+from homefire.device_session import device_app
 from homefire.server.enrolment import FEWEST_DIGITS
 from homefire.server.operator_home import OperatorHome
 from homefire.server.operator_page import make_app
@@ -594,9 +597,44 @@ def test_stop_key_and_renew_for_machines(home: Path) -> None:
     with operated.alone():
         assert json.loads(run("stop", "--json")) == {"draining": True, "ended": False}
         assert json.loads(run("stop", "--undo", "--json")) == {"draining": False, "ended": False}
-    assert json.loads(run("key", "--json")) == {"server_key": operated.server_key}
+    assert json.loads(run("key", "--json")) == {
+        "server_key": operated.server_key,
+        "registry": "fed.example.org:9093",
+        "authority": str(home / "tls" / "ca.crt"),
+    }
     expires = json.loads(run("renew", "--json"))["expires"]
     assert expires == f"{operated.certificates.expires():%Y-%m-%d}"
+
+
+def test_key_says_what_a_device_needs_beside_it(home: Path) -> None:
+    """The key alone is on stdout, for scripts; the command names all that a device asks for."""
+    path = home / "server.toml"
+    path.write_text(path.read_text().replace(":9093", ":9193"))
+    done = server("key")
+    key = OperatorHome(home).server_key
+    assert done.stdout == f"{key}\n"
+    where, line = done.stderr.splitlines()
+    assert str(home / "tls" / "ca.crt") in where
+    words = shlex.split(line)
+    assert words[:4] == ["homefire", "device", "trust", key]
+    command = typer.main.get_command(device_app)
+    assert isinstance(command, click.Group)
+    asked = command.commands["trust"].make_context("trust", words[3:]).params
+    assert asked["key"] == key
+    assert asked["registry"] == "fed.example.org:9193"
+    assert asked["root_certificates"] == "ca.crt"
+    assert json.loads(run("key", "--json"))["registry"] == asked["registry"]
+    (ticket,) = OperatorHome(home).tickets(1)
+    assert ticket.registry == asked["registry"]
+
+
+@pytest.mark.parametrize(("app", "verb"), [(server_app, "key"), (device_app, "trust")])
+def test_help_names_all_that_trust_needs(app: typer.Typer, verb: str) -> None:
+    said = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "80", "NO_COLOR": "1"}).stdout
+    example = said[said.index("homefire device trust KEY") :]
+    assert "--registry" in example
+    assert "--root-certificates ca.crt" in example
+    assert max(map(len, said.splitlines())) <= 80
 
 
 def test_help_says_what_ctrl_c_costs() -> None:
