@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from homefire.server.operator_home import OperatorHome
     from homefire.server.registry_folder import Published
 
+SILENT = "running, but its page does not answer"
+
 
 @server_app.command()
 def status(
@@ -46,7 +48,7 @@ def status(
 
 
 def _status(home: "OperatorHome") -> dict[str, Any]:
-    """From the server that runs here, or else from its files.
+    """From the server that runs here, or else from its files and whether its lock is held.
 
     Who answers at its port may be another server.
     """
@@ -62,7 +64,9 @@ def _status(home: "OperatorHome") -> dict[str, Any]:
         is_ours = found["server_key"] == home.server_key
     except (httpx.HTTPError, ValueError, LookupError, TypeError, ConfigError):
         is_ours = False
-    return found if is_ours else asdict(look(home))
+    if is_ours:
+        return found
+    return asdict(look(home, state=SILENT if home.is_served() else "stopped"))
 
 
 def _lines(found: dict[str, Any]) -> dict[str, str]:

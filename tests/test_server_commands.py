@@ -1,6 +1,8 @@
 """`homefire server`: the verbs that need no device, and what they leave on the disk."""
 
 import json
+import os
+import pwd
 import re
 import shlex
 import shutil
@@ -95,8 +97,6 @@ def test_everything_of_init_is_the_owners_alone(home: Path) -> None:
 def test_everything_is_the_owners_alone_whatever_the_umask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     before = os.umask(0)
     try:
         run("init", "--host", "fed.example.org", "--home", str(tmp_path / "open"))
@@ -270,6 +270,23 @@ def test_status_is_of_this_server_where_another_answers(home: Path, told: str) -
     with served_on_a_port(make_app(lambda: mine)) as url:
         point_at(ours, url)
         assert json.loads(run("status", "--json"))["enrolled"] == 5
+
+
+def test_a_server_that_runs_and_does_not_answer_is_not_stopped(home: Path) -> None:
+    operated = OperatorHome(home)
+    with operated.alone():
+        said = "running, but its page does not answer"
+        assert said in run("status")
+        assert server("status", "--check").exit_code == 1
+
+        def fails(_: object) -> None:
+            raise OSError("the disk is gone")
+
+        app = Starlette(routes=[Route("/status.json", fails)])
+        with served_on_a_port(app) as url:
+            point_at(operated, url)
+            assert json.loads(run("status", "--json"))["state"] == said
+    assert json.loads(run("status", "--json"))["state"] == "stopped"
 
 
 def point_at(home: OperatorHome, url: str) -> None:
@@ -471,7 +488,10 @@ def test_stop_and_undo(home: Path) -> None:
         run("stop", "--undo")
         assert not operated.is_draining()
         assert "a server runs here already" in str(refused("run"))
-    run("stop", "--undo")
+        assert "It opens rounds again." in run("stop", "--undo")
+    said = run("stop", "--undo")
+    assert "again" not in said
+    assert "it opens rounds when it is started: homefire server run" in said
 
 
 # Run and stop
@@ -587,16 +607,27 @@ def test_run_starts_nothing_where_a_port_is_in_use(tmp_path: Path) -> None:
     assert not list((folder / "flower").iterdir())
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        *("enroll", "run", "status", "stop", "releases", "next", "devices", "renew", "key"),
-    ],
-)
+VERBS = ("enroll", "run", "status", "stop", "releases", "next", "devices", "renew", "key")
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_verbs_need_a_server(verb: str, tmp_path: Path) -> None:
     error = refused(verb, "--home", str(tmp_path / "none"))
     assert "there is no server here" in str(error)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_by_another_account_leaves_nothing(
+    home: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(home.rglob("*"))
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    error = refused(verb)
+    assert f"{home} belongs to the account {owner}, not to #54321" in str(error)
+    assert f"sudo -u {owner} homefire server" in error.hint
+    assert sorted(home.rglob("*")) == before
 
 
 def test_nothing_is_served_without_tls() -> None:
