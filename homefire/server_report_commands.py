@@ -32,7 +32,12 @@ def status(
     home: ServerFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """How the server is: rounds, devices, what was refused, what was spent."""
+    """How the server is: rounds, devices, what was refused, what was spent.
+
+    --check is about processes alone. What else may be wrong is under trouble,
+    and in the metrics homefire_trouble (how many things), homefire_halted (no
+    further round is opened) and homefire_certificate_days: set an alarm there.
+    """
     need_server()
     found = _status(open_server(home))
     if as_json:
@@ -76,12 +81,15 @@ def _lines(found: dict[str, Any]) -> dict[str, str]:
     def epsilon(value: float | None) -> str:
         return "∞" if value is None else f"{value:.2f}"
 
+    burnt = found.get("burnt", 0)  # a server that was started before an upgrade tells none
     lines = {
         "state": found["state"],
         "devices": f"{found['enrolled']} enrolled, {found['needed'] or '?'} needed, "
         f"{'?' if found['online'] is None else found['online']} here, "
         f"{found['tickets']} tickets open",
-        "rounds": f"{max(found['releases'], default=0)} of {found['planned_rounds'] or '?'}"
+        "rounds": f"{sum(number > 0 for number in found['releases'])} of "
+        f"{found['planned_rounds'] or '?'} released"
+        f"{', ' + str(burnt) + ' burnt' if burnt else ''}"
         f"{'' if found['run'] == 1 else ', run ' + str(found['run'])}",
     }
     if (budget := found["budget"]) is not None:

@@ -18,6 +18,7 @@
         *.lock                  held by what runs here
 """
 
+import math
 import os
 import pwd
 import re
@@ -213,6 +214,17 @@ class OperatorHome:
             ) from error
         return [device for device in self.enrolment.ever() if device.identity in keys]
 
+    def quorum(self) -> tuple[int, int]:
+        """How many devices must be here before a round is opened, and how many take part.
+
+        Raises:
+            HomefireError: As `participants` and `federation`.
+        """
+        taking_part, left = self.participants(), self.enrolment.devices()
+        enrolled = {device.identity for device in left}
+        still = sum(device.identity in enrolled for device in taking_part)
+        return math.ceil(self.federation().federation.quorum * still), len(taking_part)
+
     def begin_next(self, *, give_up: bool = False) -> str:
         """Make another run, after the newest one is over; `homefire server run` begins it.
 
@@ -325,7 +337,7 @@ class OperatorHome:
         """Tickets for new devices.
 
         Raises:
-            ConfigError: There is no server here.
+            ConfigError: There is no server here, or its authority or signing key is gone.
             OSError: They could not be kept; none is good.
         """
         config, enrolment = self.config, self.enrolment
@@ -334,7 +346,7 @@ class OperatorHome:
             with_port(config.names[0], split_address(place)[1])
             for place in (config.fleet, config.registry)
         )
-        authority = self.certificates.authority.read_text(encoding="ascii")
+        authority = self.certificates.read_authority()
         return [
             Ticket(
                 superlink=superlink,

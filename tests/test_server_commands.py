@@ -365,6 +365,59 @@ def test_no_other_key_is_drawn_where_the_servers_is_gone(home: Path) -> None:
     assert KEY.fullmatch(run("key").strip())
 
 
+def test_a_lost_authority_is_said_with_its_remedy(home: Path) -> None:
+    path = home / "tls" / "ca.crt"
+    kept = path.read_bytes()
+    for spoil in (path.unlink, lambda: path.write_bytes(b"garbage")):
+        spoil()
+        error = refused("enroll")
+        assert f"{path}: no certificate" in str(error)
+        assert isinstance(error, ConfigError)
+        assert "from the backup" in error.hint
+        found = json.loads(run("status", "--json"))
+        (said,) = found["trouble"]
+        assert f"{path}: no certificate" in said
+        assert found["needed"] == 1500
+    assert not (home / "enrolment.jsonl").exists()
+    path.write_bytes(kept)
+    assert json.loads(run("status", "--json"))["trouble"] == []
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda home: (home / "runs" / "0001" / "rounds.jsonl").write_text("[]\n"),
+        lambda home: (home / "runs" / "0001" / LEDGER).write_text("{}\n"),
+        lambda home: (home / "enrolment.jsonl").write_text("}{\n"),
+        lambda home: (home / "tls" / "server.pem").unlink(),
+        lambda home: (home / "trouble").mkdir(),
+        lambda home: (home / "federation.toml").unlink(),
+    ],
+)
+def test_what_is_damaged_is_trouble_and_the_rest_is_told(
+    home: Path, spoil: Callable[[Path], None]
+) -> None:
+    publish(home, 2)
+    spoil(home)
+    found = json.loads(run("status", "--json"))
+    assert found["trouble"]
+    assert all(str(home) in said for said in found["trouble"])
+    assert (len(found["published"]), found["names"]) == (2, ["fed.example.org"])
+    assert "trouble" in run("status")
+
+
+def test_burnt_rounds_are_told_apart(home: Path) -> None:
+    store = ReleaseStore(OperatorHome(home).output / "releases")
+    key = Keystore(home / SERVER_KEYS).signing_key(SIGNING_KEY)
+    assert "burnt" not in run("status")
+    for number in (0, 1, 2, 5):
+        store.write(number, vector(number), about(), key)
+    assert "3 of 40 released, 2 burnt" in run("status")
+    found = json.loads(run("status", "--json"))
+    assert (found["burnt"], found["budget"]["rounds_left"]) == (2, 35)
+    assert found["budget"]["epsilon_now"] > 0
+
+
 def test_releases_before_the_first(home: Path) -> None:
     assert json.loads(run("releases", "--json")) == []
     assert "number" in run("releases")
@@ -508,6 +561,7 @@ def wrong_settings(home: Path) -> None:
         (lambda home: wrong_settings(home), "epsilon"),
         (lambda home: (home / "federation.toml").unlink(), "no such file"),
         (lambda home: (home / "tls" / "server.pem").unlink(), "no certificate"),
+        (lambda home: (home / "tls" / "ca.crt").unlink(), "ca.crt: no certificate"),
         (lambda home: (home / "secrets" / "executor").write_text(""), "not a secret"),
         (lambda home: (home / "secrets" / "operator").write_text("a"), "not a secret"),
         (lambda home: (home / "keys" / "server-signing").unlink(), "no signing key"),

@@ -42,6 +42,18 @@ def change(home: OperatorHome, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+# Tickets
+
+
+@pytest.mark.parametrize("content", [None, "garbage"])
+def test_no_ticket_is_made_without_an_authority(home: OperatorHome, content: str | None) -> None:
+    path = home.certificates.authority
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ConfigError, match=f"{path}: no certificate"):
+        home.tickets(1)
+    assert home.enrolment.open_tickets() == 0
+
+
 # Whose it is
 
 
