@@ -5,13 +5,13 @@ Nothing here is of one device: no key, address or number of a node, no time of a
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from shutil import disk_usage
 from time import time
+from types import TracebackType
 from typing import Any, get_args
 
 from homefire.common.config import FederationConfig
@@ -224,22 +224,22 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     """
     config, output, trouble = home.config, home.output, list[str]()
     server_key, published = "", list[dict[str, Any]]()
-    with noting(trouble):
+    with Noting(trouble):
         server_key = home.server_key
         published = _published(home, server_key)
     rounds = list[dict[str, Any]]()
-    with noting(trouble):
+    with Noting(trouble):
         rounds = read_rounds(output / "rounds.jsonl")
     releases, burnt, under_way = _spent(home, trouble)
     federation, budget, size = None, None, 0
-    with noting(trouble):
+    with Noting(trouble):
         federation = home.federation()
         size, stated = _newest(home)
         newest = max(releases, default=0)
         spent = burnt + sum(number > 0 for number in releases)
         budget = budget_of(federation, released=newest, spent=spent, stated=stated)
     enrolled = tickets = 0
-    with noting(trouble):
+    with Noting(trouble):
         enrolled, tickets = len(home.enrolment.devices()), home.enrolment.open_tickets()
     days = _certificate_days(home, trouble)
     trouble += [*_signs(home), *_expiry(published, time())]
@@ -271,15 +271,33 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
     )
 
 
-@contextmanager
-def noting(trouble: list[str]) -> Iterator[None]:
-    """Let what the block fails of be trouble, in words that name the file, and go on after it."""
-    try:
-        yield
-    except HomefireError as error:
-        trouble.append(error.in_full)
-    except OSError as error:
-        trouble.append(f"{error}. {DISK_HINT}")
+@dataclass(frozen=True, slots=True)
+class Noting:
+    """Lets what a block fails of be trouble, in words that name the file, and goes on after it.
+
+    Attributes:
+        trouble: Where the words go.
+    """
+
+    trouble: list[str]
+
+    def __enter__(self) -> None:
+        """Nothing."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        match error:
+            case HomefireError():
+                self.trouble.append(error.in_full)
+            case OSError():
+                self.trouble.append(f"{error}. {DISK_HINT}")
+            case _:
+                return False
+        return True
 
 
 def _spent(home: OperatorHome, trouble: list[str]) -> tuple[list[int], int, bool]:
@@ -289,7 +307,7 @@ def _spent(home: OperatorHome, trouble: list[str]) -> tuple[list[int], int, bool
     opened, whether a ServerApp is at work on it, what was released.
     """
     opened, given_up, at_work = 0, False, False
-    with noting(trouble):
+    with Noting(trouble):
         opened, given_up = newest_round(home.output / LEDGER)
         at_work = home.is_at_work()
     releases = Federation.store_of(home.output).rounds()
@@ -318,11 +336,11 @@ def _published(home: OperatorHome, server_key: str) -> list[dict[str, Any]]:
 def _certificate_days(home: OperatorHome, trouble: list[str]) -> int | None:
     """For how long the certificate is good, and what is wrong with it or with its authority."""
     days = None
-    with noting(trouble):
+    with Noting(trouble):
         days = (home.certificates.expires() - datetime.now(UTC)).days
         if days < WARN_DAYS:
             trouble.append(f"the certificate is good for {days} days more: homefire server renew")
-    with noting(trouble):
+    with Noting(trouble):
         home.certificates.read_authority()
     return days
 
@@ -330,13 +348,13 @@ def _certificate_days(home: OperatorHome, trouble: list[str]) -> int | None:
 def _signs(home: OperatorHome) -> list[str]:
     """What an operator should look at before it stops the run, or because it did."""
     found = list[str]()
-    with noting(found):
+    with Noting(found):
         if home.trouble:
             found.append(home.trouble)
-    with noting(found):
+    with Noting(found):
         if (free := disk_usage(home.folder).free) < LEAST_FREE:
             found.append(f"the disk of {home.folder} has {free / 1e6:.0f} MB left")
-    with noting(found):
+    with Noting(found):
         home.enrolment.check()
     return found
 

@@ -25,7 +25,7 @@ from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
 from homefire.server.registry_counts import read_counts
 from homefire.server.run_state import Federation, rounds_spent
-from homefire.server.status import Status, look, noting
+from homefire.server.status import Noting, Status, look
 
 LOG = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -198,7 +198,7 @@ class Supervisor:
         """How the server is; what cannot be read is trouble."""
         wrong = list[str]()
         found = Status(state=self.state, names=self._names)
-        with noting(wrong):
+        with Noting(wrong):
             found = look(self.home, state=self.state)
         processes = {
             child.name: {"runs": child.runs, "starts": child.starts} for child in self.children
@@ -207,7 +207,7 @@ class Supervisor:
         with suppress(HomefireError, OSError):  # the state tells
             online, door = self.control.nodes().get("online", 0), self.control.door()
         state = self.state
-        with noting(wrong):
+        with Noting(wrong):
             state = self._gathering(found, online)
         down = [
             f"{child.name} does not run: see logs/{child.name}.log"
