@@ -143,9 +143,12 @@ def stop(
     if undo and wait:
         raise typer.BadParameter("nothing ends with --undo", param_hint="--wait")
     need_server()
-    server, said = open_server(home), "It opens rounds again."
+    server = open_server(home)
     if undo:
         server.undo_drain()
+        starts = command_of("run", home)
+        none = f"No server runs here; it opens rounds when it is started: {starts}"
+        said = "It opens rounds again." if server.is_served() else none
     else:
         server.drain()
         back = command_of("stop --undo", home)

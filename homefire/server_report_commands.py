@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from homefire.server.operator_home import OperatorHome
     from homefire.server.registry_folder import Published
 
+SILENT = "running, but its page does not answer"
+
 
 @server_app.command()
 def status(
@@ -30,7 +32,12 @@ def status(
     home: ServerFolder = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """How the server is: rounds, devices, what was refused, what was spent."""
+    """How the server is: rounds, devices, what was refused, what was spent.
+
+    --check is about processes alone. What else may be wrong is under trouble,
+    and in the metrics homefire_trouble (how many things), homefire_halted (no
+    further round is opened) and homefire_certificate_days: set an alarm there.
+    """
     need_server()
     found = _status(open_server(home))
     if as_json:
@@ -46,7 +53,7 @@ def status(
 
 
 def _status(home: "OperatorHome") -> dict[str, Any]:
-    """From the server that runs here, or else from its files.
+    """From the server that runs here, or else from its files and whether its lock is held.
 
     Who answers at its port may be another server.
     """
@@ -62,7 +69,9 @@ def _status(home: "OperatorHome") -> dict[str, Any]:
         is_ours = found["server_key"] == home.server_key
     except (httpx.HTTPError, ValueError, LookupError, TypeError, ConfigError):
         is_ours = False
-    return found if is_ours else asdict(look(home))
+    if is_ours:
+        return found
+    return asdict(look(home, state=SILENT if home.is_served() else "stopped"))
 
 
 def _lines(found: dict[str, Any]) -> dict[str, str]:
@@ -72,12 +81,15 @@ def _lines(found: dict[str, Any]) -> dict[str, str]:
     def epsilon(value: float | None) -> str:
         return "∞" if value is None else f"{value:.2f}"
 
+    burnt = found.get("burnt", 0)  # a server that was started before an upgrade tells none
     lines = {
         "state": found["state"],
         "devices": f"{found['enrolled']} enrolled, {found['needed'] or '?'} needed, "
         f"{'?' if found['online'] is None else found['online']} here, "
         f"{found['tickets']} tickets open",
-        "rounds": f"{max(found['releases'], default=0)} of {found['planned_rounds'] or '?'}"
+        "rounds": f"{sum(number > 0 for number in found['releases'])} of "
+        f"{found['planned_rounds'] or '?'} released"
+        f"{', ' + str(burnt) + ' burnt' if burnt else ''}"
         f"{'' if found['run'] == 1 else ', run ' + str(found['run'])}",
     }
     if (budget := found["budget"]) is not None:

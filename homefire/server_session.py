@@ -32,11 +32,12 @@ def open_server(folder: Path) -> "OperatorHome":
     """The server of a folder.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or it is another account's.
     """
     from homefire.server.operator_home import OperatorHome
 
     home = OperatorHome(folder.expanduser().absolute())  # its processes work elsewhere
+    home.check_owner()
     _ = home.config  # which says whether there is a server
     return home
 

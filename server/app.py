@@ -76,6 +76,7 @@ def _run_operated(grid: Grid, home: OperatorHome) -> None:
         left = {device.identity for device in enrolment.devices()}
         return sum(device.identity not in left for device in taking_part)
 
+    home.certificates.read_authority()  # which names what is wrong with it
     line = HttpLine(
         home.config.private,
         authority=home.certificates.authority,

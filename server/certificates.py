@@ -24,6 +24,11 @@ CLOCK_SKEW = timedelta(hours=1)
 AUTHORITY, AUTHORITY_KEY, SERVER = "ca.crt", "ca.key", "server.pem"
 
 COPY = "Put its copy in place: devices trust no other authority."
+AUTHORITY_COPY = (
+    "Put its copy in place, from the backup (once.tar): without it no new device can enrol, and "
+    "the server's own programs do not trust each other. Where it is lost for good, it takes a new "
+    "server: homefire server init in another folder."
+)
 
 PrivateKey = ec.EllipticCurvePrivateKey
 
@@ -47,6 +52,15 @@ class Certificates:
     def server(self) -> Path:
         """The server's key and certificate, in one file: they change together."""
         return self.folder / SERVER
+
+    def read_authority(self) -> str:
+        """What devices trust, PEM.
+
+        Raises:
+            ConfigError: It is missing or none; a new one would be none that devices trust.
+        """
+        found = _read_certificate(self.authority, hint=AUTHORITY_COPY)
+        return found.public_bytes(serialization.Encoding.PEM).decode("ascii")
 
     def make(self, names: Sequence[str]) -> None:
         """Make an authority, and a certificate for these names.
@@ -98,7 +112,7 @@ class Certificates:
         return _read_certificate(self.server, hint=hint).not_valid_after_utc
 
     def _sign(self, subjects: x509.SubjectAlternativeName) -> None:
-        authority = _read_certificate(self.authority)
+        authority = _read_certificate(self.authority, hint=AUTHORITY_COPY)
         authority_key = _read_key(self.folder / AUTHORITY_KEY)
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "homefire server")])
@@ -175,7 +189,7 @@ def _pem(key: PrivateKey) -> bytes:
 def _read_certificate(path: Path, *, hint: str = COPY) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, x509.InvalidVersion) as error:
         raise ConfigError(f"{path}: no certificate ({_reason(error)})", hint=hint) from error
 
 

@@ -79,7 +79,8 @@ class _Bearer:
 class Control:
     """Calls to one server's SuperLink.
 
-    Every method raises FederationError where it does not answer.
+    Every method raises FederationError where it does not answer, and ConfigError where the server's
+    authority or the operator's secret cannot be read.
 
     Attributes:
         home: Of the server.
@@ -127,7 +128,7 @@ class Control:
         try:
             answer = httpx.get(
                 f"https://{self._address}/homefire/v1/door",
-                verify=ssl.create_default_context(cafile=self.home.certificates.authority),
+                verify=ssl.create_default_context(cadata=self.home.certificates.read_authority()),
                 timeout=5,
                 trust_env=False,  # no proxy stands before this machine
             )
@@ -152,7 +153,7 @@ class Control:
         client = ControlHttpClient.from_server_address(
             self._address,
             insecure=False,
-            root_certificates=self.home.certificates.authority.read_bytes(),
+            root_certificates=self.home.certificates.read_authority().encode(),
             interceptors=[_Bearer(secret)],
         )
         try:

@@ -6,7 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -28,6 +28,7 @@ from homefire.server.cohorts import cohort_of
 from homefire.server.inbox import Answer, Inbox
 from homefire.server.line import Asking, Line
 from homefire.server.nodes import Nodes, ascending
+from homefire.server.round_log import RoundLog as RoundLog
 from homefire.server.run_state import (
     Federation,
     RunState,
@@ -51,31 +52,6 @@ LARGEST_ENVELOPE = 1 << 17
 ROOM, ROOM_EACH = 1 << 18, 32
 """Bytes for a round's lines, and for each parameter: twice a checkpoint's two moments, a release
 and its copy in the registry."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoundLog:
-    """One line of the operator's log; exact counts never leave it.
-
-    Attributes:
-        round: From 1.
-        cohort: How many devices were asked.
-        accepted: How many contributions are in the sum.
-        dropped: Bad, missing and late ones by reason.
-        refused: Refusals by reason.
-        train_loss: Noisy.
-        clipped_share: Noisy.
-        seconds: Wall time.
-    """
-
-    round: int
-    cohort: int
-    accepted: int
-    dropped: dict[str, int]
-    refused: dict[str, int]
-    train_loss: float | None
-    clipped_share: float | None
-    seconds: float
 
 
 def run_federation(

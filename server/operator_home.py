@@ -18,7 +18,9 @@
         *.lock                  held by what runs here
 """
 
+import math
 import os
+import pwd
 import re
 import secrets
 import shlex
@@ -63,6 +65,32 @@ class OperatorHome:
     """
 
     folder: Path
+
+    def check_owner(self) -> None:
+        """Refuse a folder of another account, before anything is read or made in it.
+
+        Guarantees:
+            Its owner's alone: no other account, root among them, makes files in a server's folder
+                that its own account could not use.
+
+        Raises:
+            ConfigError: It is another account's, or this one may not look at it.
+        """
+        try:
+            owner = self.folder.stat().st_uid
+        except PermissionError as error:
+            raise ConfigError(
+                f"{self.folder}: the account {_account(os.geteuid())} may not look at it",
+                hint=f"Run this as the account whose server it is: {_sudo('ACCOUNT')}.",
+            ) from error
+        except OSError:  # there is none
+            return
+        if owner != os.geteuid():
+            name = _account(owner)
+            raise ConfigError(
+                f"{self.folder} belongs to the account {name}, not to {_account(os.geteuid())}",
+                hint=f"Run this as that account: {_sudo(name)}.",
+            )
 
     @property
     def config(self) -> ServerConfig:
@@ -186,6 +214,17 @@ class OperatorHome:
             ) from error
         return [device for device in self.enrolment.ever() if device.identity in keys]
 
+    def quorum(self) -> tuple[int, int]:
+        """How many devices must be here before a round is opened, and how many take part.
+
+        Raises:
+            HomefireError: As `participants` and `federation`.
+        """
+        taking_part, left = self.participants(), self.enrolment.devices()
+        enrolled = {device.identity for device in left}
+        still = sum(device.identity in enrolled for device in taking_part)
+        return math.ceil(self.federation().federation.quorum * still), len(taking_part)
+
     def begin_next(self, *, give_up: bool = False) -> str:
         """Make another run, after the newest one is over; `homefire server run` begins it.
 
@@ -302,13 +341,13 @@ class OperatorHome:
         """Tickets for new devices.
 
         Raises:
-            ConfigError: There is no server here.
+            ConfigError: There is no server here, or its authority or signing key is gone.
             OSError: They could not be kept; none is good.
         """
         config, enrolment = self.config, self.enrolment
         seconds = 3600 * config.ticket_hours
         superlink, registry = map(self.for_devices, (config.fleet, config.registry))
-        authority = self.certificates.authority.read_text(encoding="ascii")
+        authority = self.certificates.read_authority()
         return [
             Ticket(
                 superlink=superlink,
@@ -356,6 +395,18 @@ def init(
     # Last: whoever finds this file finds all of it.
     write_atomically(folder / SERVER, server_toml(config).encode(), mode=0o600)
     return home
+
+
+def _account(number: int) -> str:
+    """An account by name; one without a name by number, as `sudo -u` takes it."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"#{number}"
+
+
+def _sudo(account: str) -> str:
+    return f"sudo -u {shlex.quote(account)} homefire server …"
 
 
 def _make_folders(folder: Path) -> None:

@@ -86,8 +86,12 @@ def _families(status: Status) -> list[Metric]:
         ("homefire_devices_enrolled", "Devices that are enrolled", status.enrolled),
         ("homefire_devices_online", "Devices that are here", status.online),
         ("homefire_tickets_open", "Tickets that can still be redeemed", status.tickets),
-        ("homefire_rounds_released", "Rounds that were released", _newest(status)),
+        ("homefire_rounds_released", "Rounds that were released", status.released),
+        ("homefire_rounds_burnt", "Rounds that were spent without a release", status.burnt),
         ("homefire_rounds_planned", "Rounds of the run", status.planned_rounds),
+        ("homefire_trouble", "Things to look at", len(status.trouble)),
+        ("homefire_halted", "1 where something keeps rounds from being opened", int(status.halted)),
+        ("homefire_certificate_days", "For which the certificate is good", status.certificate_days),
     ]
     if status.published:
         newest = status.published[-1]["number"]
@@ -144,7 +148,3 @@ def _labelled(name: str, said: str, label: str, values: dict[str, Any]) -> Metri
     for key, value in sorted(values.items()):
         family.add_metric([key], value)
     return family
-
-
-def _newest(status: Status) -> int:
-    return max(status.releases, default=0)

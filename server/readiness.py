@@ -29,6 +29,7 @@ def check_ready(home: OperatorHome) -> HomefireError | None:
     _ = home.server_key
     for name in (EXECUTOR_SECRET, OPERATOR_SECRET):
         home.read_secret(name)
+    home.certificates.read_authority()
     home.certificates.expires()
     check_ports(home.config)
     try:

@@ -12,6 +12,7 @@ Entries, in the order in which they may come:
 A round is charged when it is opened and its number is never used again, whatever becomes of it.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,39 @@ from homefire.common.keystore import Keystore
 from homefire.common.privacy.ledger import Anchor, Ledger
 
 KIND = "releases"
+
+
+def newest_round(path: Path) -> tuple[int, bool]:
+    """The round that was opened last, by a ledger's file as it stands there; 0 before the first.
+
+    Nothing is checked, and nobody is kept from writing: for a number that is only shown.
+
+    Args:
+        path: Of the ledger.
+
+    Returns:
+        Its number, and whether it was burnt.
+
+    Raises:
+        LedgerError: A line is none of a ledger's.
+        OSError: It cannot be read.
+    """
+    if not path.exists():
+        return 0, False
+    opened, burnt = 0, False
+    content = path.read_bytes()
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            entry = json.loads(line)["entry"]
+            if entry["kind"] in ("open", "burnt"):
+                opened, burnt = int(entry["round"]), entry["kind"] == "burnt"
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise LedgerError(
+                f"{path}, line {number}: cannot be read",
+                hint="Put the newest copy of the run's folder in place, or give the run up: "
+                "homefire server next --give-up",
+            ) from error
+    return opened, burnt
 
 
 @dataclass(slots=True)

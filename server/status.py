@@ -3,20 +3,20 @@
 Nothing here is of one device: no key, address or number of a node, no time of a contribution.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from pathlib import Path
 from shutil import disk_usage
 from time import time
+from types import TracebackType
 from typing import Any, get_args
 
 from homefire.common.config import FederationConfig
-from homefire.common.errors import AdapterError, HomefireError, LedgerError
+from homefire.common.errors import AdapterError, HomefireError
+from homefire.common.files import DISK_HINT
 from homefire.common.printable import printable
 from homefire.common.privacy.mechanism import NoPrivacy
 from homefire.common.privacy.statement import epsilon_known_cohort, epsilon_release
@@ -27,7 +27,9 @@ from homefire.server.operator_home import OperatorHome
 from homefire.server.planning import PrivacyPlan, plan_privacy
 from homefire.server.registry import REGISTRY
 from homefire.server.registry_folder import DAY, newest_statements
-from homefire.server.run_state import Federation
+from homefire.server.round_log import read_rounds
+from homefire.server.run_ledger import newest_round
+from homefire.server.run_state import LEDGER, Federation
 
 SHOWN_ROUNDS, SHOWN_RELEASES = 500, 20
 NUMBER_BYTES = 4
@@ -52,6 +54,10 @@ LEAST_FREE = 256 << 20  # bytes
 WARN_DAYS = 30
 
 
+STANDING = ("halted", "waiting")
+"""How the words of a state begin in which no round is opened."""
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What the releases cost so far, and what they will have cost at the end.
@@ -63,7 +69,8 @@ class Budget:
         epsilon_end: Against whoever has all that are planned.
         epsilon_known_cohort_now: Against one who knows as well who took part when.
         epsilon_known_cohort_end: Likewise at the end.
-        rounds_left: How many are still to be released.
+        rounds_left: How many can still be released, the one under way among them: burnt ones count
+            as spent.
     """
 
     mechanism: str
@@ -93,21 +100,28 @@ class Status:
         needed: Devices that the run starts with.
         tickets: That can still be redeemed.
         online: Devices that are here; None where the SuperLink does not answer.
-        rounds: The newest rounds, oldest first; see `RoundLog`.
+        rounds: The newest rounds, oldest first; see
+            `homefire.server.round_log.RoundLog`.
         run: Number of the newest run.
         planned_rounds: Of the newest run.
         dropped: Contributions that are in no sum, by reason.
         refused: Devices' refusals, by reason.
+        burnt: Rounds of the newest run that were opened, have no release and will have none.
+        under_way: Whether a round of it is open now.
         bytes_up: Of all contributions that are in a sum.
         bytes_down: Of the releases in all plans.
         budget: None where the settings cannot be read.
         door: Requests at the public listener: `served`, and `refused` by reason.
         registry: What the registry `answered` and `refused` by name, and `bytes_sent`.
-        releases: Rounds of the newest run that have one.
+        releases: Rounds of the newest run that have one; 0 is its start, and no round.
         published: The newest releases of all runs, oldest first: `number`, `run` (the first digits
             of its id), `round`, `epsilon` (what its run promises; None without bound), and
             `issued_at` and `expires_at` in seconds since 1970.
         trouble: What the operator should look at; nothing if all is well.
+        certificate_days: For which the certificate in the folder is still good; None where it
+            cannot be read.
+        halted: Whether no further round is opened until something is mended, or a part of the
+            server runs again; not while too few are enrolled for the run to begin.
     """
 
     state: str
@@ -121,6 +135,8 @@ class Status:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     run: int = 1
     planned_rounds: int | None = None
+    burnt: int = 0
+    under_way: bool = False
     dropped: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
     bytes_up: int = 0
@@ -131,6 +147,13 @@ class Status:
     releases: list[int] = field(default_factory=list)
     published: list[dict[str, Any]] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
+    certificate_days: int | None = None
+    halted: bool = field(init=False)
+
+    @property
+    def released(self) -> int:
+        """How many rounds of the newest run have a release."""
+        return sum(number > 0 for number in self.releases)
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -148,6 +171,8 @@ class Status:
             put("registry", _of_registry(self.registry))
         put("rounds", [_plain(each) for each in self.rounds])
         put("published", [_of_release(each) for each in self.published])
+        is_gathering = not self.releases and self.enrolled < (self.needed or 0)
+        put("halted", self.state.startswith(STANDING) and not is_gathering)
 
 
 def plain(words: str) -> str:
@@ -165,7 +190,7 @@ def only(counts: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
 
 
 def _plain(each: Mapping[str, Any]) -> dict[str, Any]:
-    """What is told of a round; see `homefire.server.federation.RoundLog`."""
+    """What is told of a round; see `homefire.server.round_log.RoundLog`."""
     numbers = ("round", "cohort", "accepted", "train_loss", "clipped_share", "seconds")
     by_name = {"dropped": DROPPED, "refused": REFUSED}
     return {name: each.get(name) for name in numbers} | {
@@ -192,28 +217,31 @@ def _of_release(each: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def look(home: OperatorHome, *, state: str = "stopped") -> Status:
-    """What the files of a server say.
+    """What the files of a server say; what cannot be read is trouble, and the rest is told.
 
     Raises:
-        ConfigError: There is no server.
-        LedgerError: Its file of enrolments is damaged.
+        ConfigError: There is no server, or no run.
     """
-    config, enrolment, trouble = home.config, home.enrolment, list[str]()
-    rounds = read_rounds(home.output / "rounds.jsonl")
-    releases = sorted(int(path.stem) for path in (home.output / "releases").glob("[0-9]*"))
-    federation, budget, size = None, None, 0
+    config, output, trouble = home.config, home.output, list[str]()
     server_key, published = "", list[dict[str, Any]]()
-    try:
+    with Noting(trouble):
         server_key = home.server_key
         published = _published(home, server_key)
-    except HomefireError as error:
-        trouble.append(error.in_full)
-    try:
+    rounds = list[dict[str, Any]]()
+    with Noting(trouble):
+        rounds = read_rounds(output / "rounds.jsonl")
+    releases, burnt, under_way = _spent(home, trouble)
+    federation, budget, size = None, None, 0
+    with Noting(trouble):
         federation = home.federation()
         size, stated = _newest(home)
-        budget = budget_of(federation, released=max(releases, default=0), stated=stated)
-    except HomefireError as error:
-        trouble.append(error.in_full)
+        newest = max(releases, default=0)
+        spent = burnt + sum(number > 0 for number in releases)
+        budget = budget_of(federation, released=newest, spent=spent, stated=stated)
+    enrolled = tickets = 0
+    with Noting(trouble):
+        enrolled, tickets = len(home.enrolment.devices()), home.enrolment.open_tickets()
+    days = _certificate_days(home, trouble)
     trouble += [*_signs(home), *_expiry(published, time())]
     dropped, refused = Counter[str](), Counter[str]()
     for each in rounds:
@@ -223,12 +251,14 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         state=state,
         names=config.names,
         server_key=server_key,
-        enrolled=len(enrolment.devices()),
+        enrolled=enrolled,
         needed=None if federation is None else federation.users,
-        tickets=enrolment.open_tickets(),
+        tickets=tickets,
         rounds=rounds[-SHOWN_ROUNDS:],
-        run=int(home.output.name),
+        run=int(output.name),
         planned_rounds=None if federation is None else federation.federation.rounds,
+        burnt=burnt,
+        under_way=under_way,
         dropped=dict(dropped),
         refused=dict(refused),
         bytes_up=NUMBER_BYTES * (size + STATISTICS) * sum(each["accepted"] for each in rounds),
@@ -237,7 +267,54 @@ def look(home: OperatorHome, *, state: str = "stopped") -> Status:
         releases=releases,
         published=published,
         trouble=trouble,
+        certificate_days=days,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Noting:
+    """Lets what a block fails of be trouble, in words that name the file, and goes on after it.
+
+    Attributes:
+        trouble: Where the words go.
+    """
+
+    trouble: list[str]
+
+    def __enter__(self) -> None:
+        """Nothing."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        match error:
+            case HomefireError():
+                self.trouble.append(error.in_full)
+            case OSError():
+                self.trouble.append(f"{error}. {DISK_HINT}")
+            case _:
+                return False
+        return True
+
+
+def _spent(home: OperatorHome, trouble: list[str]) -> tuple[list[int], int, bool]:
+    """Rounds of the newest run that have a release, how many are burnt, and if one is under way.
+
+    In this order, so that a round that is released meanwhile does not count as burnt: what was
+    opened, whether a ServerApp is at work on it, what was released.
+    """
+    opened, given_up, at_work = 0, False, False
+    with Noting(trouble):
+        opened, given_up = newest_round(home.output / LEDGER)
+        at_work = home.is_at_work()
+    releases = Federation.store_of(home.output).rounds()
+    newest = max(releases, default=0)
+    under_way = at_work and opened > newest and not given_up
+    over = max(opened, newest) - under_way
+    return releases, over - sum(number > 0 for number in releases), under_way
 
 
 def _published(home: OperatorHome, server_key: str) -> list[dict[str, Any]]:
@@ -256,18 +333,29 @@ def _published(home: OperatorHome, server_key: str) -> list[dict[str, Any]]:
     ]
 
 
+def _certificate_days(home: OperatorHome, trouble: list[str]) -> int | None:
+    """For how long the certificate is good, and what is wrong with it or with its authority."""
+    days = None
+    with Noting(trouble):
+        days = (home.certificates.expires() - datetime.now(UTC)).days
+        if days < WARN_DAYS:
+            trouble.append(f"the certificate is good for {days} days more: homefire server renew")
+    with Noting(trouble):
+        home.certificates.read_authority()
+    return days
+
+
 def _signs(home: OperatorHome) -> list[str]:
     """What an operator should look at before it stops the run, or because it did."""
-    found = [home.trouble] if home.trouble else []
-    if (free := disk_usage(home.folder).free) < LEAST_FREE:
-        found.append(f"the disk of {home.folder} has {free / 1e6:.0f} MB left")
-    left = (home.certificates.expires() - datetime.now(UTC)).days
-    if left < WARN_DAYS:
-        found.append(f"the certificate is good for {left} days more: homefire server renew")
-    try:
+    found = list[str]()
+    with Noting(found):
+        if home.trouble:
+            found.append(home.trouble)
+    with Noting(found):
+        if (free := disk_usage(home.folder).free) < LEAST_FREE:
+            found.append(f"the disk of {home.folder} has {free / 1e6:.0f} MB left")
+    with Noting(found):
         home.enrolment.check()
-    except LedgerError as error:
-        found.append(error.in_full)
     return found
 
 
@@ -285,22 +373,23 @@ def _expiry(published: list[dict[str, Any]], now: float) -> list[str]:
     ]
 
 
-def read_rounds(path: Path) -> list[dict[str, Any]]:
-    """The operator's log; a line that a kill has cut is none."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
-
-
 def budget_of(
-    config: FederationConfig, *, released: int, stated: Mapping[str, Any] | None = None
+    config: FederationConfig,
+    *,
+    released: int,
+    spent: int | None = None,
+    stated: Mapping[str, Any] | None = None,
 ) -> Budget:
     """What a run's releases cost after so many rounds.
 
     Args:
         config: The run's settings.
-        released: Rounds that have a release.
+        released: The number of the newest round that has a release. Epsilon is that of all rounds
+            up to it, also of those that were burnt: it is no lower than what their releases would
+            have made it.
+        spent: Rounds that are over, released or burnt, which leave fewer to be released; those that
+            were burnt after the newest release add to no epsilon before another release does. By
+            default as many as `released`.
         stated: What the newest release says of itself: where it states more than the settings do,
             devices refused because they took part before, and nothing is amplified any more.
 
@@ -312,9 +401,10 @@ def budget_of(
     if unamplified := stated is not None and claim != plan.statement.epsilon_release:
         plan = plan.without_amplification()
     mechanism, rounds, delta = plan.mechanism, config.federation.rounds, config.privacy.delta
+    left = rounds - max(released, spent or 0)
     named = plan.statement.mechanism
     if isinstance(mechanism, NoPrivacy) or delta is None:
-        return Budget(named, delta, None, None, None, None, rounds - released)
+        return Budget(named, delta, None, None, None, None, left)
     now: float | None = 0.0
     known: float | None = 0.0
     if released:
@@ -327,7 +417,7 @@ def budget_of(
         epsilon_end=plan.statement.epsilon_release,
         epsilon_known_cohort_now=known,
         epsilon_known_cohort_end=plan.statement.epsilon_known_cohort,
-        rounds_left=rounds - released,
+        rounds_left=left,
     )
 
 

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from homefire.common.errors import HomefireError
 from homefire.common.files import DISK_HINT
@@ -23,7 +25,7 @@ from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, EXECUTOR_SECRET, OperatorHome
 from homefire.server.registry_counts import read_counts
 from homefire.server.run_state import Federation, rounds_spent
-from homefire.server.status import Status, look
+from homefire.server.status import Noting, Status, look
 
 LOG = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -158,6 +160,7 @@ class Supervisor:
     control: Control = field(init=False)
     children: list[Child] = field(init=False)
     state: str = "starting"
+    _names: tuple[str, ...] = ()
     _run: int | None = None
     _last_start: int = 0
     _gone_since: float | None = None
@@ -170,6 +173,7 @@ class Supervisor:
     def __post_init__(self) -> None:
         self.control = Control(self.home)
         folder, config = self.home.folder.absolute(), self.home.config
+        self._names = config.names
         parent = ["--parent", str(os.getpid())]
         own, listen = ["--home", str(folder), *parent], ["--listen", config.registry]
         executor = [*parent, "--lock", str(folder / APP_LOCK)]
@@ -191,23 +195,37 @@ class Supervisor:
             child.inherited = self.inherited
 
     def status(self) -> Status:
-        """How the server is."""
-        found = look(self.home, state=self.state)
+        """How the server is; what cannot be read is trouble."""
+        wrong = list[str]()
+        found = Status(state=self.state, names=self._names)
+        with Noting(wrong):
+            found = look(self.home, state=self.state)
         processes = {
             child.name: {"runs": child.runs, "starts": child.starts} for child in self.children
         }
-        try:
+        online, door = None, dict[str, Any]()
+        with suppress(HomefireError, OSError):  # the state tells
             online, door = self.control.nodes().get("online", 0), self.control.door()
-        except HomefireError:
-            online, door = None, {}
+        state = self.state
+        with Noting(wrong):
+            state = self._gathering(found, online)
         down = [
             f"{child.name} does not run: see logs/{child.name}.log"
             for child in self.children
             if child.starts > 1 and not child.runs
         ]
-        trouble = [*found.trouble, *down]
+        trouble = [*found.trouble, *wrong, *down]
         asked = replace(found, door=door, registry=read_counts(self.home.folder))
-        return replace(asked, processes=processes, online=online, trouble=trouble)
+        return replace(asked, state=state, processes=processes, online=online, trouble=trouble)
+
+    def _gathering(self, found: Status, online: int | None) -> str:
+        """The state, and of a run that waits for devices before its next round, for how many."""
+        if self.state != RUNNING or found.under_way or online is None or not found.releases:
+            return self.state
+        needed, taking_part = self.home.quorum()
+        if online >= needed:
+            return self.state
+        return f"{RUNNING}: {online} of {taking_part} devices are here, {needed} are needed"
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Keep everything running until `stop` is set; then end it all."""
@@ -292,7 +310,7 @@ class Supervisor:
     def _running(self) -> str:
         """What is said of a run that is under way."""
         if self._fruitless < MOST_FRUITLESS:
-            return "running"
+            return RUNNING
         ended = f"the ServerApp ended {self._fruitless} times before it opened a round"
         return f"waiting: {ended}; see logs/serverapp.log and logs/executor.log"
 
@@ -306,7 +324,7 @@ class Supervisor:
         return gone is not None and time.monotonic() - gone >= GONE_SECONDS
 
 
-DRAINED = "drained"
+RUNNING, DRAINED = "running", "drained"
 ENDED = "the run is over: releases are served"
 
 

@@ -98,7 +98,7 @@ def test_every_metric_and_no_other_is_told() -> None:
     budget = Budget("banded-sqrt", 1e-6, 1.0, 2.0, 1.0, 2.0, 1)
     last = {"round": 1, "cohort": 1, "accepted": 1, "seconds": 1.0}
     few = Status("running", ("x",), online=1, planned_rounds=2, rounds=[last], budget=budget)
-    full = replace(few, published=[{"number": 1}])
+    full = replace(few, published=[{"number": 1}], certificate_days=300)
     told = re.findall(r"`(homefire_[a-z_]+)`", OPERATING.read_text(encoding="utf-8"))
     made = re.findall(r"^# TYPE (\S+) ", metrics(full).decode(), re.MULTILINE)
     assert set(told) == set(made)

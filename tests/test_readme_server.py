@@ -15,9 +15,9 @@ from homefire.common.keystore import Keystore
 from homefire.common.loopback import free_ports
 from homefire.server.operator_home import OperatorHome
 from homefire.server.registry import open_home
+from homefire.server.round_log import read_rounds
 from homefire.server.run_ledger import RunLedger
 from homefire.server.run_state import LEDGER
-from homefire.server.status import read_rounds
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 400  # on busy cores

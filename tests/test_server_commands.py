@@ -1,6 +1,8 @@
 """`homefire server`: the verbs that need no device, and what they leave on the disk."""
 
 import json
+import os
+import pwd
 import re
 import shlex
 import shutil
@@ -100,8 +102,6 @@ def test_everything_of_init_is_the_owners_alone(home: Path) -> None:
 def test_everything_is_the_owners_alone_whatever_the_umask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     before = os.umask(0)
     try:
         run("init", "--host", "fed.example.org", "--home", str(tmp_path / "open"))
@@ -277,6 +277,23 @@ def test_status_is_of_this_server_where_another_answers(home: Path, told: str) -
         assert json.loads(run("status", "--json"))["enrolled"] == 5
 
 
+def test_a_server_that_runs_and_does_not_answer_is_not_stopped(home: Path) -> None:
+    operated = OperatorHome(home)
+    with operated.alone():
+        said = "running, but its page does not answer"
+        assert said in run("status")
+        assert server("status", "--check").exit_code == 1
+
+        def fails(_: object) -> None:
+            raise OSError("the disk is gone")
+
+        app = Starlette(routes=[Route("/status.json", fails)])
+        with served_on_a_port(app) as url:
+            point_at(operated, url)
+            assert json.loads(run("status", "--json"))["state"] == said
+    assert json.loads(run("status", "--json"))["state"] == "stopped"
+
+
 def point_at(home: OperatorHome, url: str) -> None:
     """Let a folder's settings name the port where something is served."""
     path, port = home.folder / "server.toml", url.rpartition(":")[2].strip("/")
@@ -364,6 +381,59 @@ def test_no_other_key_is_drawn_where_the_servers_is_gone(home: Path) -> None:
     key.write_bytes(kept)
     key.chmod(0o600)
     assert KEY.fullmatch(run("key").strip())
+
+
+def test_a_lost_authority_is_said_with_its_remedy(home: Path) -> None:
+    path = home / "tls" / "ca.crt"
+    kept = path.read_bytes()
+    for spoil in (path.unlink, lambda: path.write_bytes(b"garbage")):
+        spoil()
+        error = refused("enroll")
+        assert f"{path}: no certificate" in str(error)
+        assert isinstance(error, ConfigError)
+        assert "from the backup" in error.hint
+        found = json.loads(run("status", "--json"))
+        (said,) = found["trouble"]
+        assert f"{path}: no certificate" in said
+        assert found["needed"] == 1500
+    assert not (home / "enrolment.jsonl").exists()
+    path.write_bytes(kept)
+    assert json.loads(run("status", "--json"))["trouble"] == []
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda home: (home / "runs" / "0001" / "rounds.jsonl").write_text("[]\n"),
+        lambda home: (home / "runs" / "0001" / LEDGER).write_text("{}\n"),
+        lambda home: (home / "enrolment.jsonl").write_text("}{\n"),
+        lambda home: (home / "tls" / "server.pem").unlink(),
+        lambda home: (home / "trouble").mkdir(),
+        lambda home: (home / "federation.toml").unlink(),
+    ],
+)
+def test_what_is_damaged_is_trouble_and_the_rest_is_told(
+    home: Path, spoil: Callable[[Path], None]
+) -> None:
+    publish(home, 2)
+    spoil(home)
+    found = json.loads(run("status", "--json"))
+    assert found["trouble"]
+    assert all(str(home) in said for said in found["trouble"])
+    assert (len(found["published"]), found["names"]) == (2, ["fed.example.org"])
+    assert "trouble" in run("status")
+
+
+def test_burnt_rounds_are_told_apart(home: Path) -> None:
+    store = ReleaseStore(OperatorHome(home).output / "releases")
+    key = Keystore(home / SERVER_KEYS).signing_key(SIGNING_KEY)
+    assert "burnt" not in run("status")
+    for number in (0, 1, 2, 5):
+        store.write(number, vector(number), about(), key)
+    assert "3 of 40 released, 2 burnt" in run("status")
+    found = json.loads(run("status", "--json"))
+    assert (found["burnt"], found["budget"]["rounds_left"]) == (2, 35)
+    assert found["budget"]["epsilon_now"] > 0
 
 
 def test_releases_before_the_first(home: Path) -> None:
@@ -490,7 +560,10 @@ def test_stop_and_undo(home: Path) -> None:
         run("stop", "--undo")
         assert not operated.is_draining()
         assert "a server runs here already" in str(refused("run"))
-    run("stop", "--undo")
+        assert "It opens rounds again." in run("stop", "--undo")
+    said = run("stop", "--undo")
+    assert "again" not in said
+    assert "it opens rounds when it is started: homefire server run" in said
 
 
 # Run and stop
@@ -515,6 +588,7 @@ def name_model(home: Path, name: str) -> None:
         (lambda home: name_model(home, "smollm2-135m"), "is not fetched yet"),
         (lambda home: (home / "federation.toml").unlink(), "no such file"),
         (lambda home: (home / "tls" / "server.pem").unlink(), "no certificate"),
+        (lambda home: (home / "tls" / "ca.crt").unlink(), "ca.crt: no certificate"),
         (lambda home: (home / "secrets" / "executor").write_text(""), "not a secret"),
         (lambda home: (home / "secrets" / "operator").write_text("a"), "not a secret"),
         (lambda home: (home / "keys" / "server-signing").unlink(), "no signing key"),
@@ -653,16 +727,27 @@ def test_run_starts_nothing_where_a_port_is_in_use(tmp_path: Path) -> None:
     assert not list((folder / "flower").iterdir())
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        *("enroll", "run", "status", "stop", "releases", "next", "devices", "renew", "key"),
-    ],
-)
+VERBS = ("enroll", "run", "status", "stop", "releases", "next", "devices", "renew", "key")
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_verbs_need_a_server(verb: str, tmp_path: Path) -> None:
     error = refused(verb, "--home", str(tmp_path / "none"))
     assert "there is no server here" in str(error)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_by_another_account_leaves_nothing(
+    home: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(home.rglob("*"))
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    error = refused(verb)
+    assert f"{home} belongs to the account {owner}, not to #54321" in str(error)
+    assert f"sudo -u {owner} homefire server" in error.hint
+    assert sorted(home.rglob("*")) == before
 
 
 def test_nothing_is_served_without_tls() -> None:

@@ -108,6 +108,7 @@ function registry(told) {
 function mood(status) {
   const first = status.state.split(":")[0].split(" ")[0];
   if (first === "halted" || Object.values(status.processes).some((each) => !each.runs)) return "bad";
+  if (status.state.startsWith("running:")) return "warn"; // for more devices
   if (first === "running" || first === "draining") return "good";
   return first === "waiting" || first === "starting" ? "warn" : "";
 }
@@ -128,23 +129,25 @@ function privacy(budget) {
 }
 
 function show(status) {
-  const { rounds, budget } = status;
-  const newest = Math.max(0, ...status.releases);
+  const { rounds, budget, burnt } = status;
+  const released = status.releases.filter((round) => round > 0).length;
   const planned = status.planned_rounds;
   $("names").textContent = status.names.join(", ");
   $("state").textContent = status.state;
   $("state").className = `state ${mood(status)}`;
-  document.title = `${planned ? `${newest}/${planned} · ` : ""}homefire server`;
+  document.title = `${planned ? `${released}/${planned} · ` : ""}homefire server`;
   $("notice").hidden = status.trouble.length === 0;
   $("notice").querySelector("ul").replaceChildren(...status.trouble.map((text) => {
     const made = document.createElement("li");
     made.textContent = text;
     return made;
   }));
-  large("rounds", whole.format(newest), planned ? `of ${whole.format(planned)}` : "");
-  meter("progress", planned ? 100 * newest / planned : 0);
-  const run = status.run > 1 ? `run ${whole.format(status.run)}; ` : "";
-  $("rounds-left").textContent = budget ? `${run}${whole.format(budget.rounds_left)} left` : run;
+  large("rounds", whole.format(released), planned ? `of ${whole.format(planned)}` : "");
+  meter("progress", planned ? 100 * released / planned : 0);
+  const run = status.run > 1 ? [`run ${whole.format(status.run)}`] : [];
+  const spent = burnt > 0 ? [`${whole.format(burnt)} burnt`] : [];
+  const left = budget ? [`${whole.format(budget.rounds_left)} left`] : [];
+  $("rounds-left").textContent = [...run, ...spent, ...left].join("; ");
   privacy(budget);
   large("online", status.online === null ? "–" : whole.format(status.online), `of ${whole.format(status.enrolled)}`);
   const needed = status.needed === null ? "" : `the run takes ${whole.format(status.needed)}; `;

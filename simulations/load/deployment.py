@@ -25,7 +25,7 @@ from homefire.client.progress import Advance, Reporter
 from homefire.common.loopback import LOOPBACK, free_ports
 from homefire.common.parent import ending
 from homefire.server.app import app as server_app
-from homefire.server.status import read_rounds
+from homefire.server.round_log import read_rounds
 from homefire.simulations.benchmarks.measured import Stopwatch
 from homefire.simulations.benchmarks.tiny_model import make_model
 from homefire.simulations.experiment import load_experiment

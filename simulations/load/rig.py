@@ -27,7 +27,7 @@ from homefire.server import operator_home
 from homefire.server.control import Control
 from homefire.server.enrolment import Request
 from homefire.server.operator_home import OperatorHome
-from homefire.server.status import read_rounds
+from homefire.server.round_log import read_rounds
 from homefire.simulations.load.keys import Keys
 from homefire.simulations.load.processes import Cost, cost, descendants
 from homefire.simulations.load.shape import Shape

@@ -123,6 +123,23 @@ def test_a_certificate_that_is_gone_can_be_made_anew_while_the_authority_is_ther
         assert "Put its copy in place" in caught.value.hint
 
 
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"\xff\x00", b"CUT"])
+def test_an_authority_that_cannot_be_read_is_named_with_its_remedy(
+    certificates: Certificates, content: bytes | None
+) -> None:
+    path = certificates.authority
+    assert certificates.read_authority() == path.read_text()
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:200] if content == b"CUT" else content)
+    for read in (certificates.read_authority, lambda: certificates.renew(NAMES)):
+        with pytest.raises(ConfigError, match=f"{path}: no certificate") as caught:
+            read()
+        assert "Put its copy in place, from the backup" in caught.value.hint
+        assert "new server" in caught.value.hint
+
+
 def test_without_an_authority_nothing_is_signed(tmp_path: Path) -> None:
     made = Certificates(tmp_path)
     for act in (lambda: made.renew(["a.example"]), made.expires):

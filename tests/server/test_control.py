@@ -16,7 +16,7 @@ from flwr.proto.control_pb2 import (
 )
 from tiny_operators import made_home
 
-from homefire.common.errors import FederationError
+from homefire.common.errors import ConfigError, FederationError
 from homefire.server import control as control_module
 from homefire.server.control import FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import OPERATOR_SECRET, OperatorHome
@@ -157,3 +157,13 @@ def test_where_nobody_listens_it_is_not_up(control: Control) -> None:
     assert not control.is_up()
     with pytest.raises(FederationError, match="does not answer"):
         control.door()
+
+
+@pytest.mark.parametrize("call", [Control.is_up, Control.door, Control.nodes, Control.start])
+def test_an_authority_that_is_gone_is_named(
+    home: OperatorHome, call: Callable[[Control], Any]
+) -> None:
+    path = home.certificates.authority
+    path.unlink()
+    with pytest.raises(ConfigError, match=f"{path}: no certificate"):
+        call(Control(home))

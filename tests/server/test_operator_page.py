@@ -68,7 +68,7 @@ BEFORE = Status(
     planned_rounds=40,
     budget=replace(BUDGET, epsilon_now=0.0, epsilon_known_cohort_now=0.0, rounds_left=40),
     door={"served": 8123, "refused": {"no such path": 41}},
-    releases=[0],
+    releases=[],
 )
 RUNNING = replace(
     BEFORE,
@@ -88,7 +88,9 @@ RUNNING = replace(
         "refused": {"too many calls": 31},
         "bytes_sent": 123_200_000,
     },
-    releases=list(range(13)),
+    releases=[0, *range(1, 7), *range(8, 14)],
+    burnt=1,
+    certificate_days=300,
     published=[release(number) for number in range(1, 13)],
 )
 NEARLY = replace(
@@ -96,6 +98,7 @@ NEARLY = replace(
     rounds=[round_log(number) for number in range(1, 381)],
     planned_rounds=400,
     releases=list(range(381)),
+    burnt=0,
     published=[release(number, run="fedc9876") for number in range(1361, 1381)],
     budget=replace(BUDGET, mechanism="gaussian", epsilon_now=7.71, rounds_left=20),
 )
@@ -221,6 +224,8 @@ def test_many_rounds_with_drop_outs(opened: Opened) -> None:
     told = "Since the registry started: asked for 48,211 times, downloaded 1,502 times, 123.2 MB"
     expect(page.locator("#asked-for")).to_have_text(told)
     expect(page.locator("#budget")).to_have_attribute("aria-valuenow", "29")
+    expect(page.locator("#rounds")).to_have_text("12 of 40")
+    expect(page.locator("#rounds-left")).to_have_text("1 burnt; 28 left")
     assert page.title() == "12/40 · homefire server"
 
 
@@ -249,6 +254,7 @@ def test_a_release_that_is_no_longer_good_is_marked(opened: Opened) -> None:
 @pytest.mark.slow
 def test_a_budget_that_is_nearly_spent_is_marked(opened: Opened) -> None:
     page = opened(lambda: NEARLY)
+    expect(page.locator("#rounds-left")).to_have_text("20 left")
     expect(page.locator("#budget")).to_have_class("meter full")
     expect(page.locator("#asked rect.accepted")).to_have_count(380)
     about = "δ = 1e-6, gaussian; ε = 2.31 for who knows the cohorts"
@@ -347,6 +353,31 @@ def test_metrics_are_what_prometheus_reads() -> None:
     assert "homefire_releases_published" not in read(BEFORE)
     assert "homefire_devices_online" not in read(DOWN)
     assert read(NONE)["homefire_rounds_released"] == {"": 1}
+    assert found["homefire_rounds_burnt"] == {"": 1}
+    assert found["homefire_certificate_days"] == {"": 300}
+    assert "homefire_certificate_days" not in read(BEFORE)
+
+
+@pytest.mark.parametrize(
+    ("status", "trouble", "halted"),
+    [
+        (BEFORE, 0, 0),
+        (RUNNING, 0, 0),
+        (DOWN, 3, 1),
+        (replace(RUNNING, state="halted: 5 rounds in a row were spent"), 0, 1),
+        (replace(RUNNING, state="running: 3 of 5 devices are here, 4 are needed"), 0, 0),
+        (replace(RUNNING, state="waiting: the disk is full", trouble=["a", "b"]), 2, 1),
+        (replace(BEFORE, state="waiting: the disk is full", enrolled=1500), 0, 1),
+        (replace(BEFORE, state="waiting: federation.toml is wrong", needed=None), 0, 1),
+        (replace(RUNNING, state="waiting: a ledger", enrolled=1499), 0, 1),
+        (NONE, 0, 0),
+    ],
+)
+def test_metrics_tell_of_trouble(status: Status, trouble: int, halted: int) -> None:
+    found = read(status)
+    assert found["homefire_trouble"] == {"": trouble}
+    assert found["homefire_halted"] == {"": halted}
+    assert asdict(status)["halted"] == bool(halted)
 
 
 COUNTS = st.dictionaries(
@@ -410,4 +441,5 @@ def test_allow_list_of_the_whole_text() -> None:
     assert CANARY.encode() not in metrics(status)
     found = read(status)
     assert found["homefire_requests_refused_total"] == {OTHER: 3}
+    assert (found["homefire_trouble"], found["homefire_halted"]) == ({"": 1}, {"": 0})
     assert found["homefire_registry_refused_total"] == {OTHER: 3}

@@ -43,6 +43,8 @@ SETTINGS: list[Spoil] = [
 ]
 FILES: list[Spoil] = [
     lambda home: home.certificates.server.unlink(),
+    lambda home: home.certificates.authority.unlink(),
+    lambda home: home.certificates.authority.write_text("garbage"),
     lambda home: home.secret(EXECUTOR_SECRET).write_text(""),
     lambda home: home.secret(OPERATOR_SECRET).write_text("a"),
     lambda home: (home.folder / "keys" / "server-signing").unlink(),

@@ -22,7 +22,7 @@ from homefire.common.keystore import Keystore
 from homefire.common.privacy.ledger import Ledger
 from homefire.server import federation as federation_module
 from homefire.server.federation import run_federation
-from homefire.server.run_ledger import KIND, RunLedger
+from homefire.server.run_ledger import KIND, RunLedger, newest_round
 from homefire.server.run_state import Federation, RunState
 
 FACTS: dict[str, Any] = {"run": "ab" * 16, "rounds": 3}
@@ -84,6 +84,36 @@ def test_what_was_written_is_read_again(ledger: RunLedger) -> None:
     follow(again, ("unamplified", 3), END)
     last = reopen(again)
     assert last.ended and last.unamplified
+
+
+def test_the_newest_round_is_told_while_the_ledger_is_open(ledger: RunLedger) -> None:
+    path = ledger.ledger._path
+    assert newest_round(path) == (0, False)
+    for step, number, told in (
+        ("start", 0, (0, False)),
+        ("open", 1, (1, False)),
+        ("burnt", 1, (1, True)),
+        ("open", 2, (2, False)),
+        ("sum", 2, (2, False)),
+        ("open", 3, (3, False)),
+        ("unamplified", 3, (3, False)),
+        ("burnt", 3, (3, True)),
+        ("end", 0, (3, True)),
+    ):
+        follow(ledger, (step, number))
+        assert newest_round(path) == told
+    with path.open("ab") as file:
+        file.write(b'{"entry": {"kind": "op')  # a kill has cut it
+    assert newest_round(path) == (3, True)
+
+
+def test_the_newest_round_of_no_ledger_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    assert newest_round(path) == (0, False)
+    for line in ("", "}{", "[]", '{"entry": 1}', '{"entry": {"kind": "open", "round": "x"}}'):
+        path.write_text(f'{{"entry": {{"kind": "start"}}}}\n{line}\n')
+        with pytest.raises(LedgerError, match=r"ledger.jsonl, line 2: cannot be read"):
+            newest_round(path)
 
 
 @pytest.mark.parametrize("settled", ["sum", "burnt"])

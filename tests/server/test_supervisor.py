@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
+from starlette.testclient import TestClient
 from tiny_operators import enrol_at, made_home, settings_of_run
 from tiny_registries import KEY
 
 from homefire.common.errors import FederationError
-from homefire.common.files import hold
+from homefire.common.files import DISK_HINT, hold
 from homefire.common.keystore import Keystore
 from homefire.server import supervisor as supervisor_module
-from homefire.server.control import FAILED, FINISHED, UNKNOWN
+from homefire.server.control import FAILED, FINISHED, UNKNOWN, Control
 from homefire.server.operator_home import APP_LOCK, OperatorHome
+from homefire.server.operator_page import make_app
 from homefire.server.registry_counts import Counts, counts_file
 from homefire.server.releases import ReleaseStore
 from homefire.server.run_ledger import RunLedger
@@ -183,7 +185,8 @@ class Run:
         self.ledger.open_round(self.ledger.opened + 1)
         self.ledger.record_sum(self.ledger.opened, "a" * 64)
         store = ReleaseStore(self.home.output / "releases")
-        store.write(self.ledger.opened, np.zeros(2, np.float32), {}, KEY)
+        about = {"privacy": {"epsilon_release": None}}
+        store.write(self.ledger.opened, np.zeros(2, np.float32), about, KEY)
 
 
 # Children
@@ -569,6 +572,105 @@ def test_its_status_says_what_runs_and_what_does_not(
         assert (status.online, status.door) == (None, {})
     finally:
         up.end()
+
+
+def burnt(served: Served) -> tuple[int, int, bool]:
+    status = served.supervisor.status()
+    return status.released, status.burnt, status.under_way
+
+
+def test_rounds_without_a_release_are_burnt_but_for_the_one_under_way(served: Served) -> None:
+    assert burnt(served) == (0, 0, False)
+    with Run(served.home) as run:
+        run.release()
+        run.burn(2)
+        assert burnt(served) == (1, 2, False)
+        run.release()
+        end = served.work()
+        assert burnt(served) == (2, 2, False)
+        run.ledger.open_round(5)
+        assert burnt(served) == (2, 2, True)
+        end()
+        assert burnt(served) == (2, 3, False), "whoever was at it is gone"
+        end = served.work()
+        run.ledger.burn(5)
+        assert burnt(served) == (2, 3, False)
+        end()
+    status = served.supervisor.status()
+    assert (status.planned_rounds, status.budget and status.budget.rounds_left) == (100, 95)
+
+
+def test_burnt_rounds_are_told_where_nothing_was_released(served: Served) -> None:
+    with Run(served.home) as run:
+        run.burn(MOST_BURNT)
+    assert burnt(served) == (0, MOST_BURNT, False)
+
+
+def test_a_run_that_waits_for_devices_says_for_how_many(served: Served) -> None:
+    path = served.home.folder / "federation.toml"
+    path.write_text(path.read_text().replace("[federation]", "[federation]\nquorum = 1.0"))
+    served.look()
+    assert served.supervisor.status().state == "running"
+    with Run(served.home) as run:
+        run.release()
+    said = served.supervisor.status()
+    assert said.state == "running: 1 of 2 devices are here, 2 are needed"
+    assert not said.halted
+    with Run(served.home) as run:
+        run.ledger.open_round(2)
+        end = served.work()
+        assert served.supervisor.status().state == "running"
+        end()
+        run.ledger.burn(2)
+    key = served.home.enrolment.devices()[0].identity
+    served.home.enrolment.remove(key)
+    assert served.supervisor.status().state == "running", "one is left, and here"
+    served.control.up = False
+    assert served.supervisor.status().state == "running", "nobody knows who is here"
+
+
+def test_halted_where_something_is_to_be_mended(served: Served, tmp_path: Path) -> None:
+    assert not served.supervisor.status().halted, "it starts"
+    served.look()
+    assert not served.supervisor.status().halted
+    served.supervisor.state = "halted: 5 rounds in a row were spent without a release"
+    assert served.supervisor.status().halted
+    empty = made_home(tmp_path / "empty")
+    gathering = Served(Supervisor(empty), FakeControl())
+    gathering.supervisor.control = gathering.control  # type: ignore[assignment]
+    assert gathering.look().startswith("waiting: 0 devices are enrolled")
+    assert not gathering.supervisor.status().halted, "people enrol"
+
+
+def test_an_authority_that_is_removed_from_a_server_that_runs_is_named(served: Served) -> None:
+    path = served.home.certificates.authority
+    served.supervisor.control = Control(served.home)
+    path.unlink()
+    assert served.look().startswith(f"waiting: {path}: no certificate (No such file")
+    status = served.supervisor.status()
+    assert [each for each in status.trouble if f"{path}: no certificate" in each]
+    assert (status.enrolled, status.halted) == (USERS, True)
+    with TestClient(make_app(served.supervisor.status), base_url="http://127.0.0.1") as client:
+        for page in ("/status.json", "/metrics"):
+            assert client.get(page).status_code == 200
+
+
+def test_a_status_survives_what_cannot_be_read(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.look()
+    (served.home.folder / "server.toml").unlink()
+    status = served.supervisor.status()
+    assert (status.state, status.names) == ("running", ("127.0.0.1",))
+    assert "there is no server here" in status.trouble[0]
+
+    def fails(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/srv/homefire/runs")
+
+    monkeypatch.setattr(supervisor_module, "look", fails)
+    (said,) = served.supervisor.status().trouble
+    assert "/srv/homefire/runs" in said
+    assert said.endswith(DISK_HINT)
 
 
 def test_all_processes_are_ours_and_end_with_the_supervisor(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ from homefire.common.keystore import Keystore
 from homefire.common.ticket import Ticket
 from homefire.server.operator_home import EXECUTOR_SECRET, FEDERATION, OPERATOR_SECRET, OperatorHome
 from homefire.server.releases import SIGNING_KEY
+from homefire.server.round_log import read_rounds
 from homefire.server.run_state import RUN_KEY
 from homefire.server.runs import keystore
-from homefire.server.status import read_rounds
 from homefire.server.superlink import DATABASE
 from homefire.server.supervisor import Child
 from homefire.simulations.preparation import write_toml
