@@ -7,6 +7,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from homefire.common.errors import EnrolmentError, LedgerError, SignatureError
 from homefire.common.protocol import VERSION
 from homefire.common.ticket import CLOCK_SIGN, ENROL_PATH, VERSION_HEADER
+from homefire.server import door_measures
 from homefire.server.door import OPEN, Door
 from homefire.server.doorstep import WELCOME
 from homefire.server.enrolment import FORMS, Request, Standing
@@ -25,7 +27,8 @@ from homefire.server.server_config import LimitsConfig
 KEY = b64encode(b"an enrolled key")
 PULL = "/v1/fleet/pull-messages"
 NUMBERS = itertools.count()
-LIMITS = LimitsConfig(body_bytes=1 << 16, requests=1.0, burst=5, connections=3, seconds=0.2)
+LIMITS = LimitsConfig(body_bytes=1 << 16, requests=1.0, burst=5, connections=3, seconds=60)
+IMPATIENT = LIMITS.model_copy(update={"seconds": 0.2})
 
 
 class Flower:
@@ -206,17 +209,21 @@ def test_bounded_a_body_whose_length_is_not_stated(door: Door) -> None:
 
 
 def test_bounded_the_time_that_a_body_takes(door: Door) -> None:
+    door.limits = IMPATIENT
     asked = Asking(PULL, *[b"x"] * 100, pause=0.05).at(door)
     assert (asked.status, asked.error) == (408, "too slow")
     assert door.served == 0
 
 
-def test_bounded_the_time_of_a_body_begins_when_it_is_read(door: Door) -> None:
+def test_bounded_the_time_of_a_body_begins_when_it_is_read(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who waits for a place among those that send is not slow."""
-    flower = door.app
+    flower, clock = door.app, [1.0]
+    monkeypatch.setattr(door_measures, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     async def busy(*arguments: Any) -> None:
-        await asyncio.sleep(2 * LIMITS.seconds)
+        clock[0] += 2 * LIMITS.seconds
         await flower(*arguments)
 
     door.app = busy
@@ -322,6 +329,7 @@ def test_bounded_also_where_flower_catches_it(door: Door) -> None:
     door.app = Translating()
     asked = Asking(PULL, *[b"x" * 1024] * 65).at(door)
     assert (asked.status, asked.error) == (413, "too large")
+    door.limits = IMPATIENT
     asked = Asking(PULL, *[b"x"] * 100, pause=0.05).at(door)
     assert (asked.status, asked.error) == (408, "too slow")
     assert dict(door.refused) == {"too large": 1, "too slow": 1}

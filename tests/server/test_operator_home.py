@@ -5,6 +5,7 @@ import pwd
 import re
 import subprocess
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from cryptography import x509
@@ -296,16 +297,20 @@ def test_only_one_server_runs_in_a_folder(home: OperatorHome) -> None:
 def test_processes_of_a_killed_server_are_waited_for(home: OperatorHome) -> None:
     """They have its second lock as long as they live, and not its first."""
     with home.alone() as descriptor:
-        left = subprocess.Popen(["/bin/sleep", "1"], pass_fds=[descriptor])
+        left = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, pass_fds=[descriptor])
     assert not home.is_served()
     with pytest.raises(FederationError, match="of an earlier server") as caught:
         with home.alone(wait=0.1):
             pass
     assert "by themselves" in caught.value.hint
     assert not home.is_served(), "who was refused holds nothing"
-    with home.alone(wait=20):
-        assert left.poll() is not None or left.wait(1) == 0
+    assert left.stdin is not None
+    ending = Timer(0.5, left.stdin.close)
+    ending.start()
+    with home.alone(wait=60):
+        assert left.stdin.closed and left.wait(60) == 0
         assert home.is_served()
+    ending.join()
 
 
 def test_a_server_that_raises_lets_go(home: OperatorHome) -> None:

@@ -85,6 +85,7 @@ def test_not_for_ever_does_anybody_wait_for_a_place() -> None:
                 await other.send(transfers)
         first.done.set()
         await sending
+        transfers.seconds = 60
         assert await placed(transfers, Sender("a"), Sender("b")) == [True, False]
 
     run(work())
