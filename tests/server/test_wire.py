@@ -393,6 +393,21 @@ def test_flower_itself_reads_endless_heads_and_waits_for_slow_ones(bare: Place) 
     assert bare.say(long[:-2] + b"connection: close\r\n\r\n").startswith(b"HTTP/1.1 4")
 
 
+CHUNKED = "transfer-encoding: chunked"
+TRAILERS = b"2\r\n{}\r\n0\r\n" + b"".join(
+    b"x-%d: " % n + b"v" * 1000 + b"\r\n" for n in range(4000)
+)
+
+
+def test_flower_itself_keeps_what_comes_after_a_body(bare: Place) -> None:
+    answer = bare.say(head(PULL, CHUNKED, "connection: close") + TRAILERS + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 4")
+
+
+def test_nothing_comes_after_a_body(server: Operated) -> None:
+    assert server.public.say(head(ENROL_PATH, CHUNKED) + TRAILERS + b"\r\n") == b""
+
+
 def test_heads_are_short_and_quick(server: Operated) -> None:
     assert not still_open(server.public, head()[:40], 6)
     assert not still_open(server.public, b"", 6)
