@@ -5,12 +5,16 @@ import json
 from typing import Any
 
 import pytest
+from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
+from tiny_replies import LARGEST, SuperLink, connect, good
 
+from homefire.common.errors import RejectedContributionError
 from homefire.server.control import _told_by_door
 from homefire.server.door_measures import Body, RefusedError
+from homefire.server.inbox import Inbox
 from homefire.server.private import _listed
 from homefire.server.status import HIDDEN, LONGEST, Status, plain
 
@@ -58,6 +62,45 @@ def test_requests_of_the_round_loop_are_lists_or_refused(content: bytes) -> None
 @pytest.mark.parametrize(("kind", "values"), [(int, [1, 2**64 - 1]), (str, ["a"])])
 def test_a_list_is_read(kind: Any, values: list[Any]) -> None:
     assert listed(json.dumps({"nodes": values}).encode(), kind) == values
+
+
+# Replies
+
+
+def changed(content: bytes, cuts: list[tuple[int, int, bytes]]) -> bytes:
+    """With other bytes in some places."""
+    for place, length, new in cuts:
+        at = place % (len(content) + 1)
+        content = content[:at] + new + content[at + length :]
+    return content
+
+
+CUTS = st.lists(
+    st.tuples(st.integers(0, 1 << 16), st.integers(0, 40), st.binary(max_size=40)), max_size=4
+)
+
+
+@given(CUTS, st.lists(CUTS, min_size=2, max_size=2), st.none() | st.binary(max_size=200))
+def test_whatever_a_device_uploads_its_reply_is_read_or_refused_and_no_other(
+    envelope: list[tuple[int, int, bytes]],
+    objects: list[list[tuple[int, int, bytes]]],
+    instead: bytes | None,
+) -> None:
+    link = SuperLink()
+    for name in ("hostile", "good"):
+        link.deliver(good(name))
+    _, tree = link.envelopes["hostile"]
+    listing = tree.children[0]
+    for each, cuts in zip((listing, listing.children[0]), objects, strict=True):
+        link.objects[each.object_id] = changed(link.objects[each.object_id], cuts)
+    answer = link.messages("hostile")
+    link.ready["hostile"] = changed(answer, envelope) if instead is None else instead
+    found = dict(Inbox(connect(link), largest=LARGEST).pull(["hostile", "good"]))
+    assert isinstance(found["good"], Message)
+    hostile = found.get("hostile")
+    assert hostile is None or isinstance(hostile, Message | RejectedContributionError)
+    if not (envelope or any(objects)) and instead is None:
+        assert isinstance(hostile, Message)
 
 
 # Events
