@@ -35,9 +35,10 @@ def open_server(folder: Path) -> "OperatorHome":
         ConfigError: There is none, or it is another account's.
     """
     from homefire.server.operator_home import OperatorHome
+    from homefire.server.owner import check_owner
 
     home = OperatorHome(folder.expanduser().absolute())  # its processes work elsewhere
-    home.check_owner()
+    check_owner(home.folder)
     _ = home.config  # which says whether there is a server
     return home
 

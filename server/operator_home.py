@@ -20,7 +20,6 @@
 
 import math
 import os
-import pwd
 import re
 import secrets
 import shlex
@@ -65,32 +64,6 @@ class OperatorHome:
     """
 
     folder: Path
-
-    def check_owner(self) -> None:
-        """Refuse a folder of another account, before anything is read or made in it.
-
-        Guarantees:
-            Its owner's alone: no other account, root among them, makes files in a server's folder
-                that its own account could not use.
-
-        Raises:
-            ConfigError: It is another account's, or this one may not look at it.
-        """
-        try:
-            owner = self.folder.stat().st_uid
-        except PermissionError as error:
-            raise ConfigError(
-                f"{self.folder}: the account {_account(os.geteuid())} may not look at it",
-                hint=f"Run this as the account whose server it is: {_sudo('ACCOUNT')}.",
-            ) from error
-        except OSError:  # there is none
-            return
-        if owner != os.geteuid():
-            name = _account(owner)
-            raise ConfigError(
-                f"{self.folder} belongs to the account {name}, not to {_account(os.geteuid())}",
-                hint=f"Run this as that account: {_sudo(name)}.",
-            )
 
     @property
     def config(self) -> ServerConfig:
@@ -395,18 +368,6 @@ def init(
     # Last: whoever finds this file finds all of it.
     write_atomically(folder / SERVER, server_toml(config).encode(), mode=0o600)
     return home
-
-
-def _account(number: int) -> str:
-    """An account by name; one without a name by number, as `sudo -u` takes it."""
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"#{number}"
-
-
-def _sudo(account: str) -> str:
-    return f"sudo -u {shlex.quote(account)} homefire server …"
 
 
 def _make_folders(folder: Path) -> None:

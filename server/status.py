@@ -8,28 +8,24 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
 from shutil import disk_usage
 from time import time
 from types import TracebackType
 from typing import Any, get_args
 
-from homefire.common.config import FederationConfig
 from homefire.common.errors import AdapterError, HomefireError
 from homefire.common.files import DISK_HINT
 from homefire.common.printable import printable
-from homefire.common.privacy.mechanism import NoPrivacy
-from homefire.common.privacy.statement import epsilon_known_cohort, epsilon_release
 from homefire.common.protocol import STATISTICS, RefusalReason
 from homefire.server import registry_counts
 from homefire.server.door import REASONS
 from homefire.server.operator_home import OperatorHome
-from homefire.server.planning import PrivacyPlan, plan_privacy
 from homefire.server.registry import REGISTRY
 from homefire.server.registry_folder import DAY, newest_statements
 from homefire.server.round_log import read_rounds
 from homefire.server.run_ledger import newest_round
 from homefire.server.run_state import LEDGER, Federation
+from homefire.server.spending import Budget, budget_of
 
 SHOWN_ROUNDS, SHOWN_RELEASES = 500, 20
 NUMBER_BYTES = 4
@@ -56,30 +52,6 @@ WARN_DAYS = 30
 
 STANDING = ("halted", "waiting")
 """How the words of a state begin in which no round is opened."""
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What the releases cost so far, and what they will have cost at the end.
-
-    Attributes:
-        mechanism: By name.
-        delta: The probability bound that goes with every epsilon.
-        epsilon_now: Against whoever has the releases so far; None without bound.
-        epsilon_end: Against whoever has all that are planned.
-        epsilon_known_cohort_now: Against one who knows as well who took part when.
-        epsilon_known_cohort_end: Likewise at the end.
-        rounds_left: How many can still be released, the one under way among them: burnt ones count
-            as spent.
-    """
-
-    mechanism: str
-    delta: float | None
-    epsilon_now: float | None
-    epsilon_end: float | None
-    epsilon_known_cohort_now: float | None
-    epsilon_known_cohort_end: float | None
-    rounds_left: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,63 +343,6 @@ def _expiry(published: list[dict[str, Any]], now: float) -> list[str]:
         f"release {number} {until}: a server that runs publishes it anew; if this one does, "
         "logs/registry.log says why it could not"
     ]
-
-
-def budget_of(
-    config: FederationConfig,
-    *,
-    released: int,
-    spent: int | None = None,
-    stated: Mapping[str, Any] | None = None,
-) -> Budget:
-    """What a run's releases cost after so many rounds.
-
-    Args:
-        config: The run's settings.
-        released: The number of the newest round that has a release. Epsilon is that of all rounds
-            up to it, also of those that were burnt: it is no lower than what their releases would
-            have made it.
-        spent: Rounds that are over, released or burnt, which leave fewer to be released; those that
-            were burnt after the newest release add to no epsilon before another release does. By
-            default as many as `released`.
-        stated: What the newest release says of itself: where it states more than the settings do,
-            devices refused because they took part before, and nothing is amplified any more.
-
-    Raises:
-        PrivacyError: The settings cannot be stated.
-    """
-    plan = _plan(config)
-    claim = None if stated is None else stated["privacy"]["epsilon_release"]
-    if unamplified := stated is not None and claim != plan.statement.epsilon_release:
-        plan = plan.without_amplification()
-    mechanism, rounds, delta = plan.mechanism, config.federation.rounds, config.privacy.delta
-    left = rounds - max(released, spent or 0)
-    named = plan.statement.mechanism
-    if isinstance(mechanism, NoPrivacy) or delta is None:
-        return Budget(named, delta, None, None, None, None, left)
-    now: float | None = 0.0
-    known: float | None = 0.0
-    if released:
-        known = epsilon_known_cohort(mechanism, rounds=released, delta=delta)
-        now = known if unamplified else epsilon_release(mechanism, rounds=released, delta=delta)
-    return Budget(
-        mechanism=named,
-        delta=delta,
-        epsilon_now=now,
-        epsilon_end=plan.statement.epsilon_release,
-        epsilon_known_cohort_now=known,
-        epsilon_known_cohort_end=plan.statement.epsilon_known_cohort,
-        rounds_left=left,
-    )
-
-
-@lru_cache(maxsize=4)
-def _planned(text: str) -> PrivacyPlan:
-    return plan_privacy(FederationConfig.model_validate_json(text))
-
-
-def _plan(config: FederationConfig) -> PrivacyPlan:
-    return _planned(config.model_dump_json())
 
 
 def _newest(home: OperatorHome) -> tuple[int, dict[str, Any] | None]:

@@ -14,7 +14,8 @@ from homefire.common.config import FederationConfig, load_config, read_toml, val
 from homefire.common.policy import DevicePolicy
 from homefire.server.logs import FIELDS
 from homefire.server.operator_page import metrics
-from homefire.server.status import Budget, Status
+from homefire.server.spending import Budget
+from homefire.server.status import Status
 from homefire.simulations.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,7 +1,6 @@
 """The operator's folder: who takes part, who may serve it, and what it says of itself."""
 
 import os
-import pwd
 import re
 import subprocess
 from pathlib import Path
@@ -53,57 +52,6 @@ def test_no_ticket_is_made_without_an_authority(home: OperatorHome, content: str
     with pytest.raises(ConfigError, match=f"{path}: no certificate"):
         home.tickets(1)
     assert home.enrolment.open_tickets() == 0
-
-
-# Whose it is
-
-
-def test_its_owners_alone_another_account_is_told_whose_it_is(
-    home: OperatorHome, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where root made a lock or a certificate, the server's own account could use it no more."""
-    home.check_owner()
-    owner, name = os.geteuid(), pwd.getpwuid(os.geteuid()).pw_name
-    for other in (owner + 54321, owner + 1):
-        monkeypatch.setattr(os, "geteuid", lambda other=other: other)
-        with pytest.raises(ConfigError, match=f"{home.folder} belongs to the account {name}") as e:
-            home.check_owner()
-        assert f"sudo -u {name} homefire server" in e.value.hint
-
-
-def test_its_owners_alone_an_account_without_a_name_is_told_by_number(
-    home: OperatorHome, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def nameless(number: int) -> None:
-        raise KeyError(number)
-
-    monkeypatch.setattr(pwd, "getpwuid", nameless)
-    owner = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    with pytest.raises(ConfigError, match=f"belongs to the account #{owner}, not to #") as caught:
-        home.check_owner()
-    assert f"sudo -u '#{owner}' homefire server" in caught.value.hint
-
-
-def test_its_owners_alone_an_account_that_may_not_look_is_told_so(home: OperatorHome) -> None:
-    def look() -> None:
-        if os.geteuid() == 0:  # which may look everywhere
-            os.seteuid(65534)
-        with pytest.raises(ConfigError, match="may not look at it") as caught:
-            home.check_owner()
-        assert "sudo -u ACCOUNT homefire server" in caught.value.hint
-
-    home.folder.parent.chmod(0)
-    try:
-        assert run_in_child(look) == 0
-    finally:
-        home.folder.parent.chmod(0o700)
-
-
-def test_a_folder_that_is_not_there_is_nobodys(tmp_path: Path) -> None:
-    for folder in (tmp_path / "none", tmp_path / "file" / "below"):
-        (tmp_path / "file").touch()
-        OperatorHome(folder).check_owner()
 
 
 # Settings

@@ -19,7 +19,8 @@ from tiny_vaults import served_on_a_port
 from homefire.server import registry_counts
 from homefire.server.door import REASONS
 from homefire.server.operator_page import make_app, metrics
-from homefire.server.status import DROPPED, OTHER, PROCESSES, REFUSED, Budget, Status
+from homefire.server.spending import Budget
+from homefire.server.status import DROPPED, OTHER, PROCESSES, REFUSED, Status
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
 in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")

@@ -36,7 +36,8 @@ from homefire.server.roster import read_roster
 from homefire.server.run_ledger import RunLedger
 from homefire.server.run_state import LEDGER, RUN_KEY, Federation, open_ledger
 from homefire.server.runs import all_runs, follow, make_run, start_of
-from homefire.server.status import budget_of, look
+from homefire.server.spending import budget_of
+from homefire.server.status import look
 
 SETTINGS = """
 users = 2
