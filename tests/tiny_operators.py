@@ -43,8 +43,8 @@ from homefire.server.supervisor import Child
 HERE = "127.0.0.1"
 
 
-def is_closed(far: socket.socket, seconds: float = 0.3) -> bool:
-    """Whether the other side has ended a connection."""
+def closes(far: socket.socket, seconds: float = 10) -> bool:
+    """Whether the other side ends a connection, by then, without a word."""
     far.settimeout(seconds)
     try:
         return far.recv(1) == b""
@@ -52,6 +52,11 @@ def is_closed(far: socket.socket, seconds: float = 0.3) -> bool:
         return False
     except ConnectionError:
         return True
+
+
+def stays_open(far: socket.socket) -> bool:
+    """Whether the other side does not end a connection that it had reason to end before."""
+    return not closes(far, 0.3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import time
 from asyncio.sslproto import SSLProtocol
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homefire.server.certificates import Certificates
+from homefire.server.doorstep import FULL, Doorstep
 from homefire.server.listener import (
     LARGEST_HEAD,
+    LEAST_TAKEN,
     OTHER_FILES,
     TLS_BUFFER,
     PublicServer,
@@ -29,7 +31,9 @@ from homefire.server.listener import (
 )
 
 CONNECTIONS, SECONDS = 3, 0.4
+PATIENT = bounded_protocol(seconds=20)
 HEAD = b"POST / HTTP/1.1\r\nhost: here\r\n"
+FIRST = HEAD + b"content-length: 3\r\n\r\nabc"
 ANSWER = 32 << 20  # more than the system's buffers hold
 
 
@@ -50,22 +54,25 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    with serving(SECONDS) as found:
+    with serving(PATIENT) as (found, _):
         yield found
 
 
 @contextmanager
-def serving(seconds: float, certificate: Path | None = None) -> Iterator[int]:
-    """The port of a listener; by TLS where there is a certificate."""
+def serving(
+    protocol: type[asyncio.Protocol], certificate: Path | None = None
+) -> Iterator[tuple[int, Doorstep]]:
+    """The port of a listener, and what has come to it; by TLS where there is a certificate."""
     config = uvicorn.Config(
         app,
         host="127.0.0.1",
         port=0,
-        http=bounded_protocol(seconds=seconds),
+        http=protocol,
         lifespan="off",
         ws="none",
         log_config=None,
-        timeout_keep_alive=1,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=1,
         ssl_certfile=certificate,
         ssl_keyfile=certificate,
     )
@@ -73,14 +80,18 @@ def serving(seconds: float, certificate: Path | None = None) -> Iterator[int]:
     thread = Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:
+        assert thread.is_alive(), "it does not listen"
         time.sleep(0.01)
-    yield int(server.servers[0].sockets[0].getsockname()[1])
-    server.should_exit = True
-    thread.join(20)
+    (step,) = server.servers
+    try:
+        yield int(step.sockets[0].getsockname()[1]), step
+    finally:
+        server.should_exit = True
+        thread.join(20)
 
 
 def connect(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=5)
+    return socket.create_connection(("127.0.0.1", port), timeout=10)
 
 
 def rest(far: socket.socket) -> bytes:
@@ -94,51 +105,80 @@ def rest(far: socket.socket) -> bytes:
     return bytes(found)
 
 
-def within(seconds: float, done: Callable[[], object]) -> bool:
-    begun = time.monotonic()
-    done()
-    return time.monotonic() - begun < seconds
+def until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@contextmanager
+def answered(sent: bytes) -> Iterator[tuple[socket.socket, Doorstep]]:
+    """A connection on which a request was answered; from then on there is little patience."""
+    protocol = bounded_protocol(seconds=20)
+    with serving(protocol) as (port, step), connect(port) as far:
+        far.sendall(sent)
+        answer = b""
+        while not answer.endswith(b"\r\n\r\n3"):
+            part = far.recv(1 << 16)
+            assert part, answer
+            answer += part
+        assert answer.startswith(b"HTTP/1.1 200")
+        protocol.patience = SECONDS  # type: ignore[attr-defined]
+        yield far, step
 
 
 @pytest.mark.parametrize("sent", [b"", b"P", HEAD, HEAD + b"x: y"])
-def test_no_waiting_for_ever_for_a_head(port: int, sent: bytes) -> None:
-    with connect(port) as far:
-        far.sendall(sent)
-        assert within(3, lambda: rest(far))
+def test_no_waiting_for_ever_for_a_head(sent: bytes) -> None:
+    with serving(bounded_protocol(seconds=SECONDS)) as (port, _), connect(port) as far:
+        with suppress(ConnectionError):
+            far.sendall(sent)
+        assert rest(far) == b""
 
 
-def test_no_waiting_for_ever_for_a_second_head(port: int) -> None:
-    with connect(port) as far:
-        far.sendall(HEAD + b"content-length: 3\r\n\r\nabc" + HEAD)
-        time.sleep(SECONDS / 2)
+def test_no_waiting_for_ever_for_a_second_head() -> None:
+    with answered(FIRST + HEAD) as (far, _):
         far.sendall(b"x: ")  # uvicorn waits no longer for a keep-alive to end
-        answer = rest(far)
-    assert answer.startswith(b"HTTP/1.1 200")
-    assert answer.count(b"HTTP/1.1") == 1
+        assert rest(far) == b""
 
 
-def test_no_waiting_for_ever_for_one_who_does_not_read(port: int) -> None:
-    with connect(port) as far:
+def test_no_waiting_for_ever_for_one_who_does_not_read() -> None:
+    with answered(FIRST) as (far, step):
         far.sendall(b"POST /much HTTP/1.1\r\nhost: here\r\ncontent-length: 0\r\n\r\n")
-        time.sleep(6 * SECONDS)
-        assert len(rest(far)) < ANSWER
+        until(lambda: not len(step))
+        assert 0 < len(rest(far)) < ANSWER
 
 
-def test_who_waits_for_an_answer_may_wait(port: int) -> None:
+def test_who_waits_for_an_answer_may_wait() -> None:
     """A device whose plan is not there yet has sent all that it has to send."""
-    with connect(port) as far:
+    with answered(FIRST) as (far, _):
         far.sendall(b"POST /late HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n")
         assert rest(far).startswith(b"HTTP/1.1 200")
 
 
-def test_who_reads_slowly_gets_all_of_it(port: int) -> None:
-    taken = 0
-    with connect(port) as far:
+def test_who_reads_slowly_gets_all_of_it() -> None:
+    """Each time that the listener looks, a little more was taken."""
+    looks: list[Callable[[], None]] = []
+    protocol: Any = bounded_protocol(seconds=60)
+    later = protocol._later
+
+    def noted(self: Any, seconds: float, what: Callable[[], None]) -> asyncio.TimerHandle:
+        looks.append(lambda: self.loop.call_soon_threadsafe(what))
+        return later(self, seconds, what)  # type: ignore[no-any-return]
+
+    protocol._later = noted
+    with serving(protocol) as (port, step), connect(port) as far:
         far.sendall(b"POST /much HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n")
-        while part := far.recv(1 << 21, socket.MSG_WAITALL):
-            taken += len(part)
-            time.sleep(SECONDS / 4)
-    assert taken > ANSWER
+        until(lambda: len(looks) == 2)  # the first was for the head
+        (transport,) = (visit.transport for visit in step._visits)
+        taken = 0
+        for _ in range(2):
+            before = transport.get_write_buffer_size()
+            while before - transport.get_write_buffer_size() < LEAST_TAKEN:
+                taken += len(far.recv(LEAST_TAKEN))
+            looks.pop()()
+            until(lambda: len(looks) == 2)
+        assert taken + len(rest(far)) > ANSWER
 
 
 @pytest.mark.parametrize("step", [1000, 60_000])
@@ -176,7 +216,7 @@ def test_a_body_by_tls_arrives_whole_however_it_is_cut(
     certificates = Certificates(tmp_path)
     certificates.make(["127.0.0.1"])
     context = ssl.create_default_context(cafile=certificates.authority)
-    with serving(20, certificates.server) as port:
+    with serving(PATIENT, certificates.server) as (port, _):
         for step in (length, 16_384, 12_007, 10_007, 9_001):
             body = memoryview(bytes(length))
             with context.wrap_socket(connect(port), server_hostname="127.0.0.1") as far:
@@ -218,21 +258,21 @@ def test_no_trailers(port: int) -> None:
                 sent += far.send(b"".join(line % number for number in range(1000)))
 
 
-def test_so_many(port: int) -> None:
-    time.sleep(2 * SECONDS)  # those of before are gone
-    opened = [connect(port) for _ in range(CONNECTIONS + 2)]
-    for far in opened:
-        far.sendall(HEAD + b"connection: close\r\ncontent-length: 0\r\n")
-    time.sleep(0.1)
-    answers = []
-    for far in opened:
-        try:
-            far.sendall(b"\r\n")
-            answers.append(rest(far)[:12])
-        except ConnectionError:
-            answers.append(b"")
-        far.close()
-    assert sorted(answers) == [b""] * 2 + [b"HTTP/1.1 200"] * CONNECTIONS
+def test_so_many() -> None:
+    with serving(PATIENT) as (port, step):
+        opened = [connect(port) for _ in range(CONNECTIONS + 2)]
+        for far in opened:
+            far.sendall(HEAD + b"connection: close\r\ncontent-length: 0\r\n")
+        until(lambda: step.refused == {FULL: 2})
+        answers = []
+        for far in opened:
+            try:
+                far.sendall(b"\r\n")
+                answers.append(rest(far)[:12])
+            except ConnectionError:
+                answers.append(b"")
+            far.close()
+        assert answers == [b"HTTP/1.1 200"] * CONNECTIONS + [b""] * 2
 
 
 LINES = st.lists(
@@ -251,7 +291,7 @@ LINES = st.lists(
 @settings(max_examples=60)
 @given(raw=LINES | st.binary(max_size=300))
 def test_whatever_bytes_come_a_listener_answers_in_http_or_hangs_up(port: int, raw: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as far:
+    with connect(port) as far:
         answer = b""
         try:
             far.sendall(raw)
