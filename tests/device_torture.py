@@ -30,7 +30,7 @@ from tiny_models import make_tiny_model
 from tiny_vaults import CANARY, decrypted, everything
 from torture_states import BATCH, Act, Call, State, done, stages, word, words
 from torture_worker import Life, Worker, script_for
-from vault_torture import cheapen_passphrases, require
+from vault_torture import cheapen_passphrases, own_account, require
 
 from homefire.client import Personalizer
 from homefire.client.device import adapted_model
@@ -371,7 +371,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the work and of the moments")
     options = parser.parse_args()
     started, told = time.monotonic(), 0
-    with tempfile.TemporaryDirectory(prefix="homefire-device-torture-") as folder:
+    with own_account(), tempfile.TemporaryDirectory(prefix="homefire-device-torture-") as folder:
         for torture in kill_many(Path(folder), kills=options.kills, seed=options.seed):
             killed = torture.seen.total()
             if killed >= told + 20 or killed >= options.kills:

@@ -33,7 +33,7 @@ from keyring.backends import fail
 from tiny_flower import ENVIRONMENT, SETTINGS, USERS, Flower, Tap, alive, descendants, make_keys
 from tiny_models import make_tiny_model
 from tiny_vaults import CANARY, PASSPHRASE
-from vault_torture import cheapen_passphrases, require
+from vault_torture import cheapen_passphrases, own_account, require
 
 from homefire.client import Personalizer
 from homefire.client.vault import open_vault
@@ -363,7 +363,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     started, seen = time.monotonic(), Counter[str]()
-    with tempfile.TemporaryDirectory(prefix="homefire-join-torture-") as folder:
+    with own_account(), tempfile.TemporaryDirectory(prefix="homefire-join-torture-") as folder:
         for torture in kill_many(Path(folder), kills=options.kills, seed=options.seed):
             if torture.seen.total() > seen.total():
                 seen = torture.seen.copy()
