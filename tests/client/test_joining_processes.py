@@ -140,7 +140,7 @@ def test_no_orphan_is_left_by_a_process_that_was_killed(me: Personalizer) -> Non
         both = programs(process.pid)
         assert len(both) == 2
         process.kill()  # and not waited for: it stays as a zombie
-        until(lambda: not any(map(alive, both.values())), "the end of both", 20)
+        until(lambda: not any(map(alive, both.values())), "the end of both")
     finally:
         process.kill()
         process.communicate(timeout=20)
@@ -158,7 +158,7 @@ def test_no_orphan_is_left_by_an_executor_that_was_killed() -> None:
         tasks = descendants(process.pid)
         assert len(tasks) == 2
         process.kill()
-        until(lambda: not any(map(alive, tasks)), "the end of the tasks", 20)
+        until(lambda: not any(map(alive, tasks)), "the end of the tasks")
     finally:
         process.kill()
         process.communicate(timeout=20)
