@@ -282,7 +282,7 @@ def looping(
     output: Path,
     *,
     rounds: int = 1,
-    deadline: float = 20.0,
+    deadline: float = 120.0,
 ) -> Iterator[Looping]:
     """A run whose round loop is here: all devices are asked in each round; without noise."""
     settings = RoundsConfig(rounds=rounds, cohort=len(devices), deadline=deadline)

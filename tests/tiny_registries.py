@@ -38,7 +38,7 @@ RUN, OTHER_RUN = "0123456789abcdef" * 2, "fedcba9876543210" * 2
 BASE_MODEL = "a" * 64
 CONFIG = AdapterConfig(rank=2, targets=("q_proj",))
 SPEC = AdapterSpec(CONFIG, (TargetModule("layers.0.q_proj", 6, 4),), ("q_proj",))
-IMPATIENT = Patience(call_seconds=5, download_seconds=10, attempts=2, pause_seconds=0.01)
+IMPATIENT = Patience(call_seconds=20, download_seconds=60, attempts=2, pause_seconds=0.01)
 UNLIMITED = Limits(rate=1e6, burst=10**6)
 PRIVACY: dict[str, Any] = {
     "mechanism": "banded-sqrt",
@@ -135,10 +135,17 @@ def make_certificates(folder: Path, *, name: str = "127.0.0.1") -> tuple[Path, T
 @contextmanager
 def serving(folder: RegistryFolder, tls: Tls, *, limits: Limits = UNLIMITED) -> Iterator[str]:
     """Serve a registry while the block runs; gives its address."""
+    with answering(Service(folder, Admission(limits)), tls) as address:
+        yield address
+
+
+@contextmanager
+def answering(service: Service, tls: Tls) -> Iterator[str]:
+    """Likewise, by this service."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = RegistryServer(Service(folder, Admission(limits)))
+    server = RegistryServer(service)
     try:
         asyncio.run_coroutine_threadsafe(server.start("127.0.0.1:0", tls), loop).result(20)
         yield f"127.0.0.1:{server.port}"

@@ -357,8 +357,8 @@ def answering(server: Server, *answers: bytes) -> Iterator[int]:
             near, _ = listener.accept()
             with near, context.wrap_socket(near, server_side=True) as opened:
                 asked = b""
-                while not asked.endswith(b"}"):
-                    asked += opened.recv(1 << 16)
+                while not asked.endswith(b"}") and (part := opened.recv(1 << 16)):
+                    asked += part
                 with suppress(OSError):
                     opened.sendall(answer)
 

@@ -140,7 +140,7 @@ def test_no_orphan_is_left_by_a_process_that_was_killed(me: Personalizer) -> Non
         both = programs(process.pid)
         assert len(both) == 2
         process.kill()  # and not waited for: it stays as a zombie
-        until(lambda: not any(map(alive, both.values())), "the end of both", 20)
+        until(lambda: not any(map(alive, both.values())), "the end of both")
     finally:
         process.kill()
         process.communicate(timeout=20)
@@ -158,7 +158,7 @@ def test_no_orphan_is_left_by_an_executor_that_was_killed() -> None:
         tasks = descendants(process.pid)
         assert len(tasks) == 2
         process.kill()
-        until(lambda: not any(map(alive, tasks)), "the end of the tasks", 20)
+        until(lambda: not any(map(alive, tasks)), "the end of the tasks")
     finally:
         process.kill()
         process.communicate(timeout=20)
@@ -184,7 +184,7 @@ def test_both_are_started_again_where_one_ends(
         until(lambda: len(programs(os.getpid())) == 2, "both")
         before = programs(os.getpid())
         before[name].send_signal(signal.SIGKILL)
-        until(lambda: not any(map(alive, before.values())), "the end of both", 15)
+        until(lambda: not any(map(alive, before.values())), "the end of both")
         until(lambda: member.states().count("connecting") == 2, "another try")
         until(lambda: len(programs(os.getpid())) == 2, "both again")
         expected = Trouble.EXECUTOR if name == "executor" else Trouble.OTHER
@@ -202,7 +202,7 @@ def test_only_while_allowed(me: Personalizer) -> None:
         until(lambda: len(programs(os.getpid())) == 2, "both")
         both = programs(os.getpid())
         allowed.clear()
-        until(lambda: not any(map(alive, both.values())), "the end of both", 15)
+        until(lambda: not any(map(alive, both.values())), "the end of both")
         until(lambda: member.states()[-1] == "waiting", "a word")
     log = (me.vault.folder / "join.log").read_bytes()
     assert CANARY.encode() not in log

@@ -77,7 +77,7 @@ def serving(
         ssl_keyfile=certificate,
     )
     server = PublicServer(config, most=CONNECTIONS, each=CONNECTIONS, refused=Counter())
-    thread = Thread(target=lambda: asyncio.run(server.serve()))
+    thread = Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive(), "it does not listen"
@@ -88,6 +88,7 @@ def serving(
     finally:
         server.should_exit = True
         thread.join(20)
+    assert not thread.is_alive()
 
 
 def connect(port: int) -> socket.socket:

@@ -409,17 +409,17 @@ def test_nothing_comes_after_a_body(server: Operated) -> None:
 
 
 def test_heads_are_short_and_quick(server: Operated) -> None:
-    assert not still_open(server.public, head()[:40], 6)
-    assert not still_open(server.public, b"", 6)
+    assert not still_open(server.public, head()[:40], 20)
+    assert not still_open(server.public, b"", 20)
     long = head(PULL, *[f"x-{number}: {'x' * 1000}" for number in range(2000)])
     assert server.public.say(long[:-2]) == b""
 
 
 def test_bodies_are_quick(server: Operated) -> None:
     begun = time.monotonic()
-    answer = server.public.say(head(ENROL_PATH, "content-length: 100") + b"{", seconds=10)
+    answer = server.public.say(head(ENROL_PATH, "content-length: 100") + b"{")
     assert b" 408 " in answer
-    assert 2 < time.monotonic() - begun < 8
+    assert 2 < time.monotonic() - begun < 20
 
 
 # Who is spoken to
