@@ -88,7 +88,7 @@ def connect(port: int, source: str = "127.0.0.1") -> socket.socket:
 
 
 def until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.02)
