@@ -6,7 +6,7 @@ import socket
 import ssl
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
@@ -150,42 +150,46 @@ def test_so_many_at_once_do_not_keep_others_waiting() -> None:
     assert asyncio.run(asyncio.wait_for(turns(), 20)) > 100
 
 
-def test_close_leaves_its_file_to_whoever_opens_the_next_one() -> None:
-    """The loop waits at a file's number until the turn after; then it may be another's."""
+def complaints(close: Callable[[Doorstep], Coroutine[Any, Any, None]]) -> list[dict[str, Any]]:
+    """What the loop says while somebody closes a doorstep that waits for connections."""
+    said: list[dict[str, Any]] = []
 
-    async def complaints() -> list[dict[str, Any]]:
-        loop, said = asyncio.get_running_loop(), list[dict[str, Any]]()
-        loop.set_exception_handler(lambda _, context: said.append(context))
+    async def listen() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         step = doorstep_at(listening, most=1, each=1)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.01)
+        await close(step)
+        assert listening.fileno() == -1
+
+    asyncio.run(listen())
+    return said
+
+
+def test_close_leaves_its_file_to_whoever_opens_the_next_one() -> None:
+    """At the file's number another connection may be waited for in the same turn."""
+
+    async def close(step: Doorstep) -> None:
         step.close()
         near, far = socket.socketpair()
+        loop = asyncio.get_running_loop()
         transport, _ = await loop.create_connection(asyncio.Protocol, sock=near)
-        await step.wait_closed()
-        assert listening.fileno() == -1
+        await asyncio.sleep(0.01)
         transport.close()
         far.close()
-        return said
 
-    assert asyncio.run(complaints()) == []
+    assert complaints(close) == []
 
 
 def test_whoever_comes_while_it_closes_is_left_to_nobody() -> None:
-    async def complaints() -> list[dict[str, Any]]:
-        loop, said = asyncio.get_running_loop(), list[dict[str, Any]]()
-        loop.set_exception_handler(lambda _, context: said.append(context))
-        listening = socket.create_server(("127.0.0.1", 0))
-        listening.setblocking(False)
-        step = doorstep_at(listening, most=1, each=1)
-        await asyncio.sleep(0)
-        with socket.create_connection(listening.getsockname()):  # the loop hears of it next turn
+    async def close(step: Doorstep) -> None:
+        with socket.create_connection(step.sockets[0].getsockname()):
+            await asyncio.sleep(0)  # in the turn in which the loop hears of it
             step.close()
             await asyncio.sleep(0.05)
-        return said
 
-    assert asyncio.run(complaints()) == []
+    assert complaints(close) == []
 
 
 def test_where_there_are_no_files_it_takes_others_later(monkeypatch: pytest.MonkeyPatch) -> None:
