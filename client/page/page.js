@@ -108,9 +108,10 @@ async function send() {
   }
 }
 
+// The first one stands in the page: whoever asks before these are here gets what works best.
 async function showRecipes() {
   const names = {
-    homefire: "what works best for you", "homefire/plain": "the base model alone",
+    "homefire/plain": "the base model alone",
     "homefire/shared": "the shared adapter", "homefire/private": "your private adapter",
     "homefire/retrieval": "what you wrote", "homefire/both": "adapter and what you wrote",
   };

@@ -125,6 +125,17 @@ def test_talk(page: Page) -> None:
     expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
 
 
+def test_who_asks_at_once_gets_what_works_best(page: Page, url: str) -> None:
+    """Before the page has heard which recipes there are."""
+    page.route(f"{url}/v1/models", lambda route: None)  # never answered
+    page.reload()
+    page.fill("#question", "the quick")
+    page.click("#send")
+    expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    expect(page.locator("#talk .model")).not_to_have_text("(no reply)")
+    expect(page.locator("#notice")).to_be_empty()
+
+
 def test_a_reply_can_be_stopped(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that would take half a minute, letter by letter."""
 
