@@ -244,7 +244,8 @@ def test_noise_is_in_the_release_and_differs_from_run_to_run(
     run, _ = noisy
     release, clean = store(run).latest().vector, store(plain[0]).latest().vector
     expected = math.sqrt(2) * 0.8 / 100  # two rounds of z C / cohort
-    assert float((release - clean).std()) == pytest.approx(expected, rel=0.2)
+    # Some 4 % of it by chance; and the second round trains on what is noisy, which adds some.
+    assert 0.8 < float((release - clean).std()) / expected < 1.5
     again = make(PRIVACY)
     simulate(again, quiet())
     assert store(again).latest().vector.tobytes() != release.tobytes()
