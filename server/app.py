@@ -4,6 +4,7 @@ The run configuration holds one key, `federation`: the path of a TOML file on th
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -70,12 +71,6 @@ def run_operated(grid: Grid, home: OperatorHome) -> None:
 def _run_operated(grid: Grid, home: OperatorHome) -> None:
     taking_part = home.participants()
     nodes = ascending(device.node for device in taking_part)
-    enrolment = home.enrolment
-
-    def gone() -> int:
-        left = {device.identity for device in enrolment.devices()}
-        return sum(device.identity not in left for device in taking_part)
-
     home.certificates.read_authority()  # which names what is wrong with it
     line = HttpLine(
         home.config.private,
@@ -84,6 +79,7 @@ def _run_operated(grid: Grid, home: OperatorHome) -> None:
     )
     # What was here when the server was started; nothing is fetched in the middle of a run.
     found = open_federation(home.federation(), fetch=False)
+    gone = partial(home.enrolment.gone, taking_part)
     federation = replace(found, enrolled=nodes, line=line, gone=gone)
     if not federation.store.rounds():
         federation = replace(federation, start=start_of(home.folder, federation, home.server_key))

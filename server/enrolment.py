@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import sha256
@@ -289,6 +289,11 @@ class Enrolment:
     def ever(self) -> list[Device]:
         """All that were ever enrolled, likewise."""
         return list(self._book().redeemed.values())
+
+    def gone(self, taking_part: Iterable[Device]) -> int:
+        """How many of those who take part in a run were removed since; raises likewise."""
+        left = {device.identity for device in self.devices()}
+        return sum(device.identity not in left for device in taking_part)
 
     def open_tickets(self) -> int:
         """How many can still be redeemed."""

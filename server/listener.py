@@ -176,7 +176,7 @@ class Unsignalled(uvicorn.Server):
 
 
 class PublicServer(Unsignalled):
-    """uvicorn's, with a doorstep; the signals are the private listener's.
+    """uvicorn's, with a doorstep.
 
     Args:
         config: uvicorn's; its protocol is a `bounded_protocol`.

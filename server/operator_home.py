@@ -193,9 +193,8 @@ class OperatorHome:
         Raises:
             HomefireError: As `participants` and `federation`.
         """
-        taking_part, left = self.participants(), self.enrolment.devices()
-        enrolled = {device.identity for device in left}
-        still = sum(device.identity in enrolled for device in taking_part)
+        taking_part = self.participants()
+        still = len(taking_part) - self.enrolment.gone(taking_part)
         return math.ceil(self.federation().federation.quorum * still), len(taking_part)
 
     def begin_next(self, *, give_up: bool = False) -> str:

@@ -3,6 +3,7 @@
 Beside it, to compare with, Flower's own SuperLink as its documents say to run it.
 """
 
+import asyncio
 import http.client
 import json
 import os
@@ -10,13 +11,16 @@ import socket
 import ssl
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
+import uvicorn
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -36,7 +40,9 @@ from homefire.common.ticket import ENROL_PATH, ENROLMENT, Ticket, signed_parts
 from homefire.server import operator_home
 from homefire.server.certificates import Certificates
 from homefire.server.control import Control
+from homefire.server.doorstep import Doorstep
 from homefire.server.enrolment import Device, Enrolment, Request
+from homefire.server.listener import PublicServer
 from homefire.server.operator_home import OperatorHome
 from homefire.server.supervisor import Child
 
@@ -57,6 +63,26 @@ def closes(far: socket.socket, seconds: float = 10) -> bool:
 def stays_open(far: socket.socket) -> bool:
     """Whether the other side does not end a connection that it had reason to end before."""
     return not closes(far, 0.3)
+
+
+@contextmanager
+def public_server(
+    config: uvicorn.Config, *, most: int, each: int
+) -> Iterator[tuple[int, Doorstep]]:
+    """A public listener in a thread: its port, and what has come to it."""
+    server = PublicServer(config, most=most, each=each, refused=Counter())
+    thread = Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "it does not listen"
+        time.sleep(0.01)
+    (step,) = server.servers
+    try:
+        yield int(step.sockets[0].getsockname()[1]), step
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 import uvicorn
-from tiny_operators import closes, stays_open
+from tiny_operators import closes, public_server, stays_open
 
 from homefire.server import doorstep
 from homefire.server.certificates import Certificates
 from homefire.server.doorstep import FULL, GAVE_WAY, NO_ROOM, WELCOME, Doorstep
-from homefire.server.listener import PublicServer, bounded_protocol
+from homefire.server.listener import bounded_protocol
 
 HEAD = b"POST %s HTTP/1.1\r\nhost: here\r\ncontent-length: 0\r\n\r\n"
 
@@ -56,19 +55,8 @@ def served(
         timeout_graceful_shutdown=1,
         **tls,
     )
-    server = PublicServer(config, most=most, each=each, refused=Counter())
-    thread = Thread(target=lambda: asyncio.run(server.serve()))
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "it does not listen"
-        time.sleep(0.01)
-    (step,) = server.servers
-    try:
-        yield int(step.sockets[0].getsockname()[1]), step
-    finally:
-        server.should_exit = True
-        thread.join(20)
-    assert not thread.is_alive()
+    with public_server(config, most=most, each=each) as found:
+        yield found
 
 
 def doorstep_at(listening: socket.socket, *, most: int, each: int) -> Doorstep:

@@ -6,17 +6,16 @@ import socket
 import ssl
 import time
 from asyncio.sslproto import SSLProtocol
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_operators import public_server
 
 from homefire.server.certificates import Certificates
 from homefire.server.doorstep import FULL, Doorstep
@@ -25,7 +24,6 @@ from homefire.server.listener import (
     LEAST_TAKEN,
     OTHER_FILES,
     TLS_BUFFER,
-    PublicServer,
     bounded_protocol,
     make_room,
 )
@@ -76,19 +74,8 @@ def serving(
         ssl_certfile=certificate,
         ssl_keyfile=certificate,
     )
-    server = PublicServer(config, most=CONNECTIONS, each=CONNECTIONS, refused=Counter())
-    thread = Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "it does not listen"
-        time.sleep(0.01)
-    (step,) = server.servers
-    try:
-        yield int(step.sockets[0].getsockname()[1]), step
-    finally:
-        server.should_exit = True
-        thread.join(20)
-    assert not thread.is_alive()
+    with public_server(config, most=CONNECTIONS, each=CONNECTIONS) as found:
+        yield found
 
 
 def connect(port: int) -> socket.socket:
